@@ -1,0 +1,277 @@
+"""Configurations: frozen objects, built by a Python file's ``get_config()``.
+
+A config holds objects, never strings to be parsed. `to_tree` writes any of them as plain JSON data and
+`from_tree` builds it again, so that a run directory is all that evaluation needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import flax.linen as nn
+import optax
+
+from deq_jax.attacks.pgd import PGD
+from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
+from deq_jax.data import CropFlip, Dataset
+from deq_jax.gradients import Unrolled
+from deq_jax.objectives import Objective, Standard
+from deq_jax.types import Attack, InputError, require
+
+
+@dataclass(frozen=True)
+class AdamCosine:
+    """Adam whose learning rate falls along a cosine, step by step.
+
+    Attributes:
+      learning_rate: at the first step.
+      final_learning_rate: at the last step.
+    """
+
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-6
+
+    def __post_init__(self):
+        rates = 0 <= self.final_learning_rate <= self.learning_rate and self.learning_rate > 0
+        message = "AdamCosine: expected 0 <= final_learning_rate <= learning_rate and learning_rate > 0, got "
+        require(rates, f"{message}{self.final_learning_rate!r} and {self.learning_rate!r}")
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """The optax optimiser of a training of `steps` steps."""
+        alpha = self.final_learning_rate / self.learning_rate
+        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, steps, alpha))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training.
+
+    Attributes:
+      classifier: `Equilibrium` or `Explicit`.
+      objective: what is minimised.
+      dataset: where the images come from.
+      validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
+        training images.
+      optimizer: and its schedule.
+      batch_size: images per step, over all devices.
+      epochs: passes over the training images.
+      pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
+      augmentation: of training images; None for none.
+      seed: of initialisation, data order and all randomness.
+      log_every: steps between two lines of training metrics.
+      checkpoint_every: steps between two checkpoints; None for every epoch.
+    """
+
+    classifier: Equilibrium | Explicit
+    objective: Objective
+    dataset: Dataset
+    validation_attack: Attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)  # noqa: RUF009 (frozen)
+    optimizer: AdamCosine = field(default_factory=AdamCosine)
+    batch_size: int = 96
+    epochs: int = 220
+    pretrain_steps: int = 0
+    augmentation: CropFlip | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("batch_size", "epochs", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")
+        for name in ("pretrain_steps", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"TrainConfig: {name} must be >= 0, got {value!r}")
+        every = self.checkpoint_every
+        require(every is None or every >= 1, f"TrainConfig: checkpoint_every must be positive or None, got {every!r}")
+        has_cell = isinstance(self.classifier, Equilibrium)
+        message = "TrainConfig: pretrain_steps are for an Equilibrium with a solver"
+        solver = self.classifier.dynamics.solver if has_cell else None
+        require(self.pretrain_steps == 0 or solver is not None, message)
+
+    def pretraining(self) -> TrainConfig:
+        """The config of the pre-training phase: standard training of the cell applied T times to 0."""
+        dynamics = Dynamics(None, gradient=Unrolled(self.classifier.dynamics.solver.steps))
+        shallow = dataclasses.replace(self.classifier, dynamics=dynamics)
+        return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """The object returned by ``get_config()`` in the Python file at `path`.
+
+    Raises:
+      InputError: if there is no such file, it cannot be run, or it returns something else.
+    """
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such config file")
+    module = _run_module(path)
+    require(hasattr(module, "get_config"), f"{path}: expected a function get_config(), found none")
+    try:
+        config = module.get_config()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except TypeError as error:  # an unknown or a missing field
+        raise InputError(f"{path}: get_config() failed: {error}") from None
+    is_config = isinstance(config, TrainConfig)
+    require(is_config, f"{path}: get_config() must return a TrainConfig, got {type(config).__name__}")
+    return config
+
+
+def _run_module(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    require(spec is not None, f"{path}: a config must be a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    for folder in (str(path.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise InputError(f"{path}: line {error.lineno}: {error.msg}") from None
+    except (ImportError, InputError, TypeError, NameError, AttributeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    return module
+
+
+def set_fields(config: Any, assignments: list[str]) -> Any:
+    """Replaces scalar fields: ``set_fields(config, ["seed=1", "objective.attack.epsilon=0.2"])``.
+
+    Raises:
+      InputError: for an unknown name (with the valid ones), a value of the wrong type, or a value that
+        the object itself refuses.
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        require(bool(equals), f"--set {assignment}: expected NAME=VALUE")
+        try:
+            config = _set_field(config, name.strip(), name.strip().split("."), text.strip())
+        except InputError as error:
+            raise InputError(f"--set {assignment}: {error}") from None
+    return config
+
+
+def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
+    name, *rest = names
+    fields = _fields(node) if dataclasses.is_dataclass(node) else {}
+    prefix = whole[: len(whole) - len(".".join(names))]
+    if name not in fields:
+        valid = ", ".join(prefix + path for path in scalar_paths(node)) or "none"
+        raise InputError(f"no field {prefix + name}; valid names: {valid}")
+    current = fields[name]
+    if rest:
+        return _replaced(node, name, _set_field(current, whole, rest, text))
+    is_scalar = not (dataclasses.is_dataclass(current) or callable(current))
+    require(is_scalar, f"{whole} is an object, not a scalar; set one of its fields, or write a config file")
+    return _replaced(node, name, _parse(text, _field_types(node, name), current))
+
+
+def _parse(text: str, types: tuple[type, ...], current: Any) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if float in types and type(value) is int and int not in types:
+        value = float(value)
+    expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+    require(type(value) in types, f"expected {expected} (now {current!r}), got {text!r}")
+    return value
+
+
+def _field_types(node: Any, name: str) -> tuple[type, ...]:
+    hint = typing.get_type_hints(type(node))[name]
+    return typing.get_args(hint) or (hint,)
+
+
+def _replaced(node: Any, name: str, value: Any) -> Any:
+    return node.clone(**{name: value}) if isinstance(node, nn.Module) else dataclasses.replace(node, **{name: value})
+
+
+def _fields(node: Any) -> dict[str, Any]:
+    hidden = ("parent", "name") if isinstance(node, nn.Module) else ()
+    return {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init and f.name not in hidden}
+
+
+def scalar_paths(node: Any) -> list[str]:
+    """Dotted names of all scalar fields below a config object."""
+    paths = []
+    for name, value in _fields(node).items():
+        if dataclasses.is_dataclass(value):
+            paths += [f"{name}.{path}" for path in scalar_paths(value)]
+        elif not callable(value):
+            paths.append(name)
+    return paths
+
+
+def to_tree(node: Any) -> Any:
+    """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name."""
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {"class": _name(type(node))} | {name: to_tree(value) for name, value in _fields(node).items()}
+    if isinstance(node, FunctionType | type):
+        return {"name": _name(node)}
+    if isinstance(node, tuple | list):
+        return [to_tree(item) for item in node]
+    plain = node is None or isinstance(node, bool | int | float | str)
+    require(plain, f"a config cannot hold {node!r}: expected numbers, strings, functions or frozen dataclasses")
+    return node
+
+
+def from_tree(tree: Any) -> Any:
+    """The object that `to_tree` wrote. Only dataclasses are called; lists become tuples.
+
+    Raises:
+      InputError: if a name cannot be imported or does not fit.
+    """
+    if isinstance(tree, list):
+        return tuple(from_tree(item) for item in tree)
+    if not isinstance(tree, dict):
+        return tree
+    if set(tree) == {"name"}:
+        return _import_name(tree["name"])
+    kind = _import_name(tree.get("class", ""))
+    is_dataclass = inspect.isclass(kind) and dataclasses.is_dataclass(kind)
+    require(is_dataclass, f"config: {tree.get('class')} is not a config class")
+    fields = {name: from_tree(value) for name, value in tree.items() if name != "class"}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise InputError(f"config: {tree['class']} of this version takes other fields ({error})") from None
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Dotted name and values of the first field in which two config trees differ, or None."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("class") == new.get("class"):
+        for name in old | new:
+            below = f"{path}.{name}" if path else name
+            difference = first_difference(old.get(name), new.get(name), below)
+            if difference:
+                return difference
+        return None
+    return None if old == new else f"{path} was {_brief(old)}, now {_brief(new)}"
+
+
+def _brief(tree: Any) -> str:
+    return tree.get("class", tree.get("name", "an object")) if isinstance(tree, dict) else repr(tree)
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _import_name(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        message = f"config: cannot import {name!r}; run from the folder in which the training was started"
+        raise InputError(message) from None

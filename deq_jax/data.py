@@ -1,0 +1,239 @@
+"""Datasets as arrays in memory, and batches as a pure function of (seed, step).
+
+A dataset is a frozen object; ``dataset.load()`` returns its `Splits`. Images are uint8, or float32 in
+[0, 1]; `to_unit` turns either into float32 in [0, 1] on the device. The validation split is held out
+of the training data, so that nothing is ever chosen on the test set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from zipfile import BadZipFile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deq_jax.types import Array, InputError, Keys, require
+
+SPLIT_SEED = 0
+
+
+class Images(NamedTuple):
+    """Labelled images: x ``[N, H, W, C]`` uint8 or float32 in [0, 1], y ``[N]`` int32."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Splits(NamedTuple):
+    """The three disjoint parts of a dataset."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+class Dataset(Protocol):
+    """Anything with ``load() -> Splits``."""
+
+    def load(self) -> Splits: ...
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1,797 handwritten digits of 8x8 pixels, shipped with the package.
+
+    Split once and for all: 1,149 for training, 288 for validation, 360 for testing.
+
+    References: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (UCI, CC BY 4.0), the
+    test part that scikit-learn distributes.
+    """
+
+    def load(self) -> Splits:
+        with np.load(Path(__file__).with_name("digits.npz")) as file:
+            images, labels = file["images"], file["labels"]
+        data = Images((images / np.float32(16))[..., None], labels.astype(np.int32))
+        rest, test = hold_out(data, 360)
+        return Splits(*hold_out(rest, 288), test)
+
+
+@dataclass(frozen=True)
+class Npz:
+    """Anyone's images: an npz file with ``x_train, y_train, x_test, y_test``.
+
+    Images are [N, H, W, C] (or [N, H, W] for grey ones), uint8 in 0..255 or floating in [0, 1]; labels
+    are [N] integers from 0 on.
+
+    Attributes:
+      path: of the npz file.
+      validation: share of the training images that is held out.
+    """
+
+    path: str
+    validation: float = 0.1
+
+    def __post_init__(self):
+        _check_share("Npz", self.validation)
+
+    def load(self) -> Splits:
+        arrays = self._read()
+        parts = [
+            _checked_images(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{self.path}: {part}")
+            for part in ("train", "test")
+        ]
+        train, test = parts
+        same = train.x.shape[1:] == test.x.shape[1:]
+        require(same, f"{self.path}: x_train has images {train.x.shape[1:]}, x_test {test.x.shape[1:]}")
+        return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        names = ["x_train", "y_train", "x_test", "y_test"]
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                missing = [name for name in names if name not in file]
+                require(not missing, f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}")
+                return {name: file[name] for name in names}
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no such npz file") from None
+        except InputError:
+            raise
+        except (BadZipFile, ValueError, OSError, EOFError, AttributeError) as error:
+            raise InputError(f"{self.path}: cannot be read as an npz file ({error})") from None
+
+
+@dataclass(frozen=True)
+class Tfds:
+    """A TensorFlow Datasets image dataset, read without TensorFlow.
+
+    Attributes:
+      name: for instance cifar10, cifar100, svhn_cropped, mnist, fashion_mnist.
+      validation: share of the training images that is held out.
+      data_dir: where the prepared dataset lies; None for TFDS' own default.
+    """
+
+    name: str
+    validation: float = 0.1
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        _check_share("Tfds", self.validation)
+
+    def load(self) -> Splits:
+        train, test = (self._read(split) for split in ("train", "test"))
+        return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+
+    def _read(self, split: str) -> Images:
+        import tensorflow_datasets as tfds  # noqa: PLC0415 (seconds to import)
+
+        try:
+            source = tfds.data_source(self.name, split=split, data_dir=self.data_dir, download=False)
+        except tfds.core.registered.DatasetNotFoundError:
+            raise InputError(f"Tfds: TensorFlow Datasets knows no dataset named {self.name!r}") from None
+        except (AssertionError, FileNotFoundError, NotImplementedError, ValueError) as error:
+            where = f", data_dir={self.data_dir!r}" if self.data_dir else ""
+            raise InputError(
+                f"Tfds: {self.name} is not prepared in array_record format on this machine. Prepare it once with:"
+                " pip install 'deq_jax[tfds]' && python -c \"import tensorflow_datasets as tfds;"
+                f" tfds.builder({self.name!r}, file_format='array_record'{where}).download_and_prepare()\""
+                f" ({str(error).strip().splitlines()[0]})"
+            ) from None
+        examples = [source[i] for i in range(len(source))]
+        images, labels = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
+        return _checked_images(images, labels, f"Tfds {self.name} {split}")
+
+
+def hold_out(data: Images, count: int) -> tuple[Images, Images]:
+    """Splits off `count` images, always the same ones for the same number of images."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
+    return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
+
+
+def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The images of training step `step` (from 0): every epoch a new order, its incomplete last batch left out."""
+    epoch, position = divmod(step, size // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(size)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+class EvaluationBatch(NamedTuple):
+    """Images in their order, padded by repetition to a full batch.
+
+    Attributes:
+      x, y: as in `Images`, [B, ...].
+      number: [B] int32, the image's number in its split.
+      is_padding: [B] bool.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    number: np.ndarray
+    is_padding: np.ndarray
+
+
+def evaluation_batches(data: Images, batch_size: int) -> list[EvaluationBatch]:
+    """Every image exactly once, in batches of one size, the last one padded."""
+    batches = []
+    for start in range(0, len(data.y), batch_size):
+        number = np.arange(start, start + batch_size, dtype=np.int32)
+        is_padding = number >= len(data.y)
+        number = np.where(is_padding, start, number)
+        batches.append(EvaluationBatch(data.x[number], data.y[number], number, is_padding))
+    return batches
+
+
+def to_unit(x: Array) -> Array:
+    """uint8 images as float32 in [0, 1]; floating images as they are, in float32."""
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random crop after zero padding, and horizontal flip: the usual augmentation for CIFAR, on the device.
+
+    Attributes:
+      padding: pixels on every side.
+    """
+
+    padding: int = 4
+
+    def __call__(self, x: Array, keys: Keys) -> Array:
+        """x: [B, H, W, C] -> the same shape."""
+
+        def one(image: Array, key: Array) -> Array:
+            crop, flip = jax.random.split(key)
+            edge = self.padding
+            padded = jnp.pad(image, ((edge, edge), (edge, edge), (0, 0)))
+            corner = jax.random.randint(crop, (2,), 0, 2 * edge + 1)
+            image = lax.dynamic_slice(padded, (corner[0], corner[1], 0), image.shape)
+            return jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
+
+        return jax.vmap(one)(x, keys.each())
+
+
+def _check_share(name: str, share: float) -> None:
+    require(0 < share < 1, f"{name}: validation must be a share in (0, 1), got {share!r}")
+
+
+def _held_out(size: int, share: float) -> int:
+    return max(1, round(size * share))
+
+
+def _checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
+    if x.ndim == 3:
+        x = x[..., None]
+    require(x.ndim == 4, f"{where}: images must be [N, H, W, C], got shape {x.shape}")
+    require(y.shape == (len(x),), f"{where}: expected one label per image, got {len(x)} images and labels {y.shape}")
+    require(len(x) > 0, f"{where}: holds no images")
+    require(np.issubdtype(y.dtype, np.integer), f"{where}: labels must be integers, got {y.dtype}")
+    require(y.min() >= 0, f"{where}: labels must count from 0, found {y.min()}")
+    if x.dtype != np.uint8:
+        require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
+        low, high = float(np.min(x)), float(np.max(x))
+        inside = np.isfinite([low, high]).all() and low >= 0 and high <= 1
+        require(inside, f"{where}: floating images must lie in [0, 1], found [{low:g}, {high:g}]")
+        x = x.astype(np.float32)
+    return Images(x, y.astype(np.int32))
