@@ -21,8 +21,8 @@ class Dynamics:
     """How a DEQ is run: which trajectory, which state of it, differentiated how."""
 
     solver: Solver | None
-    readout: Readout = FinalState()  # noqa: RUF009 (frozen, without state)
-    gradient: Gradient = Phantom(steps=5, damping=0.5)  # noqa: RUF009
+    readout: Readout = FinalState()
+    gradient: Gradient = Phantom(steps=5, damping=0.5)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.data import CropFlip, Dataset
 from deq_jax.gradients import Unrolled
 from deq_jax.objectives import Objective, Standard
-from deq_jax.types import Attack, InputError, require
+from deq_jax.types import Attack, InputError, Readout, require
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TrainConfig:
     classifier: Equilibrium | Explicit
     objective: Objective
     dataset: Dataset
-    validation_attack: Attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)  # noqa: RUF009 (frozen)
+    validation_attack: Attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)
     optimizer: AdamCosine = field(default_factory=AdamCosine)
     batch_size: int = 96
     epochs: int = 220
@@ -93,7 +93,10 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 0, f"TrainConfig: {name} must be >= 0, got {value!r}")
         every = self.checkpoint_every
-        require(every is None or every >= 1, f"TrainConfig: checkpoint_every must be positive or None, got {every!r}")
+        require(
+            every is None or every >= 1,
+            f"TrainConfig: checkpoint_every must be positive or None, got {every!r}",
+        )
         has_cell = isinstance(self.classifier, Equilibrium)
         message = "TrainConfig: pretrain_steps are for an Equilibrium with a solver"
         solver = self.classifier.dynamics.solver if has_cell else None
@@ -104,6 +107,12 @@ class TrainConfig:
         dynamics = Dynamics(None, gradient=Unrolled(self.classifier.dynamics.solver.steps))
         shallow = dataclasses.replace(self.classifier, dynamics=dynamics)
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
+
+
+def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
+    """The config with another readout of the equilibrium's dynamics."""
+    dynamics = dataclasses.replace(config.classifier.dynamics, readout=readout)
+    return dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, dynamics=dynamics))
 
 
 def load_config(path: str | Path) -> TrainConfig:

@@ -95,7 +95,10 @@ class Npz:
         try:
             with np.load(self.path, allow_pickle=False) as file:
                 missing = [name for name in names if name not in file]
-                require(not missing, f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}")
+                require(
+                    not missing,
+                    f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}",
+                )
                 return {name: file[name] for name in names}
         except FileNotFoundError:
             raise InputError(f"{self.path}: no such npz file") from None

@@ -33,7 +33,7 @@ def deq(
     z0: PyTree,
     *,
     solver: Solver | None,
-    readout: Readout = FinalState(),  # noqa: B008 (frozen, without state)
+    readout: Readout = FinalState(),
     gradient: Gradient,
     keys: Keys | None = None,
 ) -> tuple[PyTree, Solution]:

@@ -49,9 +49,7 @@ def jacobian_norm(cell: Cell, params: Params, u: PyTree, z: PyTree, probes: PyTr
     return jnp.mean(jax.vmap(_dot)(products, products), axis=0) / size
 
 
-def spectral_radius(
-    cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree, steps: int
-) -> tuple[Array, PyTree]:
+def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree, steps: int) -> tuple[Array, PyTree]:
     """Estimates the largest eigenvalue modulus of J, per sample, by power iteration on J^T.
 
     Args:

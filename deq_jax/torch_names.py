@@ -79,7 +79,10 @@ def torch_modules(branches: int) -> dict[str, str]:
         "decoder/classifier": "classifier",
     }
     for k in range(2):
-        modules |= {f"encoder/stem_conv{k}": f"downsample.{3 * k}", f"encoder/stem_norm{k}": f"downsample.{3 * k + 1}"}
+        modules |= {
+            f"encoder/stem_conv{k}": f"downsample.{3 * k}",
+            f"encoder/stem_norm{k}": f"downsample.{3 * k + 1}",
+        }
     for i in range(branches):
         modules |= _branch_modules(i)
         for j in range(branches):
@@ -116,9 +119,7 @@ def _torch_names(variables: Variables) -> dict[tuple[str, ...], str]:
     """Torch name of every leaf, by its path (collection, part, module, ..., entry)."""
     branches = sum(name.startswith("block") for name in variables["params"]["cell"])
     modules = torch_modules(branches)
-    return {
-        path: f"{modules['/'.join(path[1:-1])]}.{_ENTRIES[path[-1]]}" for path in flatten_dict(variables)
-    }
+    return {path: f"{modules['/'.join(path[1:-1])]}.{_ENTRIES[path[-1]]}" for path in flatten_dict(variables)}
 
 
 def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:

@@ -94,7 +94,11 @@ def _kernel_gradient(strides, padding, x, kernel, dy):
         images = x[:, :rows, :columns].transpose(3, 1, 2, 0)
         return conv(images, dy.transpose(1, 2, 0, 3), (1, 1), ((0, 0), (0, 0))).transpose(1, 2, 0, 3)
     patches = [
-        x[:, i : i + strides[0] * (dy.shape[1] - 1) + 1 : strides[0], j : j + strides[1] * (dy.shape[2] - 1) + 1 : strides[1]]
+        x[
+            :,
+            i : i + strides[0] * (dy.shape[1] - 1) + 1 : strides[0],
+            j : j + strides[1] * (dy.shape[2] - 1) + 1 : strides[1],
+        ]
         for i in range(height)
         for j in range(width)
     ]
@@ -129,10 +133,37 @@ def conv_layer(features: int, size: int = 3, strides: int = 1, **kwargs) -> nn.C
     return nn.Conv(features, (size, size), (strides, strides), (edge, edge), **settings)
 
 
-def group_norm(groups: int = 8, affine: bool = True, **kwargs) -> nn.GroupNorm:
-    """nn.GroupNorm with the epsilon that PyTorch uses and variance in two passes."""
-    affine_settings = {"use_bias": affine, "use_scale": affine}
-    return nn.GroupNorm(groups, epsilon=NORM_EPSILON, use_fast_variance=False, **affine_settings, **kwargs)
+class GroupNorm(nn.Module):
+    """Group normalisation over height, width and the channels of a group; variance in two passes.
+
+    Sums run over the image first and over a group's channels after, which is several times faster on
+    the CPU than a reduction over a regrouped image.
+
+    Attributes:
+      groups: must divide the channels.
+      affine: learn a scale and a bias.
+    """
+
+    groups: int = 8
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C] -> the same shape."""
+        channels = x.shape[-1]
+        divides = channels % self.groups == 0
+        require(divides, f"GroupNorm: {channels} channels do not divide into {self.groups} groups")
+
+        def group_mean(x: Array) -> Array:
+            means = jnp.mean(x, axis=(1, 2)).reshape(-1, self.groups, channels // self.groups).mean(axis=-1)
+            return jnp.repeat(means, channels // self.groups, axis=1)[:, None, None]
+
+        x = x - group_mean(x)
+        gain = lax.rsqrt(group_mean(jnp.square(x)) + NORM_EPSILON)
+        if not self.affine:
+            return x * gain
+        gain *= self.param("scale", initializers.ones, (channels,))
+        return x * gain + self.param("bias", initializers.zeros, (channels,))
 
 
 class BatchNorm(nn.Module):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 
-from deq_jax.models.layers import BatchNorm, conv_layer, dropout_mask, group_norm
+from deq_jax.models.layers import BatchNorm, GroupNorm, conv_layer, dropout_mask
 from deq_jax.types import Array, Injection, Keys
 
 
@@ -49,31 +48,30 @@ class SmallCell(nn.Module):
     @nn.compact
     def __call__(self, z: Array, u: Injection) -> Array:
         o = conv_layer(self.channels * self.expansion)(z)
-        o = nn.relu(group_norm(self.groups)(o))
+        o = nn.relu(GroupNorm(self.groups)(o))
         o = conv_layer(self.channels)(o)
         if u.masks is not None:
             o = o * u.masks
-        o = group_norm(self.groups)(o + u.features)
-        return group_norm(self.groups)(nn.relu(o + z))
+        o = GroupNorm(self.groups)(o + u.features)
+        return GroupNorm(self.groups)(nn.relu(o + z))
 
 
 class SmallDecoder(nn.Module):
-    """State -> logits: a strided convolution, normalisation and a dense layer."""
+    """State -> logits: a strided convolution to twice the channels, normalisation and a dense layer."""
 
     num_classes: int
-    channels: int
 
     @nn.compact
     def __call__(self, z: Array, train: bool = False, axis_name: str | None = None) -> Array:
-        y = conv_layer(self.channels, strides=2)(z)
+        y = conv_layer(2 * z.shape[-1], strides=2)(z)
         y = nn.relu(BatchNorm()(y, train, axis_name))
         return nn.Dense(self.num_classes)(y.reshape(y.shape[0], -1))
 
 
 class SmallCNN(nn.Module):
-    """The explicit baseline: the small DEQ's encoder, `depth` different blocks, and its decoder.
+    """The explicit baseline of the small DEQ: its encoder, `depth` blocks like its cell, its decoder.
 
-    With `depth` = 1 it has as many parameters as the DEQ.
+    With `depth` = 1 it has exactly the DEQ's parameters.
     """
 
     num_classes: int
@@ -85,11 +83,9 @@ class SmallCNN(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(
-        self, x: Array, train: bool = False, keys: Keys | None = None, axis_name: str | None = None
-    ) -> Array:
+    def __call__(self, x: Array, train: bool = False, keys: Keys | None = None, axis_name: str | None = None) -> Array:
         u = SmallEncoder(self.channels, self.strides, self.dropout)(x, train, keys, axis_name)
-        z = jax.numpy.zeros_like(u.features)
+        z = u.features
         for _ in range(self.depth):
             z = SmallCell(self.channels, self.expansion, self.groups)(z, u)
-        return SmallDecoder(self.num_classes, self.channels)(z, train, axis_name)
+        return SmallDecoder(self.num_classes)(z, train, axis_name)

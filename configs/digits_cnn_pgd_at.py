@@ -1,0 +1,13 @@
+"""An explicit network with the parameters of the small DEQ, on 8x8 digits, PGD adversarial training.
+
+python -m deq_jax.train --config configs/digits_cnn_pgd_at.py --workdir runs/digits_cnn_pgd_at
+"""
+
+from dataclasses import replace
+
+from configs import digits_cnn_standard, digits_pgd_at
+from deq_jax.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return replace(digits_pgd_at.get_config(), classifier=digits_cnn_standard.CLASSIFIER, pretrain_steps=0)

@@ -1,0 +1,12 @@
+"""The small DEQ on 8x8 digits, PGD adversarial training, with random intermediate states.
+
+python -m deq_jax.train --config configs/digits_pgd_at_random.py --workdir runs/digits_pgd_at_random
+"""
+
+from configs import digits_pgd_at
+from deq_jax.config import TrainConfig, with_readout
+from deq_jax.readouts import RandomIntermediateState
+
+
+def get_config() -> TrainConfig:
+    return with_readout(digits_pgd_at.get_config(), RandomIntermediateState())

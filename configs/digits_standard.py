@@ -1,0 +1,35 @@
+"""A small DEQ on 8x8 digits, standard training.
+
+    python -m deq_jax.train --config configs/digits_standard.py --workdir runs/digits_standard
+
+The other digits configs are this one with a field or two replaced.
+"""
+
+from deq_jax.attacks import PGD
+from deq_jax.classifiers import Dynamics, Equilibrium
+from deq_jax.config import AdamCosine, TrainConfig
+from deq_jax.data import Digits
+from deq_jax.gradients import Phantom
+from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.objectives import Standard
+from deq_jax.solvers import Broyden
+
+CHANNELS = 12
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        classifier=Equilibrium(
+            encoder=SmallEncoder(CHANNELS),
+            cell=SmallCell(CHANNELS),
+            decoder=SmallDecoder(num_classes=10),
+            dynamics=Dynamics(Broyden(8), gradient=Phantom(steps=5, damping=0.5)),
+        ),
+        objective=Standard(),
+        dataset=Digits(),
+        validation_attack=PGD(epsilon=0.1, step_size=0.025, steps=10),
+        optimizer=AdamCosine(3e-3),
+        batch_size=64,
+        epochs=20,
+        pretrain_steps=34,
+    )

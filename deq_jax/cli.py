@@ -1,0 +1,35 @@
+"""What the command lines share: errors in one line, the compilation cache, the console."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from deq_jax.types import InputError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Runs a command: a user's mistake becomes one line on stderr and exit code 2; compiled code is kept."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deq_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        yield
+    except InputError as error:
+        fail(str(error), 2)
+
+
+def fail(message: str, code: int) -> None:
+    """Leaves with one line on stderr."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,88 @@
+"""Results on disk: written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from deq_jax.types import InputError
+
+
+def make_folder(folder: Path) -> Path:
+    """Creates the folder; raises `InputError` where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON."""
+    _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises `InputError` where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays as a compressed npz file."""
+    _write(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice.
+
+    Args:
+      path: of the file.
+      step: last step that counts; later lines, left by a run that was killed after them, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int):
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        _write(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
+        self._file = path.open("a")
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Appends a line and hands it to the operating system at once."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
