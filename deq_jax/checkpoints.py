@@ -25,11 +25,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
         """Saves a pytree of arrays and JSON data; a checkpoint of the same step is replaced."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if step in self._manager.all_steps():
             self._manager.delete(step)
         arrays = jax.tree.map(np.asarray, jax.device_get(state))

@@ -28,6 +28,8 @@ from deq_jax.gradients import Unrolled
 from deq_jax.objectives import Objective, Standard
 from deq_jax.types import Attack, InputError, Readout, require
 
+MISTAKES = (ImportError, TypeError, NameError, AttributeError)  # of whoever wrote a config file
+
 
 @dataclass(frozen=True)
 class AdamCosine:
@@ -129,7 +131,7 @@ def load_config(path: str | Path) -> TrainConfig:
         config = module.get_config()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except TypeError as error:  # an unknown or a missing field
+    except MISTAKES as error:  # an unknown or a missing field
         raise InputError(f"{path}: get_config() failed: {error}") from None
     is_config = isinstance(config, TrainConfig)
     require(is_config, f"{path}: get_config() must return a TrainConfig, got {type(config).__name__}")
@@ -137,20 +139,26 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def _run_module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
     require(spec is not None, f"{path}: a config must be a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules.setdefault(spec.name, module)
     for folder in (str(path.resolve().parent), str(Path.cwd())):
         if folder not in sys.path:
             sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise InputError(f"{path}: line {error.lineno}: {error.msg}") from None
-    except (ImportError, InputError, TypeError, NameError, AttributeError) as error:
+        raise InputError(f"{error.filename}: line {error.lineno}: {error.msg}") from None
+    except (InputError, *MISTAKES) as error:
         raise InputError(f"{path}: {error}") from None
     return module
+
+
+def _module_name(path: Path) -> str:
+    """As Python would import it from the current folder, so that evaluation finds what the file defines."""
+    path, folder = path.resolve().with_suffix(""), Path.cwd().resolve()
+    return ".".join(path.relative_to(folder).parts) if path.is_relative_to(folder) else path.name
 
 
 def set_fields(config: Any, assignments: list[str]) -> Any:
@@ -180,15 +188,14 @@ def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
     current = fields[name]
     if rest:
         return _replaced(node, name, _set_field(current, whole, rest, text))
-    is_scalar = not (dataclasses.is_dataclass(current) or callable(current))
-    require(is_scalar, f"{whole} is an object, not a scalar; set one of its fields, or write a config file")
+    require(_is_scalar(current), f"{whole} is an object, not a scalar; set one of its fields, or write a config file")
     return _replaced(node, name, _parse(text, _field_types(node, name), current))
 
 
 def _parse(text: str, types: tuple[type, ...], current: Any) -> Any:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     if float in types and type(value) is int and int not in types:
         value = float(value)
@@ -214,24 +221,25 @@ def _fields(node: Any) -> dict[str, Any]:
 def scalar_paths(node: Any) -> list[str]:
     """Dotted names of all scalar fields below a config object."""
     paths = []
-    for name, value in _fields(node).items():
-        if dataclasses.is_dataclass(value):
-            paths += [f"{name}.{path}" for path in scalar_paths(value)]
-        elif not callable(value):
-            paths.append(name)
+    for name, value in _fields(node).items() if dataclasses.is_dataclass(node) else ():
+        paths += [name] if _is_scalar(value) else [f"{name}.{path}" for path in scalar_paths(value)]
     return paths
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def to_tree(node: Any) -> Any:
     """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name."""
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return {"class": _name(type(node))} | {name: to_tree(value) for name, value in _fields(node).items()}
-    if isinstance(node, FunctionType | type):
+    if isinstance(node, FunctionType | type) and "<" not in node.__qualname__:
         return {"name": _name(node)}
     if isinstance(node, tuple | list):
         return [to_tree(item) for item in node]
-    plain = node is None or isinstance(node, bool | int | float | str)
-    require(plain, f"a config cannot hold {node!r}: expected numbers, strings, functions or frozen dataclasses")
+    expected = "expected numbers, strings, named functions or frozen dataclasses"
+    require(_is_scalar(node), f"a config cannot hold {node!r}: {expected}")
     return node
 
 
@@ -259,7 +267,7 @@ def from_tree(tree: Any) -> Any:
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     """Dotted name and values of the first field in which two config trees differ, or None."""
-    if isinstance(old, dict) and isinstance(new, dict) and old.get("class") == new.get("class"):
+    if isinstance(old, dict) and isinstance(new, dict) and "class" in old and old["class"] == new.get("class"):
         for name in old | new:
             below = f"{path}.{name}" if path else name
             difference = first_difference(old.get(name), new.get(name), below)
@@ -278,7 +286,7 @@ def _name(thing: Any) -> str:
 
 
 def _import_name(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
+    module, _, attribute = str(name).rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):

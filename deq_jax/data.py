@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +92,9 @@ class Npz:
     def _read(self) -> dict[str, np.ndarray]:
         names = ["x_train", "y_train", "x_test", "y_test"]
         try:
-            with np.load(self.path, allow_pickle=False) as file:
-                missing = [name for name in names if name not in file]
+            with open(self.path, "rb") as opened:  # numpy leaves a damaged file open
+                file = np.load(opened, allow_pickle=False)
+                missing = [name for name in names if name not in getattr(file, "files", ())]
                 require(
                     not missing,
                     f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}",
@@ -104,7 +104,7 @@ class Npz:
             raise InputError(f"{self.path}: no such npz file") from None
         except InputError:
             raise
-        except (BadZipFile, ValueError, OSError, EOFError, AttributeError) as error:
+        except Exception as error:  # numpy, zipfile and zlib each have their own
             raise InputError(f"{self.path}: cannot be read as an npz file ({error})") from None
 
 
@@ -132,21 +132,34 @@ class Tfds:
     def _read(self, split: str) -> Images:
         import tensorflow_datasets as tfds  # noqa: PLC0415 (seconds to import)
 
+        where = f", data_dir={self.data_dir!r}" if self.data_dir else ""
         try:
-            source = tfds.data_source(self.name, split=split, data_dir=self.data_dir, download=False)
-        except tfds.core.registered.DatasetNotFoundError:
-            raise InputError(f"Tfds: TensorFlow Datasets knows no dataset named {self.name!r}") from None
-        except (AssertionError, FileNotFoundError, NotImplementedError, ValueError) as error:
-            where = f", data_dir={self.data_dir!r}" if self.data_dir else ""
+            builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
+        except (AssertionError, ImportError, ValueError) as error:
+            usable = f"Tfds: TensorFlow Datasets has no usable dataset named {self.name!r}{where}"
+            raise InputError(f"{usable} ({_first_line(error)})") from None
+        splits = list(builder.info.splits)
+        require(split in splits or not splits, f"Tfds {self.name}: expected a split {split}, found {', '.join(splits)}")
+        try:
+            source = builder.as_data_source(split)
+        except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, ValueError) as error:
             raise InputError(
                 f"Tfds: {self.name} is not prepared in array_record format on this machine. Prepare it once with:"
                 " pip install 'deq_jax[tfds]' && python -c \"import tensorflow_datasets as tfds;"
                 f" tfds.builder({self.name!r}, file_format='array_record'{where}).download_and_prepare()\""
-                f" ({str(error).strip().splitlines()[0]})"
+                f" ({_first_line(error)})"
             ) from None
-        examples = [source[i] for i in range(len(source))]
-        images, labels = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
+        try:
+            examples = [source[i] for i in range(len(source))]
+            images, labels = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
+        except (KeyError, ValueError) as error:
+            expected = f"Tfds {self.name} {split}: expected examples with an image, all of one size, and a label"
+            raise InputError(f"{expected} ({_first_line(error)})") from None
         return _checked_images(images, labels, f"Tfds {self.name} {split}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def hold_out(data: Images, count: int) -> tuple[Images, Images]:
@@ -232,7 +245,8 @@ def _checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
     require(y.shape == (len(x),), f"{where}: expected one label per image, got {len(x)} images and labels {y.shape}")
     require(len(x) > 0, f"{where}: holds no images")
     require(np.issubdtype(y.dtype, np.integer), f"{where}: labels must be integers, got {y.dtype}")
-    require(y.min() >= 0, f"{where}: labels must count from 0, found {y.min()}")
+    in_range = y.min() >= 0 and y.max() < 2**31
+    require(in_range, f"{where}: labels must count from 0, found {y.min()} to {y.max()}")
     if x.dtype != np.uint8:
         require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
         low, high = float(np.min(x)), float(np.max(x))

@@ -32,6 +32,12 @@ def replicate_and_split(function: Callable, *, joint: bool) -> Callable:
     return run
 
 
+def replicate(state: PyTree) -> PyTree:
+    """The state as `replicate_and_split` returns it, so that the first call is compiled like all others."""
+    mapped = jax.pmap(lambda state, _: state, AXIS, in_axes=(None, 0), out_axes=None)
+    return mapped(state, np.zeros(jax.local_device_count()))
+
+
 def check_batch_size(batch_size: int) -> None:
     """Raises `InputError` unless the batch divides evenly among the local devices."""
     devices = jax.local_device_count()

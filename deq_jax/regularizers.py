@@ -25,7 +25,7 @@ def gaussian_probes(keys: Keys, z: PyTree, count: int = 2) -> PyTree:
         shape = (count, *leaf.shape[1:])
         return keys.fold(number).draw(lambda key: jax.random.normal(key, shape, leaf.dtype)).swapaxes(0, 1)
 
-    return structure.unflatten([draw(number, leaf) for number, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [draw(number, leaf) for number, leaf in enumerate(leaves)])
 
 
 def jacobian_norm(cell: Cell, params: Params, u: PyTree, z: PyTree, probes: PyTree) -> Array:
@@ -78,7 +78,7 @@ def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree,
 def _dot(a: PyTree, b: PyTree) -> Array:
     """Inner product per sample, [B]."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y, axis=tuple(range(1, x.ndim))), a, b)
-    return sum(jax.tree.leaves(products))
+    return jax.tree.reduce(jnp.add, products)
 
 
 def _scale(factor: Array, leaf: Array) -> Array:

@@ -71,13 +71,14 @@ def solve(
     def f(z: Array, u: PyTree) -> Array:
         return _ravel(cell(params, unravel(z), u))[0]
 
+    tolerance = max(solver.tolerance, float(jnp.finfo(flat.dtype).eps))
     first_evaluation = 1 if memory is None else 0
     if memory is None:
         memory = solver.init(f, flat, u)
 
     def step(carry, _):
         memory, best, lowest = carry
-        active = ~(_residual(solver, memory.z, memory.fz) < solver.tolerance)
+        active = ~(_residual(solver, memory.z, memory.fz) < tolerance)
         update = partial(solver.update, f)
         memory = lax.cond(jnp.any(active), update, lambda memory, u, active: memory, memory, u, active)
         residual = _residual(solver, memory.z, memory.fz)
@@ -98,7 +99,8 @@ class _Settings:
 
     Attributes:
       steps: T, number of iterates.
-      tolerance: relative residual below which a sample has converged and is left as it is; 0: never.
+      tolerance: relative residual below which a sample has converged and is left as it is; at least
+        the rounding unit of its numbers.
       batch_joint: judge residuals by the norm over the whole batch, as the papers' code does; for
         comparison with it only, since an image's prediction then depends on its batch.
     """

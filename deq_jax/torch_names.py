@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from deq_jax.types import Variables, require
 
@@ -53,7 +54,12 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
     ]
     problems = [problem for problem in problems if problem]
     require(not problems, f"the PyTorch entries do not fit this MDEQ: {'; '.join(problems)}")
-    return unflatten_dict({path: _from_torch(path, arrays[name]) for path, name in names.items()})
+
+    def entry(path, _):
+        path = tuple(key.key for key in path)
+        return _from_torch(path, arrays[names[path]])
+
+    return jax.tree_util.tree_map_with_path(entry, like)
 
 
 def to_torch(variables: Variables) -> dict[str, np.ndarray]:
@@ -109,7 +115,7 @@ def _fusion_modules(source: int, target: int) -> dict[str, str]:
     ours, theirs = f"cell/fuse{source}_to_{target}", f"fullstage.fuse_layers.{target}.{source}.net"
     if source > target:
         return {f"{ours}/conv": f"{theirs}.conv", f"{ours}/norm": f"{theirs}.gnorm"}
-    modules = {}
+    modules: dict[str, str] = {}
     for k in range(target - source):
         modules |= {f"{ours}/conv{k}": f"{theirs}.{k}.conv", f"{ours}/norm{k}": f"{theirs}.{k}.gnorm"}
     return modules

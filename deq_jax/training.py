@@ -21,7 +21,7 @@ from deq_jax.checkpoints import Checkpoints
 from deq_jax.config import TrainConfig, first_difference, from_tree, to_tree
 from deq_jax.data import Splits, batch_indices, to_unit
 from deq_jax.evaluation import evaluator, summary
-from deq_jax.parallel import AXIS, check_batch_size, replicate_and_split
+from deq_jax.parallel import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.records import MetricsLog, make_folder, read_json, write_json
 from deq_jax.types import Array, InputError, Keys, PyTree, Variables, require
 
@@ -178,6 +178,7 @@ class _Training:
         if self.latest.latest_step() is not None:
             self.state, meta = self.latest.restore(self.state)
             self.best_accuracy = meta["best_accuracy"]
+        self.state = replicate(self.state)
         self.done = int(self.state.step)
         self.log = MetricsLog(workdir / "metrics.jsonl", self.done)
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=self.done + 1)

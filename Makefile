@@ -1,0 +1,48 @@
+# On a machine that has only python3 (>= 3.11), git and make: `make quickstart`, `make test`.
+# VENV and PYTHON choose another environment: make test VENV=.venv-3.11 PYTHON=python3.11
+
+VENV ?= .venv
+BIN = $(VENV)/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test test-slow lint format bench clean
+
+quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate it, draw the plots
+	$(BIN)/python -m deq_jax.train --config configs/digits_pgd_at.py --workdir $(RUN) --set epochs=12
+	$(BIN)/python -m deq_jax.evaluate --workdir $(RUN)
+
+test: $(VENV)/test  ## the fast tests
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(VENV)/test  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/core  ## the benchmarks; results in runs/bench
+	$(BIN)/python benchmarks/solvers.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# One stamp per extra, so that each command installs only what it needs, once.
+$(VENV)/python: scripts/find_python
+	$${PYTHON:-$$(scripts/find_python)} -m venv $(VENV)
+	touch $@
+
+$(VENV)/core: $(VENV)/python setup.cfg
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/core
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+export PYTHON

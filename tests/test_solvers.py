@@ -1,0 +1,260 @@
+"""Solvers against closed forms, against jaxopt, and one contract for all of them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax.solvers import Anderson, Broyden, FixedPoint, jaxopt, solve
+from deq_jax.types import InputError
+
+BATCH, SIZE = 4, 12
+SOLVERS = [
+    FixedPoint(40),
+    FixedPoint(40, damping=0.7),
+    Anderson(30, ridge=1e-7),
+    Broyden(20),
+    Broyden(20, history_size=5),
+]
+
+
+def linear_cell(params, z, u):
+    return z @ params.T + u
+
+
+def tanh_cell(params, z, u):
+    return jnp.tanh(z @ params.T + u)
+
+
+def problem(radius=0.5, dtype=np.float64):
+    """A matrix of the given spectral radius, injections, and the fixed points of the linear cell."""
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(SIZE, SIZE))
+    matrix *= radius / np.abs(np.linalg.eigvals(matrix)).max()
+    u = rng.normal(size=(BATCH, SIZE)) * np.array([[0.1], [1], [3], [10]])
+    fixed_points = np.linalg.solve(np.eye(SIZE) - matrix, u.T).T
+    return jnp.asarray(matrix, dtype), jnp.asarray(u, dtype), fixed_points
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def solve_from_zero(solver, cell, matrix, u):
+    return solve(solver, cell, matrix, jnp.zeros_like(u), u)
+
+
+def run(solver, cell=tanh_cell, radius=0.5, dtype=np.float32):
+    matrix, u, _ = problem(radius, dtype)
+    return solve_from_zero(solver, cell, matrix, u)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [FixedPoint(100), FixedPoint(100, damping=0.7), Anderson(200), Broyden(40)],
+    ids=lambda s: type(s).__name__,
+)
+def test_closed_form(x64, solver):
+    matrix, u, fixed_points = problem()
+    exact = type(solver)(**{**vars(solver), "tolerance": 1e-13})
+    solution = solve(exact, linear_cell, matrix, jnp.zeros_like(u), u)
+    np.testing.assert_allclose(solution.z, fixed_points, rtol=1e-6, atol=1e-6)
+    assert np.isfinite(solution.states).all()
+
+
+@pytest.mark.parametrize("history_size", [8, 4])
+def test_broyden_iterates_are_those_of_jaxopt(x64, history_size):
+    matrix, u, _ = problem(0.9)
+
+    def reference(u):
+        solver = jaxopt.Broyden(
+            lambda z: tanh_cell(matrix, z, u) - z, gamma=-1.0, stepsize=1.0, history_size=history_size
+        )
+        z, states = jnp.zeros(SIZE), []
+        state = solver.init_state(z)
+        for _ in range(8):
+            z, state = solver.update(z, state)
+            states.append(z)
+        return jnp.stack(states)
+
+    solver = Broyden(8, history_size=history_size, tolerance=0.0)
+    solution = solve(solver, tanh_cell, matrix, jnp.zeros_like(u), u)
+    np.testing.assert_allclose(solution.states, jax.vmap(reference, out_axes=1)(u), atol=1e-13)
+
+
+def test_broyden_memory_is_the_inverse_jacobian_and_satisfies_the_secant_equation(x64):
+    matrix, u, _ = problem()
+    before = solve(Broyden(3, history_size=8, tolerance=0.0), linear_cell, matrix, jnp.zeros_like(u), u).memory
+    after = solve(Broyden(1, history_size=8, tolerance=0.0), linear_cell, matrix, u, u, memory=before).memory
+    inverse = -jnp.eye(SIZE) + jnp.einsum("kbn,kbm->bnm", after.u, after.v)
+    dz, dg = after.z - before.z, (after.fz - after.z) - (before.fz - before.z)
+    np.testing.assert_allclose(jnp.einsum("bnm,bm->bn", inverse, dg), dz, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(after.step, -jnp.einsum("bnm,bm->bn", inverse, after.fz - after.z), atol=1e-12)
+
+
+def test_anderson_is_the_bordered_least_squares_combination(x64):
+    matrix, u, _ = problem(0.9)
+    solver = Anderson(6, history_size=3, ridge=1e-4, tolerance=0.0)
+    states = solve(solver, tanh_cell, matrix, jnp.zeros_like(u), u).states
+    expected = [np.zeros_like(u)]
+    for k in range(1, 7):
+        pairs = expected[-min(k, 3) :]
+        images = [np.asarray(tanh_cell(matrix, z, u)) for z in pairs]
+        residuals = np.stack([f - z for f, z in zip(images, pairs, strict=True)], axis=1)
+        n = len(pairs)
+        system = np.zeros((BATCH, n + 1, n + 1))
+        system[:, 0, 1:] = system[:, 1:, 0] = 1
+        system[:, 1:, 1:] = residuals @ residuals.swapaxes(1, 2) + 1e-4 * np.eye(n)
+        right = np.zeros((BATCH, n + 1, 1))
+        right[:, 0] = 1
+        alpha = np.linalg.solve(system, right)[:, 1:]
+        expected.append(np.sum(alpha * np.stack(images, axis=1), axis=1))
+    np.testing.assert_allclose(states, np.stack(expected[1:]), rtol=1e-8, atol=1e-10)
+
+
+def test_damped_iteration():
+    solution = run(FixedPoint(3, damping=0.7), linear_cell)
+    matrix, u, _ = problem(0.5, np.float32)
+    z = jnp.zeros_like(u)
+    for state in solution.states:
+        z = 0.3 * z + 0.7 * linear_cell(matrix, z, u)
+        np.testing.assert_allclose(state, z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+class TestContract:
+    def test_what_is_reported_is_true(self, solver):
+        solution = run(solver)
+        matrix, u, _ = problem(0.5, np.float32)
+        for state, reported in zip(solution.states, solution.residuals, strict=True):
+            f = tanh_cell(matrix, state, u)
+            residual = jnp.linalg.norm(f - state, axis=1) / (jnp.linalg.norm(f, axis=1) + 1e-9)
+            np.testing.assert_allclose(reported, residual, rtol=1e-2, atol=1e-6)
+        lowest = np.argmin(solution.residuals, axis=0)
+        np.testing.assert_array_equal(solution.z, np.asarray(solution.states)[lowest, np.arange(BATCH)])
+
+    def test_a_converged_sample_stays_and_costs_nothing(self, solver):
+        solution = run(solver)
+        converged = np.asarray(solution.residuals) < solver.tolerance
+        assert converged[-1].all()
+        first = converged.argmax(axis=0)
+        np.testing.assert_array_equal(solution.evaluations, first + 2)  # one at the start, one per step
+        for sample, step in enumerate(first):
+            tail = np.asarray(solution.states)[step:, sample]
+            np.testing.assert_array_equal(tail, np.broadcast_to(tail[0], tail.shape))
+
+    def test_samples_are_independent(self, x64, solver):
+        matrix, u, _ = problem(0.9)
+        whole = solve_from_zero(solver, tanh_cell, matrix, u)
+        for i in range(BATCH):
+            single = solve_from_zero(solver, tanh_cell, matrix, u[i : i + 1])
+            np.testing.assert_allclose(whole.states[:, i], single.states[:, 0], rtol=1e-11, atol=1e-13)
+            np.testing.assert_array_equal(whole.evaluations[i], single.evaluations[0])
+
+    def test_samples_are_independent_in_float32(self, solver):
+        matrix, u, _ = problem(0.5, np.float32)
+        whole = solve_from_zero(solver, tanh_cell, matrix, u).z
+        for i in range(BATCH):
+            single = solve_from_zero(solver, tanh_cell, matrix, u[i : i + 1]).z
+            np.testing.assert_allclose(whole[i], single[0], rtol=1e-5, atol=1e-5)
+
+    def test_resumes_where_it_stopped(self, solver):
+        matrix, u, _ = problem(0.9, np.float32)
+        z0 = jnp.zeros_like(u)
+        size = {"history_size": solver.history_size or solver.steps} if isinstance(solver, Broyden) else {}
+        part = type(solver)(**{**vars(solver), **size, "steps": 3})
+        whole = solve(type(solver)(**{**vars(solver), **size, "steps": 6}), tanh_cell, matrix, z0, u)
+        first = solve(part, tanh_cell, matrix, z0, u)
+        second = solve(part, tanh_cell, matrix, z0, u, memory=first.memory)
+        resumed = np.concatenate([first.states, second.states])
+        np.testing.assert_array_equal(whole.states, resumed)
+        np.testing.assert_array_equal(whole.evaluations, first.evaluations + second.evaluations)
+
+    def test_finite_past_exact_convergence(self, solver):
+        exact = type(solver)(**{**vars(solver), "tolerance": 0.0, "steps": 60})
+        solution = run(exact, linear_cell, radius=0.1)
+        assert np.isfinite(solution.states).all() and np.isfinite(solution.residuals).all()
+        assert np.max(solution.residuals[-1]) < 1e-5
+
+    def test_starting_at_the_fixed_point(self, solver):
+        matrix, u, fixed_points = problem(0.5, np.float32)
+        start = jnp.asarray(fixed_points, jnp.float32)
+        solution = solve(solver, linear_cell, matrix, start, u)
+        np.testing.assert_allclose(solution.z, start, rtol=1e-5)
+        np.testing.assert_array_equal(solution.evaluations, 1)
+
+    def test_pytree_states_and_vmap_and_jit(self, solver):
+        matrix, u, _ = problem(0.9, np.float32)
+
+        def split(z):
+            return {"a": z[:, :5].reshape(-1, 5, 1), "b": z[:, 5:]}
+
+        def joined(z):
+            return jnp.concatenate([z["a"].reshape(-1, 5), z["b"]], axis=1)
+
+        def cell(params, z, u):
+            return split(tanh_cell(params, joined(z), joined(u)))
+
+        plain = solve_from_zero(solver, tanh_cell, matrix, u)
+        nested = jax.jit(lambda u: solve(solver, cell, matrix, split(jnp.zeros_like(u)), split(u)))(u)
+        np.testing.assert_allclose(joined(nested.z), plain.z, rtol=1e-4, atol=1e-5)
+        assert nested.states["a"].shape == (solver.steps, BATCH, 5, 1)
+        over_params = jax.vmap(lambda matrix: solve(solver, tanh_cell, matrix, jnp.zeros_like(u), u).z)
+        both = over_params(jnp.stack([matrix, matrix / 2]))
+        np.testing.assert_allclose(both[0], plain.z, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_joint_judges_by_the_norm_of_the_batch():
+    solution = run(Broyden(8, batch_joint=True))
+    matrix, u, _ = problem(0.5, np.float32)
+    f = tanh_cell(matrix, solution.states[3], u)
+    joint = jnp.linalg.norm(f - solution.states[3]) / jnp.linalg.norm(f)
+    np.testing.assert_allclose(solution.residuals[3], joint, rtol=1e-4)
+    assert len(np.unique(solution.residuals[0])) == 1
+    step = int(np.argmin(solution.residuals[:, 0]))
+    np.testing.assert_array_equal(solution.z, solution.states[step])
+
+
+def test_divergence_is_data_and_leaves_other_samples_alone():
+    matrix, u, _ = problem(0.5, np.float32)
+
+    def cell(params, z, u):
+        return linear_cell(params, z, u) + jnp.where(u[:, :1] > 1e5, jnp.inf, 0)
+
+    bad = u.at[2].set(1e6)
+    solution = solve(Broyden(20), cell, matrix, jnp.zeros_like(u), bad)
+    assert np.isnan(solution.residuals[:, 2]).all()
+    np.testing.assert_array_equal(solution.z[2], 0)
+    good = solve(Broyden(20), cell, matrix, jnp.zeros_like(u), u)
+    np.testing.assert_allclose(solution.z[3], good.z[3], rtol=1e-5, atol=1e-5)
+
+
+def test_no_solver_is_the_start():
+    u = jnp.ones((2, 3))
+    solution = solve(None, tanh_cell, jnp.eye(3), u, u)
+    assert solution.residuals.shape == (0, 2)
+    np.testing.assert_array_equal(solution.z, u)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FixedPoint(0),
+        lambda: FixedPoint(2.0),
+        lambda: FixedPoint(2, damping=0.0),
+        lambda: Broyden(-1),
+        lambda: Broyden(2, tolerance=-1),
+        lambda: Broyden(2, history_size=0),
+        lambda: Anderson(3, history_size=1),
+        lambda: Anderson(3, ridge=0.0),
+        lambda: Anderson(3, beta=2.0),
+    ],
+)
+def test_settings_are_checked(make):
+    with pytest.raises(InputError, match="must be"):
+        make()
+
+
+def test_solvers_are_values():
+    assert Broyden(8) == Broyden(8) != Broyden(9)
+    assert hash(Anderson(3)) == hash(Anderson(3))
+    assert eval(repr(Broyden(8))) == Broyden(8)

@@ -1,0 +1,34 @@
+"""A configuration so small that it compiles and trains in seconds."""
+
+from deq_jax.attacks import PGD
+from deq_jax.classifiers import Dynamics, Equilibrium
+from deq_jax.config import TrainConfig
+from deq_jax.data import Digits
+from deq_jax.gradients import Phantom
+from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.objectives import PGDAdversarialTraining
+from deq_jax.readouts import FinalState
+from deq_jax.solvers import Broyden
+
+ATTACK = PGD(epsilon=0.1, step_size=0.05, steps=2, best_of=False)
+
+
+def classifier(readout=FinalState(), dropout=0.2):
+    """A DEQ with 4 channels."""
+    dynamics = Dynamics(Broyden(4), readout, Phantom(2, 0.5))
+    return Equilibrium(SmallEncoder(4, dropout=dropout), SmallCell(4), SmallDecoder(10), dynamics)
+
+
+def get_config(**changes):
+    """PGD-AT of the tiny DEQ: 17 steps an epoch, two of which are pre-training."""
+    fields = {
+        "classifier": classifier(),
+        "objective": PGDAdversarialTraining(ATTACK),
+        "dataset": Digits(),
+        "validation_attack": ATTACK,
+        "batch_size": 64,
+        "epochs": 1,
+        "pretrain_steps": 2,
+        "log_every": 1,
+    }
+    return TrainConfig(**{**fields, **changes})
