@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deq_jax.types import InputError, PyTree
+from deq_jax.types import InputError, PyTree, require
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
 
@@ -50,6 +51,9 @@ class Checkpoints:
         step = self.latest_step()
         template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+        # After a failed restore tensorstore still answers reads that orbax no longer waits for.
+        report = sys.unraisablehook
+        sys.unraisablehook = lambda problem: None if _is_late_read(problem) else report(problem)
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # orbax, tensorstore and json each have their own
@@ -57,4 +61,14 @@ class Checkpoints:
             advice = "move it away to go on from an earlier one"
             message = f"checkpoint {self.folder / str(step)} cannot be read; {advice} ({reason})"
             raise InputError(message) from None
+        sys.unraisablehook = report
+        expected = jax.tree_util.tree_leaves_with_path(template)
+        for (path, leaf), found in zip(expected, jax.tree.leaves(restored.state), strict=True):
+            where = f"checkpoint {self.folder / str(step)} does not fit: {jax.tree_util.keystr(path)}"
+            require(leaf.shape == found.shape, f"{where} has shape {found.shape}, expected {leaf.shape}")
         return restored.state, restored.meta
+
+
+def _is_late_read(problem: Any) -> bool:
+    """Whether tensorstore answers a read for which orbax has stopped waiting, because another one failed."""
+    return isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"

@@ -21,7 +21,7 @@ from deq_jax.attacks.pgd import PGD
 from deq_jax.cli import command_line, console
 from deq_jax.config import TrainConfig, set_fields, to_tree
 from deq_jax.data import to_unit
-from deq_jax.evaluation import Outcomes, evaluate, summary
+from deq_jax.evaluation import Outcomes, evaluator, summary
 from deq_jax.plots import plot_images, plot_states
 from deq_jax.records import make_folder, write_json, write_npz
 from deq_jax.training import load_run
@@ -76,21 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch_size = config.batch_size if options.batch_size is None else options.batch_size
         require(batch_size > 0, f"--batch-size must be positive, got {batch_size}")
         require(options.seed >= 0, f"--seed must be >= 0, got {options.seed}")
+        run = evaluator(config.classifier, attack, batch_size=batch_size, seed=options.seed)
         default = Path(options.workdir) / "evaluation" / f"{options.split}-{options.attack}"
         out = make_folder(Path(options.out) if options.out else default)
         images = getattr(config.dataset.load(), options.split)
         started = time.perf_counter()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("evaluating", total=len(images.y))
-            outcomes = evaluate(
-                config.classifier,
-                variables,
-                images,
-                attack,
-                batch_size=batch_size,
-                seed=options.seed,
-                report=lambda done, total: progress.update(task, completed=done),
-            )
+            outcomes = run(variables, images, lambda done, total: progress.update(task, completed=done))
         result = {
             **summary(outcomes),
             "workdir": str(options.workdir),

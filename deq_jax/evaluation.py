@@ -62,36 +62,26 @@ def measure(classifier: Classifier, variables: Variables, x: Array) -> Measured:
     return Measured(jnp.argmax(logits, axis=-1).T, jax.vmap(entropy)(logits).T, residual.T)
 
 
-def evaluate(
-    classifier: Classifier,
-    variables: Variables,
-    images: Images,
-    attack: Attack | None,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> Outcomes:
-    """Attacks and measures every image once, on all local devices.
+def evaluator(
+    classifier: Classifier, attack: Attack | None, *, batch_size: int, seed: int = 0
+) -> Callable[..., Outcomes]:
+    """Prepares to attack and measure every image of a split once, on all local devices.
 
     What is drawn for an image depends on the seed and its number alone.
 
     Args:
       classifier: as deployed; the attack is judged on it.
-      variables: its parameters and batch statistics.
-      images: to be classified.
       attack: None for clean images only.
       batch_size: images at a time, over all devices; the last batch is padded and masked.
       seed: of the attack's randomness.
-      report: called with the number of images done and their total.
+
+    Returns:
+      ``(variables, images, report) -> Outcomes``, compiled at its first call. `report`, if given, is called
+      with the number of images done and their total.
+
+    Raises:
+      InputError: the batch does not divide among the devices.
     """
-    return evaluator(classifier, attack, batch_size=batch_size, seed=seed)(variables, images, report)
-
-
-def evaluator(
-    classifier: Classifier, attack: Attack | None, *, batch_size: int, seed: int = 0
-) -> Callable[..., Outcomes]:
-    """``(variables, images, report) -> Outcomes``, compiled once; see `evaluate`."""
     check_batch_size(batch_size)
 
     def on_device(variables: Variables, batch: EvaluationBatch) -> Outcomes:

@@ -91,7 +91,8 @@ def test_random_states_are_deployed_as_the_equilibrium():
     variables = DEQ.init(jax.random.key(0), X)
     random = tiny.classifier(RandomIntermediateState(best_so_far=False))
     np.testing.assert_allclose(random(variables, X).logits, DEQ(variables, X).logits, rtol=1e-5, atol=1e-6)
-    draws = [random(variables, X, keys=KEYS.fold(i)).logits for i in range(8)]
+    draw = jax.jit(lambda keys: random(variables, X, keys=keys).logits)
+    draws = [draw(KEYS.fold(i)) for i in range(8)]
     assert len({np.asarray(draw).tobytes() for draw in draws}) > 1
 
 
@@ -116,7 +117,7 @@ def test_a_random_oracle_draws_and_a_deployed_one_does_not():
     variables = classifier.init(jax.random.key(0), X)
 
     def distinct(random):
-        oracle = classifier_oracle(classifier, variables, random=random)
-        return len({np.asarray(oracle.logits(X, KEYS.fold(i))).tobytes() for i in range(8)})
+        logits = jax.jit(classifier_oracle(classifier, variables, random=random).logits)
+        return len({np.asarray(logits(X, KEYS.fold(i))).tobytes() for i in range(8)})
 
     assert distinct(random=False) == 1 < distinct(random=True)

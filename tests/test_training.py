@@ -56,21 +56,23 @@ def test_eight_devices_equal_one_and_each_step_is_traced_once(name):
     config = CONFIGS[name]
     optimizer, state, batch = setup(config)
     assert jax.local_device_count() == 8
+    chex.clear_trace_counter()
 
     @chex.assert_max_traces(1)
     def step(state, batch):
         return train_step(config, optimizer, state, batch, AXIS)
 
     parallel = replicate_and_split(step, joint=True)
-    single = jax.jit(lambda state, batch: train_step(config, optimizer, state, batch))
-    one, many = state, replicate(state)
-    for _ in range(3):
-        one, metrics_one = single(one, batch)
-        many, metrics_many = parallel(many, batch)
-        for key in metrics_one:
-            np.testing.assert_allclose(metrics_many[key], metrics_one[key], rtol=2e-3, atol=1e-5, err_msg=key)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3), many.params, one.params)
+    one, metrics_one = jax.jit(lambda state, batch: train_step(config, optimizer, state, batch))(state, batch)
+    many, metrics_many = parallel(replicate(state), batch)
+    for key in metrics_one:
+        np.testing.assert_allclose(metrics_many[key], metrics_one[key], rtol=1e-3, atol=1e-5, err_msg=key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), many.batch_stats, one.batch_stats)
+    # Adam's first moment is a tenth of the gradient; its step would magnify the rounding of zero gradients.
+    moments = (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(s.opt_state[0].mu)]) for s in (many, one))
+    many_moment, one_moment = moments
+    assert jnp.linalg.norm(many_moment - one_moment) < 1e-3 * jnp.linalg.norm(one_moment)
+    assert int(parallel(many, batch)[0].step) == 2
 
 
 def test_a_step_follows_the_gradient_of_the_loss_on_attacked_images():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deq_jax.attacks.threat import Linf
 from deq_jax.losses import cross_entropy
 from deq_jax.types import Array, Keys, Loss, Oracle, require
 
@@ -30,11 +31,6 @@ def gaussian_start(keys: Keys, x: Array, epsilon: float) -> Array:
 def clean_start(keys: Keys, x: Array, epsilon: float) -> Array:
     """x itself."""
     return x
-
-
-def project(x_adv: Array, x: Array, epsilon: float) -> Array:
-    """The nearest point of the ℓ∞ ball around x, then of [0, 1]."""
-    return jnp.clip(jnp.clip(x_adv, x - epsilon, x + epsilon), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -89,14 +85,16 @@ class PGD:
         return lax.scan(restart, best, jnp.arange(self.restarts))[0][0]
 
     def _restart(self, oracle, x, target, keys, best):
+        project = Linf(self.epsilon).project
+
         def step(carry, number):
             x_adv, best = carry
             losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
             best = self._keep_better(best, x_adv, losses, logits, target)
-            x_adv = project(x_adv + self.step_size * jnp.sign(gradient), x, self.epsilon)
+            x_adv = project(x_adv + self.step_size * jnp.sign(gradient), x)
             return (x_adv, best), None
 
-        x_adv = project(self.start(keys, x, self.epsilon), x, self.epsilon)
+        x_adv = project(self.start(keys, x, self.epsilon), x)
         (x_adv, best), _ = lax.scan(step, (x_adv, best), 1 + jnp.arange(self.steps))
         if not self.best_of:
             return x_adv, *best[1:]

@@ -1,0 +1,171 @@
+"""Auto-PGD [Croce & Hein 2020a]: projected gradient ascent with momentum and its own step sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deq_jax.attacks.best import Best, check_inputs, labels_of, until_fooled
+from deq_jax.attacks.threat import Threat, per_image
+from deq_jax.losses import cross_entropy
+from deq_jax.types import Array, Keys, Loss, Oracle, require
+
+
+def checkpoints(steps: int) -> list[int]:
+    """The steps after which the step size may be halved.
+
+    ``w_j = ceil(p_j steps)`` with p_0 = 0, p_1 = 0.22, ``p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)``.
+
+    References: Croce & Hein 2020a, section 3.
+    """
+    before, percent, found = 0, 22, []
+    while percent <= 100:
+        found.append(-(-percent * steps // 100))
+        before, percent = percent, percent + max(percent - before - 3, 6)
+    return found
+
+
+class _Ascent(NamedTuple):
+    """Where an ascent stands; ``[B, ...]`` leaves.
+
+    Attributes:
+      x, previous: the iterate and the one before.
+      gradient, loss: at x.
+      peak, peak_gradient, peak_loss: the iterate of highest loss.
+      step_size: 0-th axis B, in the unit of x.
+      rises: how often the loss has risen since the last checkpoint.
+      halved: whether the step size was halved at the last checkpoint.
+      last_peak_loss: peak_loss at the last checkpoint.
+    """
+
+    x: Array
+    previous: Array
+    gradient: Array
+    loss: Array
+    peak: Array
+    peak_gradient: Array
+    peak_loss: Array
+    step_size: Array
+    rises: Array
+    halved: Array
+    last_peak_loss: Array
+
+
+@dataclass(frozen=True)
+class APGD:
+    """Auto-PGD.
+
+    ``z = P(x_k + step_size steepest(grad))``, ``x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))``.
+    The step size starts at 2 epsilon; at a checkpoint it is halved, and the ascent resumes at its highest
+    point, if the loss rose in fewer than 75 % of the steps since the last one, or if there neither the
+    step size nor the highest loss has changed.
+
+    Attributes:
+      threat: norm and radius.
+      steps: per restart; a restart costs steps + 1 gradient queries.
+      restarts: number of random starts, for the images that resisted the ones before.
+      loss: maximised, ``(logits, target) -> [B]``; should be invariant to the scale of the logits.
+    """
+
+    threat: Threat
+    steps: int = 100
+    restarts: int = 1
+    loss: Loss = cross_entropy
+
+    def __post_init__(self):
+        require(self.steps >= 1, f"APGD: steps must be >= 1, got {self.steps!r}")
+        require(self.restarts >= 1, f"APGD: restarts must be >= 1, got {self.restarts!r}")
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+        """Adversarial images.
+
+        Args:
+          oracle: of the predictor.
+          x: images [B, H, W, C] in [0, 1].
+          target: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
+          key: PRNG key, or `Keys` to number the images.
+
+        Returns:
+          [B, H, W, C], within the ball around x and within [0, 1]: a misclassified iterate if there was
+          one, and among equals the one of highest loss; x itself if none was better.
+
+        Raises:
+          InputError: x or target have another shape or kind.
+        """
+        check_inputs(x, target)
+        if x.shape[0] == 0:
+            return x
+        keys = Keys.of(key, x.shape[0])
+
+        def restart(number, best):
+            return self._restart(oracle, x, target, keys.fold(1 + number), best)
+
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
+        return until_fooled(restart, best, self.restarts).x
+
+    def _restart(self, oracle, x, target, keys, best):
+        def query(x_adv, number, best):
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
+            losses = losses.astype(best.loss.dtype)
+            return losses, gradient, best.update(x_adv, losses, logits, labels_of(target))
+
+        def step(carry, schedule):
+            number, interval = schedule
+            ascent, best = carry
+            x_adv = self._move(ascent, x, jnp.where(number == 1, 1, 0.75).astype(x.dtype))
+            loss, gradient, best = query(x_adv, number, best)
+            return (self._adapt(_visit(ascent, x_adv, gradient, loss), interval), best), None
+
+        start = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
+        loss, gradient, best = query(start, 0, best)
+        ascent = self._begin(start, gradient, loss)
+        numbers = jnp.arange(1, self.steps + 1)
+        return lax.scan(step, (ascent, best), (numbers, _intervals(self.steps)))[0][1]
+
+    def _begin(self, x, gradient, loss):
+        step_size = jnp.full_like(loss, 2 * self.threat.epsilon)
+        count, halved = jnp.zeros(loss.shape, jnp.int32), jnp.ones(loss.shape, bool)
+        return _Ascent(x, x, gradient, loss, x, gradient, loss, step_size, count, halved, loss)
+
+    def _move(self, ascent, x, inertia):
+        project, here = self.threat.project, ascent.x
+        ahead = project(here + per_image(ascent.step_size, x) * self.threat.steepest(ascent.gradient), x)
+        return project(here + inertia * (ahead - here) + (1 - inertia) * (here - ascent.previous), x)
+
+    def _adapt(self, ascent, interval):
+        """Halves the step size and goes back to the peak, if this is a checkpoint and it is called for."""
+        few_rises = ascent.rises < 0.75 * interval
+        stuck = ~ascent.halved & (ascent.peak_loss <= ascent.last_peak_loss)
+        is_checkpoint = interval > 0
+        halve = is_checkpoint & (few_rises | stuck)
+        back = per_image(halve, ascent.x)
+        return ascent._replace(
+            x=jnp.where(back, ascent.peak, ascent.x),
+            gradient=jnp.where(back, ascent.peak_gradient, ascent.gradient),
+            step_size=jnp.where(halve, ascent.step_size / 2, ascent.step_size),
+            rises=jnp.where(is_checkpoint, 0, ascent.rises),
+            halved=jnp.where(is_checkpoint, halve, ascent.halved),
+            last_peak_loss=jnp.where(is_checkpoint, ascent.peak_loss, ascent.last_peak_loss),
+        )
+
+
+def _visit(ascent: _Ascent, x: Array, gradient: Array, loss: Array) -> _Ascent:
+    """The ascent after a step to x."""
+    higher = loss > ascent.peak_loss
+    here, peak = (x, gradient, loss), (ascent.peak, ascent.peak_gradient, ascent.peak_loss)
+    peak = jax.tree.map(lambda a, b: jnp.where(per_image(higher, a), a, b), here, peak)
+    rises = ascent.rises + (loss > ascent.loss)
+    return _Ascent(x, ascent.x, gradient, loss, *peak, ascent.step_size, rises, *ascent[-2:])
+
+
+def _intervals(steps: int) -> np.ndarray:
+    """[steps]: at a checkpoint the number of steps since the last one, elsewhere 0."""
+    ends = np.unique(checkpoints(steps))
+    intervals = np.zeros(steps, np.int32)
+    intervals[ends - 1] = np.diff(ends, prepend=0)
+    return intervals

@@ -1,0 +1,89 @@
+"""The best adversarial image so far, per image, and the loop that stops once all are fooled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.attacks.threat import per_image
+from deq_jax.types import Array, Keys, Loss, Oracle, require
+
+
+class Best(NamedTuple):
+    """Per image: a misclassified candidate before any other, then the one of highest loss.
+
+    Candidates whose logits are not finite are never taken.
+
+    Attributes:
+      x: [B, H, W, C].
+      fooled: [B], whether x is misclassified.
+      loss: [B], at x.
+    """
+
+    x: Array
+    fooled: Array
+    loss: Array
+
+    @classmethod
+    def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
+        """The images themselves; costs one query of the logits."""
+        logits = oracle.logits(x, keys)
+        return cls(x, is_fooled(logits, labels_of(target)), loss(logits, target).astype(x.dtype))
+
+    def update(self, x: Array, losses: Array, logits: Array, labels: Array) -> Best:
+        """The better of this and a candidate x, per image."""
+        fooled = is_fooled(logits, labels)
+        gain = (fooled & ~self.fooled) | ((fooled == self.fooled) & (losses > self.loss))
+        better = gain & jnp.all(jnp.isfinite(logits), axis=-1)
+        return Best(x, fooled, losses.astype(self.loss.dtype)).where(better, self)
+
+    def where(self, condition: Array, other: Best) -> Best:
+        """This where the condition [B] holds, else the other."""
+        return jax.tree.map(lambda a, b: jnp.where(per_image(condition, a), a, b), self, other)
+
+
+def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: int) -> Best:
+    """``best <- attempt(number, best)`` for number = 0, 1, ..., as long as any image resists.
+
+    An image keeps what it had once it is fooled, so that it does not depend on its batch-mates.
+    """
+
+    def resists(carry):
+        number, best = carry
+        return (number < attempts) & jnp.any(~best.fooled)
+
+    def body(carry):
+        number, best = carry
+        return number + 1, best.where(best.fooled, attempt(number, best))
+
+    return lax.while_loop(resists, body, (jnp.int32(0), best))[1]
+
+
+def is_fooled(logits: Array, labels: Array) -> Array:
+    """[B], whether the most likely class is not the label; False where a logit is not finite."""
+    return (jnp.argmax(logits, axis=-1) != labels) & jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def labels_of(target: Array) -> Array:
+    """The labels [B] of a target: labels [B], or pairs (label, class aimed at) [B, 2]."""
+    return target if target.ndim == 1 else target[:, 0]
+
+
+def check_inputs(x: Array, target: Array) -> None:
+    """Refuses what is not images [B, H, W, C] with as many integer labels [B] or pairs [B, 2].
+
+    Raises:
+      InputError: naming what was expected and got.
+    """
+    require(
+        x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating),
+        f"attack: expected float images [B, H, W, C], got {x.dtype} {x.shape}",
+    )
+    require(
+        target.shape in [(len(x),), (len(x), 2)] and jnp.issubdtype(target.dtype, jnp.integer),
+        f"attack: expected {len(x)} integer labels (or pairs of them), got {target.dtype} {target.shape}",
+    )

@@ -1,0 +1,122 @@
+"""The fast adaptive boundary attack [Croce & Hein 2020b]: adversarial images of minimal norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.attacks.best import Best, check_inputs, is_fooled, labels_of, until_fooled
+from deq_jax.attacks.targeted import logit_difference
+from deq_jax.attacks.threat import Threat, per_image
+from deq_jax.losses import margin
+from deq_jax.types import Array, Keys, Oracle, require
+
+
+@dataclass(frozen=True)
+class FAB:
+    """Walks along the decision boundary towards the image.
+
+    Each step linearises the boundary at the iterate, goes from the iterate and from the image to that
+    hyperplane (within the box), overshoots, and takes a mean of the two, biased towards the iterate.
+    A misclassified iterate is pulled back to the image.
+
+    With pairs (label, class aimed at) as its target the boundary is the one between the two, one gradient
+    query a step; with labels it is the nearest of all K - 1, at K - 1 queries a step.
+
+    Attributes:
+      threat: norm, and the radius within which an adversarial image counts.
+      steps: per restart.
+      restarts: the first starts at the image, the others at random at half the radius.
+      alpha_max: largest weight of the image's own projection.
+      eta: overshoot, as a factor.
+      beta: share of the perturbation that is kept when pulling back.
+    """
+
+    threat: Threat
+    steps: int = 100
+    restarts: int = 1
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+
+    def __post_init__(self):
+        require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
+        require(self.restarts >= 1, f"FAB: restarts must be >= 1, got {self.restarts!r}")
+        require(0 <= self.alpha_max <= 1, f"FAB: alpha_max must be in [0, 1], got {self.alpha_max!r}")
+        require(self.eta >= 1, f"FAB: eta must be >= 1, got {self.eta!r}")
+        require(0 < self.beta < 1, f"FAB: beta must be in (0, 1), got {self.beta!r}")
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+        """Adversarial images of minimal norm; see `APGD.__call__`.
+
+        Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
+        x, else x.
+        """
+        check_inputs(x, target)
+        if x.shape[0] == 0:
+            return x
+        keys, labels = Keys.of(key, x.shape[0]), labels_of(target)
+        num_classes = jax.eval_shape(oracle.logits, x, keys).shape[-1]
+        aims = target[None, :, 1] if target.ndim == 2 else _others(labels, num_classes)
+
+        def restart(number, best):
+            own = keys.fold(1 + number)
+            radius = jnp.where(number == 0, 0, self.threat.epsilon / 2)
+            start = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
+            found = self._walk(oracle, x, start, labels, aims, own)
+            x_adv = self.threat.project(found, x)
+            logits = oracle.logits(x_adv, own.fold(self.steps + 1))
+            return best.update(x_adv, margin(logits, labels), logits, labels)
+
+        best = Best.clean(oracle, margin, x, labels, keys.fold(0))
+        return until_fooled(restart, best, self.restarts).x
+
+    def _walk(self, oracle, x, start, labels, aims, keys):
+        """The nearest misclassified iterate, x where there was none."""
+        length = self.threat.length
+
+        def step(carry, number):
+            point, found, distance = carry
+            own = keys.fold(number)
+            point = self._step(x, point, *self._nearest_boundary(oracle, point, labels, aims, own.fold(0)))
+            fooled, reached = is_fooled(oracle.logits(point, own.fold(1)), labels), length(point - x)
+            closer = fooled & (reached < distance)
+            found = jnp.where(per_image(closer, x), point, found)
+            point = jnp.where(per_image(fooled, x), x + self.beta * (point - x), point)
+            return (point, found, jnp.where(closer, reached, distance)), None
+
+        carry = start.astype(x.dtype), x, jnp.full(x.shape[0], jnp.inf, x.dtype)
+        return lax.scan(step, carry, 1 + jnp.arange(self.steps))[0][1]
+
+    def _step(self, x, point, gap, normal):
+        """From the iterate and the image towards the hyperplane ``gap + <normal, z - point> = 0``."""
+        to_plane, length = self.threat.to_hyperplane, self.threat.length
+        tilt = jnp.sum(normal * (x - point), axis=tuple(range(1, x.ndim)))
+        from_point, from_x = to_plane(point, normal, -gap), to_plane(x, normal, -gap - tilt)
+        near, far = jnp.maximum(length(from_point), 1e-8), jnp.maximum(length(from_x), 1e-8)
+        alpha = per_image(jnp.minimum(near / (near + far), self.alpha_max), x)
+        return jnp.clip((1 - alpha) * (point + self.eta * from_point) + alpha * (x + self.eta * from_x), 0, 1)
+
+    def _nearest_boundary(self, oracle, point, labels, aims, keys):
+        """Gap [B] and its gradient, for the class (of aims [C, B]) whose boundary is nearest to the point."""
+
+        def linearise(aim):
+            pairs = jnp.stack([labels, aim], axis=1)
+            gap, _, normal = oracle.grad(logit_difference, point, pairs, keys)
+            return gap, normal, jnp.abs(gap) / jnp.maximum(self.threat.dual_length(normal), 1e-12)
+
+        def nearer(nearest, aim):
+            other = linearise(aim)
+            closer = other[2] < nearest[2]
+            return jax.tree.map(lambda a, b: jnp.where(per_image(closer, a), a, b), other, nearest), None
+
+        (gap, normal, _), _ = lax.scan(nearer, linearise(aims[0]), aims[1:])
+        return gap, normal
+
+
+def _others(labels: Array, num_classes: int) -> Array:
+    """[K - 1, B] the classes other than the label."""
+    return (labels + jnp.arange(1, num_classes, dtype=labels.dtype)[:, None]) % num_classes

@@ -1,0 +1,82 @@
+"""Targeted attacks: one attempt for each of the likeliest wrong classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.attacks.best import Best, check_inputs, until_fooled
+from deq_jax.losses import margin
+from deq_jax.types import Array, Attack, Keys, Oracle, require
+
+
+def logit_difference(logits: Array, target: Array) -> Array:
+    """Logit of the class aimed at minus the label's, [B].
+
+    Args:
+      logits: [B, K].
+      target: [B, 2] int, (label, class aimed at).
+    """
+    picked = jnp.take_along_axis(logits, target, axis=-1)
+    return picked[:, 1] - picked[:, 0]
+
+
+def targeted_dlr(logits: Array, target: Array) -> Array:
+    """Targeted difference of logits ratio ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, [B].
+
+    Args:
+      logits: [B, K], K >= 4.
+      target: [B, 2] int, (label y, class t aimed at).
+
+    References: Croce & Hein 2020a, eq. 7.
+    """
+    require(logits.shape[-1] >= 4, f"targeted_dlr: needs at least 4 classes, got {logits.shape[-1]}")
+    top = lax.top_k(logits, 4)[0]
+    return logit_difference(logits, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """Runs an attack once for each of the wrong classes that are likeliest on the clean image.
+
+    Attributes:
+      attack: takes pairs (label, class aimed at) as its target.
+      classes: how many classes to aim at; all the wrong ones if there are fewer.
+    """
+
+    attack: Attack
+    classes: int = 9
+
+    def __post_init__(self):
+        require(self.classes >= 1, f"Targeted: classes must be >= 1, got {self.classes!r}")
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+        """Adversarial images; see `APGD.__call__`. The target is labels [B].
+
+        Images that one class has fooled are left alone by the next.
+        """
+        check_inputs(x, target)
+        if x.shape[0] == 0:
+            return x
+        require(target.ndim == 1, f"Targeted: expected labels [B], got shape {target.shape}")
+        keys = Keys.of(key, x.shape[0])
+        wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), target)
+
+        def attempt(number, best):
+            pairs = jnp.stack([target, wrong[:, number]], axis=1)
+            own = keys.fold(1 + number)
+            x_adv = self.attack(oracle, x, pairs, own.fold(0))
+            logits = oracle.logits(x_adv, own.fold(1))
+            return best.update(x_adv, margin(logits, target), logits, target)
+
+        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+        return until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
+
+
+def _wrong_classes(logits: Array, labels: Array) -> Array:
+    """[B, K - 1] the classes other than the label, likeliest first."""
+    is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
+    order = jnp.argsort(jnp.where(is_label, jnp.inf, -logits), axis=-1)  # the label comes last
+    return order[:, :-1].astype(labels.dtype)

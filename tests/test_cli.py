@@ -1,0 +1,346 @@
+"""The command lines: what a user may get wrong, help, and a training on someone's own images."""
+
+import json
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from deq_jax import evaluate, train
+from deq_jax.checkpoints import Checkpoints
+from deq_jax.types import InputError
+
+TINY = [  # seconds to compile
+    "classifier.encoder.channels=4",
+    "classifier.encoder.strides=4",
+    "classifier.cell.channels=4",
+    "classifier.cell.expansion=1",
+    "classifier.cell.groups=2",
+    "classifier.dynamics.solver.steps=2",
+    "classifier.dynamics.gradient.steps=1",
+    "objective.attack.steps=1",
+    "validation_attack.steps=1",
+    "batch_size=16",
+    "epochs=1",
+    "pretrain_steps=0",
+]
+
+
+def assignments(*items):
+    return [argument for item in items for argument in ("--set", item)]
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """Leaves the user's cache alone."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def save(path, shape=(8, 8, 1), classes=10, **changes):
+    """An npz file of 36 + 20 images, with some arrays replaced or (None) left out."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, size in (("train", 36), ("test", 20)):
+        arrays[f"y_{part}"] = np.arange(size) % classes
+        arrays[f"x_{part}"] = rng.integers(0, 256, (size, *shape), np.uint8)
+    np.savez(path, **{name: array for name, array in (arrays | changes).items() if array is not None})
+    return path
+
+
+OWN_IMAGES = """
+from dataclasses import replace
+
+from configs import digits_pgd_at
+from deq_jax.data import Npz
+from deq_jax.models.small import SmallDecoder
+
+
+def get_config():
+    base = digits_pgd_at.get_config()
+    classifier = replace(base.classifier, decoder=SmallDecoder({classes}))
+    return replace(base, classifier=classifier, dataset=Npz({path!r}))
+"""
+
+BAD_CONFIGS = {
+    "syntax.py": "import os\ndef get_config(:\n",
+    "empty.py": "",
+    "dict.py": "def get_config():\n    return {'epochs': 3}\n",
+    "field.py": (
+        "from dataclasses import replace\nfrom configs import digits_standard\n"
+        "def get_config():\n    return replace(digits_standard.get_config(), epoch=3)\n"
+    ),
+    "import.py": "from deq_jax.solvers import Newton\n",
+    "name.py": "def get_config():\n    return TrainConfig()\n",
+    "value.py": "from deq_jax.solvers import Broyden\ndef get_config():\n    return Broyden(0)\n",
+    "tfds.py": (
+        "from dataclasses import replace\nfrom configs import digits_standard\nfrom deq_jax.data import Tfds\n"
+        "def get_config():\n    return replace(digits_standard.get_config(), dataset=Tfds('cifar10'))\n"
+    ),
+    "config.yaml": "epochs: 3\n",
+}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What was typed, and what the line must tell; {} stands for the folder of the test."""
+
+    name: str
+    arguments: str
+    words: tuple[str, ...]
+
+
+def training(name, arguments, *words, config="configs/digits_standard.py", workdir="{}/new"):
+    return Mistake(f"train-{name}", f"--config {config} --workdir {workdir} {arguments}", words)
+
+
+def evaluation(name, arguments, *words, workdir="{}/run"):
+    return Mistake(f"evaluate-{name}", f"--workdir {workdir} {arguments}", words)
+
+
+def own(name, file, *words):
+    return training(name, f"--set dataset.path={{}}/{file}", f"{{}}/{file}", *words, config="{}/own.py")
+
+
+MISTAKES = [
+    # the config file
+    training("no-config", "", "no/such.py: no such config file", config="no/such.py"),
+    training("config-is-a-folder", "", "configs: no such config file", config="configs"),
+    training("config-is-no-python", "", "config.yaml", ".py", config="{}/config.yaml"),
+    training("syntax-error", "", "syntax.py: line 2", config="{}/syntax.py"),
+    training("no-get_config", "", "empty.py", "get_config()", config="{}/empty.py"),
+    training("config-of-another-type", "", "dict.py", "must return a TrainConfig, got dict", config="{}/dict.py"),
+    training("unknown-field", "", "field.py", "unexpected keyword argument 'epoch'", config="{}/field.py"),
+    training("unknown-import", "", "import.py", "cannot import name 'Newton'", config="{}/import.py"),
+    training("unknown-name", "", "name.py", "'TrainConfig' is not defined", config="{}/name.py"),
+    training("refused-value", "", "value.py", "Broyden", "steps", "got 0", config="{}/value.py"),
+    # --set
+    training("set-unknown", "--set epoch=3", "--set epoch=3: no field epoch", "valid names", "epochs"),
+    training("set-without-value", "--set seed", "--set seed: expected NAME=VALUE"),
+    training("set-wrong-type", "--set epochs=many", "--set epochs=many", "expected int", "now 20", "got 'many'"),
+    training("set-object", "--set classifier.cell=3", "classifier.cell is an object"),
+    training("negative-epsilon", "--set validation_attack.epsilon=-0.1", "PGD: epsilon must be >= 0, got -0.1"),
+    training("no-solver-steps", "--set classifier.dynamics.solver.steps=0", "Broyden", "steps", "got 0"),
+    training("no-epochs", "--set epochs=0", "TrainConfig: epochs must be a positive integer, got 0"),
+    # what does not fit together
+    training("batch-not-divisible", "--set batch_size=60", "batch_size 60", "not divisible", "8 local devices"),
+    training("batch-too-large", "--set batch_size=1152", "batch_size 1152 exceeds the 1149 training images"),
+    training("groups-do-not-divide", "--set classifier.cell.groups=5", "GroupNorm: 24 channels", "5 groups"),
+    training("parts-do-not-fit", "--set classifier.encoder.channels=8", "does not fit images of shape (8, 8, 1)"),
+    # data
+    own("no-data", "no.npz", "no such npz file"),
+    own("truncated-data", "truncated.npz", "cannot be read as an npz file"),
+    own("data-is-text", "empty.py", "cannot be read as an npz file"),
+    own("missing-array", "missing.npz", "expected arrays x_train, y_train, x_test, y_test", "missing y_test"),
+    own("negative-label", "negative.npz", "train", "labels must count from 0", "-1"),
+    own("fractional-labels", "fractional.npz", "train", "labels must be integers", "float64"),
+    own("images-outside", "outside.npz", "train", "[0, 1]", "[0, 255]"),
+    own("images-nan", "nan.npz", "test", "[0, 1]", "nan"),
+    own("images-of-two-sizes", "sizes.npz", "x_train has images (8, 8, 1), x_test (9, 8, 1)"),
+    own("labels-too-few", "few.npz", "test", "one label per image", "20 images", "(19,)"),
+    training(
+        "label-too-large",
+        "--set dataset.path={}/classes.npz --set batch_size=16",
+        "labels must be below the classifier's 10 classes",
+        "found 10",
+        config="{}/own.py",
+    ),
+    training(
+        "no-such-dataset",
+        "--set dataset.name=cifar11",
+        "no usable dataset named 'cifar11'",
+        config="{}/tfds.py",
+    ),
+    training(
+        "dataset-not-prepared",
+        "--set dataset.data_dir={}/nowhere",
+        "Tfds: cifar10",
+        "pip install 'deq_jax[tfds]'",
+        "download_and_prepare()",
+        config="{}/tfds.py",
+    ),
+    # the workdir
+    training("workdir-below-a-file", "", "empty.py", "cannot write there", workdir="{}/empty.py/run"),
+    training("workdir-is-a-file", "", "empty.py", "cannot write there", workdir="{}/empty.py"),
+    training("workdir-of-another-config", "", "run holds a training of another config", "was", "now", workdir="{}/run"),
+    training("workdir-damaged", "", "damaged", "config.json", "not valid JSON", workdir="{}/damaged"),
+    # evaluation
+    evaluation("empty-folder", "", "empty: not a training's workdir", "config.json", workdir="{}/empty"),
+    evaluation("no-folder", "", "nowhere: not a training's workdir", workdir="{}/nowhere"),
+    evaluation("config-damaged", "", "config.json", "not valid JSON", workdir="{}/damaged"),
+    evaluation("config-unknown", "", "cannot import 'no.Config'", workdir="{}/unknown"),
+    evaluation("no-checkpoint", "", "unsaved: has no best checkpoint yet", workdir="{}/unsaved"),
+    evaluation("truncated-checkpoint", "", "{}/truncated/checkpoints/best", "cannot be read", workdir="{}/truncated"),
+    evaluation("data-of-another-shape", "", "does not fit", "(128, 10), expected (256, 10)", workdir="{}/exchanged"),
+    evaluation("attack-unknown-field", "--set iterations=3", "no field iterations", "valid names: epsilon"),
+    evaluation("attack-negative-epsilon", "--set epsilon=-1", "epsilon must be >= 0"),
+    evaluation("no-attack-to-set", "--attack none --set epsilon=0.1", "--set goes with an attack"),
+    evaluation("no-batch", "--batch-size 0", "--batch-size must be positive, got 0"),
+    evaluation("batch-not-divisible", "--batch-size 9", "9", "8 local devices"),
+    evaluation("negative-seed", "--seed -1", "--seed must be >= 0, got -1"),
+    evaluation("out-below-a-file", "--out {}/empty.py/out", "empty.py/out: cannot write there"),
+]
+
+
+def train_tiny(folder):
+    train.main(["--config", f"{folder}/own.py", "--workdir", f"{folder}/run", *assignments(*TINY)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A finished training in run/, and all that is wrong."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, text in BAD_CONFIGS.items():
+        (folder / name).write_text(text)
+    good = save(folder / "good.npz", (28, 28, 1))
+    (folder / "truncated.npz").write_bytes(good.read_bytes()[:3000])
+    save(folder / "missing.npz", y_test=None)
+    save(folder / "negative.npz", y_train=np.arange(36) % 5 - 1)
+    save(folder / "fractional.npz", y_train=np.zeros(36))
+    save(folder / "classes.npz", classes=11)
+    save(folder / "outside.npz", x_train=np.linspace(0, 255, 36 * 64).reshape(36, 8, 8, 1))
+    save(folder / "nan.npz", x_test=np.full((20, 8, 8, 1), np.nan))
+    save(folder / "sizes.npz", x_test=np.zeros((20, 9, 8, 1)))
+    save(folder / "few.npz", y_test=np.zeros(19, int))
+    (folder / "own.py").write_text(OWN_IMAGES.format(classes=10, path=str(good)))
+    save(folder / "large.npz", (64, 28, 1))
+    train_tiny(folder)
+    for name, text in (("damaged", '{"class": '), ("unknown", '{"class": "no.Config"}')):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(text)
+    (folder / "empty").mkdir()
+    (folder / "unsaved").mkdir()
+    shutil.copy(folder / "run" / "config.json", folder / "unsaved")
+    shutil.copytree(folder / "run", folder / "truncated")
+    for name in ("latest", "best"):
+        files = (folder / "truncated" / "checkpoints" / name).glob("*/state/d/*")
+        largest = max(files, key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    shutil.copytree(folder / "run", folder / "exchanged")
+    config = folder / "exchanged" / "config.json"
+    config.write_text(config.read_text().replace("good.npz", "large.npz"))
+    return folder
+
+
+def contents(folder):
+    """All there is below a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refusal(main, arguments, folder, capfd):
+    """The one line that a command leaves with; checks that it writes nothing."""
+    before = contents(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    lines = capfd.readouterr().err.splitlines()
+    assert exit.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert contents(folder) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_is_one_clear_line(mistake, folder, capfd):
+    main = train.main if mistake.name.startswith("train") else evaluate.main
+    line = refusal(main, mistake.arguments.replace("{}", str(folder)).split(), folder, capfd)
+    assert [word for word in mistake.words if word.replace("{}", str(folder)) not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("workdir", "changes", "words"),
+    [
+        ("run", ["objective.attack.epsilon=0.2"], ["objective.attack.epsilon was 0.1, now 0.2", "another --workdir"]),
+        ("truncated", [], ["truncated/checkpoints/latest", "cannot be read", "move it away"]),
+    ],
+    ids=["another-config", "truncated-checkpoint"],
+)
+def test_resuming_is_refused(workdir, changes, words, folder, capfd):
+    run = ["--config", f"{folder}/own.py", "--workdir", f"{folder}/{workdir}"]
+    line = refusal(train.main, [*run, *assignments(*TINY, *changes)], folder, capfd)
+    assert [word for word in words if word not in line] == []
+
+
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "removed": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_file_is_damaged_a_checkpoint_is_restored_exactly_or_refused(damage, tmp_path):
+    state = {"w": np.arange(1000, dtype=np.float32), "step": np.int32(3)}
+    Checkpoints(tmp_path / "good", keep=1).save(3, state, {"best_accuracy": 0.5})
+    files = sorted(path for path in (tmp_path / "good").rglob("*") if path.is_file())
+    refused = 0
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", copy)
+        DAMAGES[damage](copy / file.relative_to(tmp_path / "good"))
+        try:
+            restored, meta = Checkpoints(copy, keep=1).restore(state)
+        except InputError as error:
+            assert f"checkpoint {copy}/3 cannot be read" in str(error)
+            refused += 1
+        else:
+            assert meta == {"best_accuracy": 0.5}
+            assert set(restored) == set(state)
+            assert all(np.array_equal(restored[name], state[name]) for name in state)
+    assert refused >= 2
+
+
+def test_argparse_reports_its_own_errors(capfd):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--workdir", "runs/a", "--attack", "fgsm"])
+    error = capfd.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith("usage: python -m deq_jax.evaluate")
+    assert "invalid choice: 'fgsm' (choose from" in error
+
+
+@pytest.mark.parametrize("command", [train, evaluate], ids=["train", "evaluate"])
+def test_help_shows_how_to_start(command, capfd):
+    with pytest.raises(SystemExit) as exit:
+        command.main(["--help"])
+    shown = capfd.readouterr().out
+    assert exit.value.code == 0
+    assert "examples:\n  python -m deq_jax." in shown
+    assert "--workdir DIR" in shown
+    assert "--set NAME=VALUE" in shown
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((28, 28, 1), 10), ((32, 32, 3), 5)], ids=str)
+def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_path, capfd):
+    if classes == 10:  # trained already
+        tmp_path = request.getfixturevalue("folder")
+    else:
+        save(tmp_path / "good.npz", shape, classes)
+        (tmp_path / "own.py").write_text(OWN_IMAGES.format(classes=classes, path=str(tmp_path / "good.npz")))
+        train_tiny(tmp_path)
+    run, out = tmp_path / "run", tmp_path / "out"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["split"]) for line in lines] == [(2, "validation")]
+
+    capfd.readouterr()
+    few = ["--batch-size", "16", *assignments("steps=2", "restarts=1")]
+    evaluate.main(["--workdir", str(run), "--out", str(out), *few])
+    assert "20 test images; PGD epsilon 0.1, 2 steps, 1 restarts" in capfd.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"evaluation.json", "evaluation.npz", "images.png", "states.png"}
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("images.png", "states.png"))
+    with np.load(tmp_path / "good.npz") as given, np.load(out / "evaluation.npz") as arrays:
+        x, y = given["x_test"] / 255, given["y_test"]
+        found = dict(arrays)
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (result["images"], list(result["rows"])) == (20, ["z_1", "z_2", "deployed"])
+    np.testing.assert_array_equal(found["y"], y)
+    assert found["x_adv"].shape == (20, *shape)
+    assert np.abs(found["x_adv"] - x).max() <= 0.1 + 1e-6
+    assert found["clean_label"].shape == found["attacked_residual"].shape == (20, 3)
+    assert found["clean_entropy"].max() <= np.log(classes) + 1e-5
+    correct = found["clean_label"] == y[:, None]
+    robust = correct & (found["attacked_label"] == y[:, None])
+    rows = result["rows"].values()
+    np.testing.assert_allclose([row["clean"]["accuracy"] for row in rows], correct.mean(axis=0))
+    np.testing.assert_allclose([row["attacked"]["accuracy"] for row in rows], robust.mean(axis=0))
