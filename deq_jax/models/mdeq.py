@@ -8,15 +8,17 @@ References: Bai et al. 2020 (Multiscale deep equilibrium models); Salimans & Kin
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 
-from deq_jax.models.layers import BatchNorm, conv, conv_layer, dropout_mask, group_norm
-from deq_jax.types import Array, Injection, Keys, Params, require
+from deq_jax.models.layers import BatchNorm, GroupNorm, conv, conv_layer, dropout_mask
+from deq_jax.types import Array, Injection, Keys, require
 
 HEAD_EXPANSION = 4
 
@@ -25,6 +27,10 @@ State = tuple[Array, ...]
 
 _uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
 _normal = initializers.normal(0.01)
+
+
+def _uniform_bias(key: Array, shape: tuple[int, ...], dtype=jnp.float32, *, fan_in: int) -> Array:
+    return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
 class Mdeq(NamedTuple):
@@ -78,7 +84,7 @@ def mdeq_xl(num_classes: int = 10, dropout: float = 0.22) -> Mdeq:
 
 
 class MdeqEncoder(nn.Module):
-    """Image -> injection into the finest branch (zero for the others), and the dropout masks of this forward."""
+    """Image -> injection into the finest branch (zero for the others), and the dropout masks."""
 
     channels: tuple[int, ...]
     dropout: float = 0.22
@@ -111,8 +117,9 @@ class MdeqEncoder(nn.Module):
             for i, channels in enumerate(self.channels)
             if i > 0
         ]
-        use_dropout = train and self.dropout > 0 and keys is not None
-        return Injection((u, *others), self._masks(keys, u.dtype) if use_dropout else None)
+        if not train or self.dropout == 0 or keys is None:
+            return Injection((u, *others))
+        return Injection((u, *others), self._masks(keys, u.dtype))
 
     def _masks(self, keys: Keys, dtype) -> State:
         masks = dropout_mask(keys, sum(self.channels), self.dropout, dtype)
@@ -151,7 +158,7 @@ class MdeqCell(nn.Module):
             elif j < i:
                 total += Downsample(channels, i - j, self.groups, name=f"fuse{j}_to_{i}")(branch)
         y = WeightNormConv(channels, 1, name=f"post_fuse{i}")(nn.relu(total))
-        return group_norm(self.groups // 2, affine=False)(y)
+        return GroupNorm(self.groups // 2, affine=False)(y)
 
 
 class MdeqBlock(nn.Module):
@@ -164,12 +171,12 @@ class MdeqBlock(nn.Module):
     @nn.compact
     def __call__(self, z: Array, u: Array, mask: Array | None) -> Array:
         o = WeightNormConv(self.channels * self.expansion, 3, name="conv1")(z)
-        o = nn.relu(group_norm(self.groups, name="norm1")(o))
+        o = nn.relu(GroupNorm(self.groups, name="norm1")(o))
         o = WeightNormConv(self.channels, 3, name="conv2")(o)
         if mask is not None:
             o = o * mask
-        o = group_norm(self.groups, name="norm2")(o + u)
-        return group_norm(self.groups, name="norm3")(nn.relu(o + z))
+        o = GroupNorm(self.groups, name="norm2")(o + u)
+        return GroupNorm(self.groups, name="norm3")(nn.relu(o + z))
 
 
 class Upsample(nn.Module):
@@ -181,7 +188,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        y = group_norm(self.groups, name="norm")(_conv(self.channels, 1, name="conv")(z))
+        y = GroupNorm(self.groups, name="norm")(_conv(self.channels, 1, name="conv")(z))
         batch, height, width, channels = y.shape
         y = jnp.broadcast_to(
             y[:, :, None, :, None], (batch, height, self.factor, width, self.factor, channels)
@@ -202,52 +209,27 @@ class Downsample(nn.Module):
         for k in range(self.halvings):
             last = k == self.halvings - 1
             y = _conv(self.channels if last else z.shape[-1], strides=2, name=f"conv{k}")(y)
-            y = group_norm(self.groups, name=f"norm{k}")(y)
+            y = GroupNorm(self.groups, name=f"norm{k}")(y)
             y = y if last else nn.relu(y)
         return y
 
 
 class WeightNormConv(nn.Module):
-    """Convolution, size x size, with the kernel ``g v / ||v||``; no bias.
-
-    Where `fold_weight_norm` has been applied to the parameters, the kernel is found ready.
-    """
+    """Convolution, size x size, with the kernel ``g v / ||v||``; no bias."""
 
     features: int
     size: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            v = self.param("v", _uniform, (self.size, self.size, x.shape[-1], self.features))
-            g = self.param("g", lambda key: _norm(v))
-            kernel = weight_norm(v, g)
+        v = self.param("v", _uniform, (self.size, self.size, x.shape[-1], self.features))
+        g = self.param("g", lambda key: _norm(v))
         edge = (self.size // 2, self.size // 2)
-        return conv(x, kernel, (1, 1), (edge, edge))
-
-
-def weight_norm(v: Array, g: Array) -> Array:
-    """Kernel ``g v / ||v||``, the norm over all axes but the output channel.
-
-    Args:
-      v: [h, w, I, O].
-      g: [O].
-    """
-    return v * (g / _norm(v))
-
-
-def fold_weight_norm(params: Params) -> Params:
-    """Parameters with every pair (v, g) replaced by its kernel: once per forward, not once per application."""
-    if not isinstance(params, dict):
-        return params
-    if params.keys() == {"v", "g"}:
-        return {"kernel": weight_norm(**params)}
-    return {name: fold_weight_norm(entry) for name, entry in params.items()}
+        return conv(x, v * (g / _norm(v)), (1, 1), (edge, edge))
 
 
 def _norm(v: Array) -> Array:
+    """Over all axes of v [h, w, I, O] but the output channel, [O]."""
     return jnp.sqrt(jnp.sum(jnp.square(v), axis=(0, 1, 2)))
 
 
@@ -272,8 +254,7 @@ class MdeqDecoder(nn.Module):
         y = _conv(self.final_channels, 1, use_bias=True, name="final_conv")(y)
         y = nn.relu(BatchNorm(name="final_norm")(y, train, axis_name))
         y = jnp.mean(y, axis=(1, 2))
-        bound = y.shape[-1] ** -0.5
-        bias_init = lambda *args: initializers.uniform(2 * bound)(*args) - bound  # noqa: E731
+        bias_init = partial(_uniform_bias, fan_in=y.shape[-1])
         return nn.Dense(self.num_classes, kernel_init=_uniform, bias_init=bias_init, name="classifier")(y)
 
 
@@ -296,6 +277,4 @@ class Bottleneck(nn.Module):
 
 def _conv(features: int, size: int = 3, strides: int = 1, use_bias: bool = False, *, name: str) -> nn.Conv:
     """A convolution without weight norm: kernel and bias start normal with standard deviation 0.01."""
-    return conv_layer(
-        features, size, strides, use_bias=use_bias, kernel_init=_normal, bias_init=_normal, name=name
-    )
+    return conv_layer(features, size, strides, use_bias=use_bias, kernel_init=_normal, bias_init=_normal, name=name)

@@ -1,0 +1,420 @@
+"""Parity with the authors' PyTorch code on a small MDEQ, in float64 and float32; see golden/README.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cached_property, partial
+from operator import itemgetter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from deq_jax.attacks import PGD, Linf
+from deq_jax.attacks.oracle import classifier_oracle
+from deq_jax.classifiers import Dynamics, Equilibrium
+from deq_jax.gradients import Implicit, Neumann, Phantom, Unrolled
+from deq_jax.losses import cross_entropy, kl
+from deq_jax.models.mdeq import mdeq
+from deq_jax.objectives import PGDAdversarialTraining, Standard, Trades
+from deq_jax.readouts import IntermediateState
+from deq_jax.regularizers import jacobian_norm, spectral_radius
+from deq_jax.solvers import Anderson, Broyden, solve
+from deq_jax.torch_names import from_torch, to_torch
+from deq_jax.types import Keys
+
+GOLDEN = Path(__file__).parent / "golden"
+BRANCHES = ((8, 32, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4))  # C, H, W
+SOLVER = Broyden(8, batch_joint=True)
+EPSILON, STEP_SIZE = 8 / 255, 2 / 255
+ATTACK = PGD(EPSILON, STEP_SIZE, 10, loss=kl)  # not run: the adversarial batch is given
+
+# A third less compile time on the CPU.
+compiled = partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
+
+
+class Case:
+    """The golden model in one precision: what it computes, and what it should."""
+
+    def __init__(self, dtype: str):
+        self.dtype = dtype
+        self.golden = dict(np.load(GOLDEN / "tiny_inputs.npz")) | dict(np.load(GOLDEN / "tiny_expected.npz"))
+        self.noise = json.loads((GOLDEN / "tiny_noise.json").read_text())
+        modules = mdeq(10, (8, 16, 32, 64), (4, 8, 16, 32), final_channels=64, expansion=2, dropout=0.0)
+        self.classifier = Equilibrium(*modules, Dynamics(SOLVER))
+        self.x = self.image(self.golden["x_uint8"].astype(np.float32) / np.float32(255))
+        self.y = jnp.asarray(self.golden["y"])
+        named = {name[7:]: array for name, array in self.golden.items() if name.startswith("params/")}
+        self.parameter_names = [name for name in named if "running" not in name]
+        shapes = jax.eval_shape(self.classifier.init, jax.random.key(0), self.x)
+        self.variables = jax.tree.map(self.array, from_torch(named, shapes))
+        self.params = self.variables["params"]["cell"]
+        self.gradients = {}
+
+    def array(self, values):
+        return jnp.asarray(values, self.dtype)
+
+    def image(self, values):
+        return self.array(values).transpose(0, 2, 3, 1)
+
+    def state(self, key, index=...):
+        flat = self.golden[key][index]
+        ends = np.cumsum([np.prod(shape) for shape in BRANCHES])[:-1]
+        parts = np.split(flat, ends, axis=-1)
+        return tuple(
+            self.array(np.moveaxis(part.reshape(*part.shape[:-1], *shape), -3, -1))
+            for part, shape in zip(parts, BRANCHES, strict=True)
+        )
+
+    def close(self, key, value, expected=None):
+        """Relative l2 error at most 1e-6 in float64, within a few times the recorded rounding in float32."""
+        value = np.asarray(value, np.float64)
+        expected = np.asarray(self.golden[key] if expected is None else expected, np.float64)
+        assert value.shape == expected.shape, key
+        error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
+        tolerance = 1e-6 if self.dtype == "float64" else 2e-6 + 5 * self.noise[key]
+        assert error <= tolerance, f"{key}: relative error {error:.1e} > {tolerance:.1e} in {self.dtype}"
+
+    def state_close(self, key, z):
+        """Compares sampled entries, and norms per branch, of a state with leaves [..., B, H, W, C]."""
+        parts = [np.moveaxis(np.asarray(leaf), -1, -3) for leaf in z]
+        parts = [part.reshape(*part.shape[:-3], -1) for part in parts]
+        self.close(f"{key}_sub", np.concatenate(parts, axis=-1)[..., self.golden["sub_idx"]])
+        self.close(f"{key}_norm", np.stack([np.linalg.norm(part, axis=-1) for part in parts], axis=-1))
+
+    def image_close(self, key, x, expected=None):
+        self.close(key, np.moveaxis(np.asarray(x), -1, -3), expected)
+
+    @cached_property
+    def encode(self):
+        return compiled(partial(self.classifier.encode, self.variables))
+
+    @cached_property
+    def decode(self):
+        return compiled(partial(self.classifier.decode, self.variables))
+
+    @cached_property
+    def cell(self):
+        return compiled(self.classifier.apply_cell)
+
+    @cached_property
+    def solve(self):
+        """``x -> Solution`` of 8 Broyden steps."""
+        return compiled(partial(self.run, SOLVER))
+
+    def run(self, solver, x):
+        u = self.classifier.encode(self.variables, x)
+        start = jax.tree.map(jnp.zeros_like, u.features)
+        return solve(solver, self.classifier.apply_cell, self.params, start, u)
+
+    @cached_property
+    def solution(self):
+        return self.solve(self.x)
+
+    def gradient(self, estimator):
+        """``(x, z) -> gradient of the mean cross-entropy with respect to x, (loss, logits)``."""
+        if estimator not in self.gradients:
+
+            def loss(x, z):
+                u = self.classifier.encode(self.variables, x)
+                state = estimator(self.classifier.apply_cell, self.params, u, z)
+                logits = self.classifier.decode(self.variables, state)
+                mean = jnp.mean(cross_entropy(logits, self.y))
+                return mean, (mean, logits)
+
+            self.gradients[estimator] = compiled(jax.grad(loss, has_aux=True))
+        return self.gradients[estimator]
+
+    def gradient_close(self, key, estimator, z):
+        gradient, (loss, logits) = self.gradient(estimator)(self.x, z)
+        self.close(f"{key}/logits", logits)
+        self.close(f"{key}/loss", loss)
+        self.image_close(f"{key}/grad_x", gradient)
+
+
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def case(request):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", request.param == "float64")
+    yield Case(request.param)
+    jax.config.update("jax_enable_x64", before)
+
+
+def test_encoder_cell_and_decoder(case):
+    z = case.state("layer/z")
+    u = case.encode(case.x)
+    apply_encoder = partial(case.classifier.encoder.apply, capture_intermediates=True)
+    encoder = case.variables["params"]["encoder"], case.variables["batch_stats"]["encoder"]
+    _, seen = apply_encoder(dict(zip(("params", "batch_stats"), encoder, strict=True)), case.x[:1])
+    stem = jax.nn.relu(seen["intermediates"]["stem_norm1"]["__call__"][0])
+    case.image_close("layer/stem", stem)
+    case.image_close("layer/x_list/0", u.features[0])
+    assert all(not np.any(features) for features in u.features[1:])
+
+    first = jax.tree.map(lambda leaf: leaf[:1], (z, u))
+    fz, seen = case.classifier.cell.apply({"params": case.params}, *first, capture_intermediates=True)
+    for i in range(4):
+        case.image_close(f"layer/block_out_s0/{i}", seen["intermediates"][f"block{i}"]["__call__"][0])
+        case.image_close(f"layer/fz_list_s0/{i}", fz[i])
+    fz = case.cell(case.params, z, u)
+    flat = np.concatenate([np.moveaxis(np.asarray(leaf), -1, 1).reshape(4, -1) for leaf in fz], axis=1)
+    case.close("layer/fz_sub", flat[:, case.golden["sub_idx"]])
+    case.close("layer/predict_fz", case.decode(fz))
+
+
+def each(stacked, count):
+    """The entries of a pytree with a leading axis."""
+    return [jax.tree.map(itemgetter(k), stacked) for k in range(count)]
+
+
+def joint_residuals_close(case, key, solution):
+    """The recorded traces begin with the residual of z_1, and are padded with the lowest."""
+    residuals = np.asarray(solution.residuals)
+    assert (residuals == residuals[:, :1]).all()
+    case.close(f"{key}/rel_trace", np.append(residuals[:, 0], residuals.min()))
+    case.close(f"{key}/lowest", residuals.min())
+    assert np.argmin(residuals[:, 0]) + 1 == case.golden[f"{key}/nstep"]
+
+
+def test_broyden_states(case):
+    solution = case.solution
+    case.state_close("broyden/results", solution.states)
+    case.state_close("broyden/result", solution.z)
+    joint_residuals_close(case, "broyden", solution)
+    logits = [case.decode(state) for state in each(solution.states, 8)]
+    case.close("broyden/logits", np.stack(logits))
+    case.close("broyden/result_logits", case.decode(solution.z))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 5, 7, 30])
+def test_broyden_of_other_lengths(case, steps):
+    solution = compiled(partial(case.run, Broyden(steps, batch_joint=True)))(case.x)
+    case.state_close(f"broyden_t{steps}/result", solution.z)
+    joint_residuals_close(case, f"broyden_t{steps}", solution)
+
+
+@pytest.mark.slow
+def test_anderson_states(case):
+    """The reference lists the states from z_2 on, and divides by ``||f|| + 1e-5`` (4e-8 of it, here)."""
+    solver = Anderson(7, history_size=6, ridge=1e-4, beta=1.0, batch_joint=True)
+    solution = compiled(partial(case.run, solver))(case.x)
+    states = jax.tree.map(lambda states: states[1:], solution.states)
+    case.state_close("anderson/results", states)
+    case.state_close("anderson/result", solution.z)
+    case.close("anderson/rel_trace", solution.residuals[1:, 0])
+    case.close("anderson/lowest", solution.residuals.min())
+    logits = [case.decode(state) for state in each(states, 6)]
+    case.close("anderson/logits", np.stack(logits))
+
+
+def test_phantom_gradients(case):
+    case.gradient_close("phantom/ris", Phantom(5, 0.5), case.solution.z)
+    case.gradient_close("phantom/ris_t5", Phantom(5, 0.5), IntermediateState(5)(case.solution))
+
+
+@pytest.mark.slow
+def test_longer_phantom_gradient(case):
+    case.gradient_close("phantom/wb", Phantom(9, 0.5), case.solution.z)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state, steps, damping", [(0, 1, 1), (2, 5, 1), (3, 5, 1), (3, 5, 0.5), (7, 9, 0.5)])
+def test_unrolled_intermediate_gradients(case, state, steps, damping):
+    key = f"unroll/{'F' if damping == 1 else 'M'}unroll-{state}-{steps}"
+    case.gradient_close(key, Phantom(steps, damping), IntermediateState(state + 1)(case.solution))
+
+
+@pytest.mark.slow
+def test_gradient_of_averaged_predictions(case):
+    """Mean logits of f(z_2) .. f(z_8) and of the unrolled final state."""
+
+    def loss(x, solution):
+        u = case.classifier.encode(case.variables, x)
+        cell, decode = case.classifier.apply_cell, partial(case.classifier.decode, case.variables)
+        later = jax.tree.map(lambda states: states[1:], solution.states)
+        logits = lax.map(lambda z: decode(cell(case.params, z, u)), later)
+        final = decode(Phantom(9, 0.5)(cell, case.params, u, solution.z))
+        mean = (jnp.sum(logits, axis=0) + final) / 8
+        loss = jnp.mean(cross_entropy(mean, case.y))
+        return loss, (loss, mean)
+
+    gradient, (loss, logits) = compiled(jax.grad(loss, has_aux=True))(case.x, case.solution)
+    case.close("unroll/Funroll-es-0/logits", logits)
+    case.close("unroll/Funroll-es-0/loss", loss)
+    case.image_close("unroll/Funroll-es-0/grad_x", gradient)
+
+
+@pytest.mark.slow
+def test_neumann_gradient(case):
+    case.gradient_close("neumann", Neumann(8, 0.5), case.solution.z)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [7, 30])
+def test_exact_gradient(case, steps):
+    case.gradient_close(f"real/b{steps}", Implicit(Broyden(steps, batch_joint=True)), case.solution.z)
+
+
+@pytest.mark.slow
+def test_adjoint_states_and_residuals(case):
+    def adjoint(x, z):
+        u = case.classifier.encode(case.variables, x)
+        fz, vjp = jax.vjp(lambda z: case.classifier.apply_cell(case.params, z, u), z)
+
+        def loss(z):
+            return jnp.mean(cross_entropy(case.classifier.decode(case.variables, z), case.y))
+
+        cotangent = jax.grad(loss)(fz)
+        return cotangent, Implicit(Broyden(30, batch_joint=True)).solve_adjoint(vjp, cotangent)
+
+    cotangent, solution = compiled(adjoint)(case.x, case.solution.z)
+    case.state_close("real/cotangent", cotangent)
+    case.state_close("real/b30/adjoint", solution.z)
+    case.state_close("real/b7/adjoint", IntermediateState(7)(solution))
+    joint_residuals_close(case, "real/b30", solution)
+    joint_residuals_close(case, "real/b7", solution._replace(residuals=solution.residuals[:7]))
+
+
+@pytest.mark.slow
+def test_jacobian_norm(case):
+    probes = case.state("jac/v")
+    arguments = case.params, case.encode(case.x), case.solution.z
+    estimate = compiled(partial(jacobian_norm, case.classifier.apply_cell))
+    case.close("jac/value", jnp.mean(estimate(*arguments, probes)))
+    single = [jax.tree.map(lambda v: jnp.stack([v, v]), probe) for probe in each(probes, 2)]
+    case.close("jac/per_probe", np.stack([jnp.mean(estimate(*arguments, probe)) for probe in single]))
+
+
+@pytest.mark.slow
+def test_spectral_radius(case):
+    v = case.state("jac/v", 0)
+    u = case.encode(case.x)
+    iterate = compiled(partial(spectral_radius, case.classifier.apply_cell), static_argnames="steps")
+    for n in range(1, 6):
+        estimates, v = iterate(case.params, u, case.solution.z, v, steps=1)
+        if n in (1, 2, 5):
+            case.close(f"power/evalue_{n}", estimates.T)
+            case.state_close(f"power/evector_{n}", v)
+    estimates, v = iterate(case.params, u, case.solution.z, v, steps=45)
+    case.close("power/evalue_50", estimates[-1:].T)
+    case.state_close("power/evector_50", v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, estimator, readout",
+    [
+        ("phantom", Phantom(9, 0.5), lambda solution: solution.z),
+        ("Funroll-3-5", Phantom(5, 1), IntermediateState(4)),
+    ],
+)
+def test_pgd_trajectory(case, name, estimator, readout):
+    """The images after steps 1, 2 and 10; the start is not clipped to [0, 1], as in the reference."""
+    key, trajectory = f"pgd/{name}", []
+    x_adv = case.x + case.image(case.golden["pgd/noise"])
+    for step in range(10):
+        gradient, (loss, _) = case.gradient(estimator)(x_adv, readout(case.solve(x_adv)))
+        if step == 0:
+            case.close(f"{key}/loss_start", loss)
+            case.image_close(f"{key}/grad_start", gradient)
+        x_adv = jnp.clip(x_adv + STEP_SIZE * jnp.sign(gradient), case.x - EPSILON, case.x + EPSILON).clip(0, 1)
+        trajectory.append(np.asarray(x_adv))
+    case.image_close(f"{key}/x_adv", np.stack(trajectory)[[0, 1, 9]])
+    _, (_, logits) = case.gradient(Phantom(9, 0.5))(x_adv, case.solve(x_adv).z)
+    case.close(f"{key}/final_logits", logits)
+
+
+@pytest.mark.slow
+def test_attack_of_pgd_at(case):
+    noise = case.image(case.golden["pgd/noise"])
+    attack = PGD(EPSILON, STEP_SIZE, 10, start=lambda keys, x, epsilon: x + noise, best_of=False)
+    oracle = classifier_oracle(case.classifier, case.variables)
+    x_adv = compiled(partial(attack, oracle))(case.x, case.y, jax.random.key(0))
+    case.image_close("ris_pgd_train/x_adv_10", x_adv)
+
+
+@pytest.mark.slow
+def test_attack_of_trades(case):
+    """Step by step, as the reference does not clip the start to [0, 1]."""
+    oracle = classifier_oracle(case.classifier, case.variables)
+    gradient = compiled(partial(oracle.grad, kl))
+    reference = case.gradient(Phantom(5, 0.5))(case.x, case.solution.z)[1][1]  # the clean logits
+    x_adv = case.x + 0.001 * case.image(case.golden["trades_adv/noise"])
+    for step in range(1, 11):
+        sign = jnp.sign(gradient(x_adv, reference, None)[2])
+        x_adv = Linf(EPSILON).project(x_adv + STEP_SIZE * sign, case.x)
+        if step in (1, 2, 10):
+            case.image_close(f"trades_adv/x_adv_{step}", x_adv)
+
+
+def train_close(case, key, objective):
+    """Loss terms, gradients and BatchNorm statistics of ``objective(params) -> (total, (terms, batch_stats))``."""
+    grads, (terms, batch_stats) = compiled(jax.grad(objective, has_aux=True))(case.variables["params"])
+    for name, value in terms.items():
+        case.close(f"{key}/{name}", value)
+    arrays = to_torch({"params": grads, "batch_stats": batch_stats})
+    for entry in case.golden:
+        if entry.startswith((f"{key}/grad/", f"{key}/bn/")):
+            case.close(entry, arrays[entry.split("/")[-1]])
+    case.close(f"{key}/gradnorm", np.stack([np.linalg.norm(arrays[name]) for name in case.parameter_names]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "key, objective, dynamics",
+    [
+        ("pretrain", Standard(), Dynamics(None, gradient=Unrolled(8))),
+        ("pgdat_t5", PGDAdversarialTraining(ATTACK), Dynamics(Broyden(5, batch_joint=True))),
+        ("pgdat_t8", PGDAdversarialTraining(ATTACK), Dynamics(SOLVER)),
+        ("trades_t5", Trades(ATTACK), Dynamics(Broyden(5, batch_joint=True))),
+        ("trades_t8", Trades(ATTACK), Dynamics(SOLVER)),
+    ],
+)
+def test_training_step(case, key, objective, dynamics):
+    classifier = replace(case.classifier, dynamics=dynamics)
+    x_adv = case.x if key == "pretrain" else case.image(case.golden["train/x_adv"])
+    keys = Keys.of(jax.random.key(0), len(case.x))  # nothing is random here
+
+    def loss(params):
+        variables = case.variables | {"params": params}
+        value, outcome = objective.loss(classifier, variables, case.x, x_adv, case.y, keys, None)
+        terms = {"loss": value}
+        if isinstance(objective, Trades):
+            terms |= {
+                "loss_nat": outcome.metrics["natural_loss"],
+                "loss_robust": outcome.metrics["divergence"],
+            }
+        return value, (terms, outcome.batch_stats)
+
+    train_close(case, f"train/{key}", loss)
+
+
+@pytest.mark.slow
+def test_trades_step_with_jacobian_penalty(case):
+    probes = case.state("jac/v")
+
+    def penalty(variables, x, z):
+        encoder = {collection: parts["encoder"] for collection, parts in variables.items()}
+        u, _ = case.classifier.encoder.apply(encoder, x, True, mutable=["batch_stats"])
+        cell = case.classifier.apply_cell
+        return jnp.mean(jacobian_norm(cell, variables["params"]["cell"], u, z, probes))
+
+    def objective(params):
+        variables, logits, penalties = case.variables | {"params": params}, {}, 0
+        for name, x in (("nat", case.x), ("adv", case.image(case.golden["train/x_adv"]))):
+            logits[name], batch_stats, solution = case.classifier(variables, x, train=True)
+            penalties += penalty(variables, x, solution.z)
+            variables |= {"batch_stats": batch_stats}
+        natural = jnp.mean(cross_entropy(logits["nat"], case.y))
+        robust = jnp.mean(kl(logits["adv"], logits["nat"]))
+        loss = natural + 6 * robust
+        terms = {"loss": loss, "loss_nat": natural, "loss_robust": robust, "jac_loss": penalties}
+        terms |= {f"logits_{name}": values for name, values in logits.items()}
+        return loss + 0.4 * penalties, (terms, batch_stats)
+
+    train_close(case, "train/trades_t8_jac", objective)
