@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,7 +89,7 @@ class Equilibrium:
             gradient=dynamics.gradient,
             keys=keys,
         )
-        logits, decoder_stats = _apply(self.decoder, variables, "decoder", train, z, train, axis_name)
+        logits, decoder_stats = _apply(self.decoder, _part(variables, "decoder"), train, z, train, axis_name)
         batch_stats = variables["batch_stats"] | {"encoder": encoder_stats, "decoder": decoder_stats}
         return Prediction(logits, batch_stats, solution)
 
@@ -102,10 +103,10 @@ class Equilibrium:
 
     def decode(self, variables: Variables, z: PyTree) -> Array:
         """The logits [B, K] of states z, in evaluation mode: no further application of the cell."""
-        return _apply(self.decoder, variables, "decoder", False, z, False, None)[0]
+        return _apply(self.decoder, _part(variables, "decoder"), False, z, False, None)[0]
 
     def _encode(self, variables, x, train, keys, axis_name):
-        return _apply(self.encoder, variables, "encoder", train, x, train, keys, axis_name)
+        return _apply(self.encoder, _part(variables, "encoder"), train, x, train, keys, axis_name)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Explicit:
 
     def init(self, key: Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``; see `Equilibrium.init`."""
-        return {"batch_stats": {}} | self.module.init(key, x)
+        return {"batch_stats": {}} | dict(self.module.init(key, x))
 
     def __call__(
         self,
@@ -128,20 +129,20 @@ class Explicit:
         axis_name: str | None = None,
     ) -> Prediction:
         """Classifies images; see `Equilibrium.__call__`."""
-        mutable = ["batch_stats"] if train else False
-        out = self.module.apply(variables, x, train, keys, axis_name, mutable=mutable)
-        logits, stats = out if train else (out, {})
-        return Prediction(logits, stats.get("batch_stats", variables["batch_stats"]), None)
+        logits, batch_stats = _apply(self.module, variables, train, x, train, keys, axis_name)
+        return Prediction(logits, batch_stats, None)
 
 
 def _start(u: Injection) -> PyTree:
     return jax.tree.map(jnp.zeros_like, u.features)
 
 
-def _apply(module: nn.Module, variables: Variables, part: str, train: bool, *args):
+def _part(variables: Variables, name: str) -> Variables:
+    """The variables of the encoder, cell or decoder."""
+    return {collection: parts[name] for collection, parts in variables.items()}
+
+
+def _apply(module: nn.Module, variables: Variables, train: bool, *args: Any) -> tuple[Array, PyTree]:
     """The module's output and its batch statistics, updated in training."""
-    own = {collection: parts[part] for collection, parts in variables.items()}
-    if not train:
-        return module.apply(own, *args), own["batch_stats"]
-    output, updated = module.apply(own, *args, mutable=["batch_stats"])
-    return output, updated.get("batch_stats", {})
+    output, updated = module.apply(variables, *args, mutable=["batch_stats"] if train else [])
+    return output, updated.get("batch_stats", variables["batch_stats"])

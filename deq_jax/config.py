@@ -16,7 +16,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import optax
@@ -99,22 +99,26 @@ class TrainConfig:
             every is None or every >= 1,
             f"TrainConfig: checkpoint_every must be positive or None, got {every!r}",
         )
-        has_cell = isinstance(self.classifier, Equilibrium)
-        message = "TrainConfig: pretrain_steps are for an Equilibrium with a solver"
-        solver = self.classifier.dynamics.solver if has_cell else None
-        require(self.pretrain_steps == 0 or solver is not None, message)
+        if self.pretrain_steps > 0:
+            self.pretraining()  # checks that there is a solver
 
     def pretraining(self) -> TrainConfig:
         """The config of the pre-training phase: standard training of the cell applied T times to 0."""
-        dynamics = Dynamics(None, gradient=Unrolled(self.classifier.dynamics.solver.steps))
-        shallow = dataclasses.replace(self.classifier, dynamics=dynamics)
+        solver = self.classifier.dynamics.solver if isinstance(self.classifier, Equilibrium) else None
+        if solver is None:
+            raise InputError("TrainConfig: pretrain_steps are for an Equilibrium with a solver")
+        dynamics = Dynamics(None, gradient=Unrolled(solver.steps))
+        shallow = dataclasses.replace(cast(Equilibrium, self.classifier), dynamics=dynamics)
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
 
 
 def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
     """The config with another readout of the equilibrium's dynamics."""
-    dynamics = dataclasses.replace(config.classifier.dynamics, readout=readout)
-    return dataclasses.replace(config, classifier=dataclasses.replace(config.classifier, dynamics=dynamics))
+    classifier = config.classifier
+    if not isinstance(classifier, Equilibrium):
+        raise InputError(f"with_readout: expected an Equilibrium, got {type(classifier).__name__}")
+    dynamics = dataclasses.replace(classifier.dynamics, readout=readout)
+    return dataclasses.replace(config, classifier=dataclasses.replace(classifier, dynamics=dynamics))
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -140,7 +144,8 @@ def load_config(path: str | Path) -> TrainConfig:
 
 def _run_module(path: Path):
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
-    require(spec is not None, f"{path}: a config must be a Python file (.py)")
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: a config must be a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)
     for folder in (str(path.resolve().parent), str(Path.cwd())):
@@ -278,7 +283,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 
 
 def _brief(tree: Any) -> str:
-    return tree.get("class", tree.get("name", "an object")) if isinstance(tree, dict) else repr(tree)
+    return str(tree.get("class", tree.get("name", "an object"))) if isinstance(tree, dict) else repr(tree)
 
 
 def _name(thing: Any) -> str:

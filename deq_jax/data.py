@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.types import Array, InputError, Keys, require
+from deq_jax.types import AnyArray, Array, InputError, Keys, require
 
 SPLIT_SEED = 0
 
@@ -184,10 +184,10 @@ class EvaluationBatch(NamedTuple):
       is_padding: [B] bool.
     """
 
-    x: np.ndarray
-    y: np.ndarray
-    number: np.ndarray
-    is_padding: np.ndarray
+    x: AnyArray
+    y: AnyArray
+    number: AnyArray
+    is_padding: AnyArray
 
 
 def evaluation_batches(data: Images, batch_size: int) -> list[EvaluationBatch]:
@@ -250,7 +250,7 @@ def _checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
     if x.dtype != np.uint8:
         require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
         low, high = float(np.min(x)), float(np.max(x))
-        inside = np.isfinite([low, high]).all() and low >= 0 and high <= 1
+        inside = 0 <= low <= high <= 1  # false for NaN
         require(inside, f"{where}: floating images must lie in [0, 1], found [{low:g}, {high:g}]")
         x = x.astype(np.float32)
     return Images(x, y.astype(np.int32))

@@ -25,7 +25,7 @@ from deq_jax.evaluation import Outcomes, evaluator, summary
 from deq_jax.plots import plot_images, plot_states
 from deq_jax.records import make_folder, write_json, write_npz
 from deq_jax.training import load_run
-from deq_jax.types import Attack, require
+from deq_jax.types import Attack, InputError, require
 
 EPILOG = """\
 Writes into the output folder: evaluation.json (means, and what was run), evaluation.npz (per image: labels,
@@ -107,10 +107,8 @@ def choose_attack(config: TrainConfig, name: str, assignments: list[str]) -> Att
         require(not assignments, "--set goes with an attack, not with --attack none")
         return None
     validation = config.validation_attack
-    require(
-        isinstance(validation, PGD),
-        "--attack pgd: the config's validation_attack is no PGD and gives no radius",
-    )
+    if not isinstance(validation, PGD):
+        raise InputError("--attack pgd: the config's validation_attack is no PGD and gives no radius")
     attack = dataclasses.replace(
         validation, step_size=max(validation.epsilon / 10, 1e-6), steps=50, restarts=5, best_of=True
     )

@@ -15,7 +15,7 @@ from deq_jax.classifiers import Equilibrium
 from deq_jax.data import EvaluationBatch, Images, evaluation_batches, to_unit
 from deq_jax.losses import entropy
 from deq_jax.parallel import check_batch_size, replicate_and_split
-from deq_jax.types import Array, Attack, Classifier, Keys, Variables
+from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, Variables
 
 
 class Measured(NamedTuple):
@@ -28,9 +28,9 @@ class Measured(NamedTuple):
         that of the equilibrium. NaN for an explicit network.
     """
 
-    label: Array
-    entropy: Array
-    residual: Array
+    label: AnyArray
+    entropy: AnyArray
+    residual: AnyArray
 
 
 class Outcomes(NamedTuple):
@@ -43,10 +43,10 @@ class Outcomes(NamedTuple):
       x_adv: [N, H, W, C]; None without attack.
     """
 
-    y: Array
+    y: AnyArray
     clean: Measured
     attacked: Measured | None
-    x_adv: Array | None
+    x_adv: AnyArray
 
 
 def measure(classifier: Classifier, variables: Variables, x: Array) -> Measured:
@@ -129,7 +129,7 @@ def summary(outcomes: Outcomes) -> dict[str, Any]:
     rows = {}
     for row, name in enumerate(row_names(outcomes)):
         rows[name] = {"clean": _means(clean, outcomes.clean, row)}
-        if robust is not None:
+        if robust is not None and outcomes.attacked is not None:
             rows[name]["attacked"] = _means(robust, outcomes.attacked, row)
     return {"images": len(outcomes.y), "rows": rows}
 

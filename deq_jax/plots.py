@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deq_jax.evaluation import Outcomes, correctness, row_names
@@ -18,11 +19,11 @@ CLEAN, ATTACKED = "#2a6f97", "#c8553d"
 def plot_states(outcomes: Outcomes, path: Path) -> None:
     """Accuracy, prediction entropy and residual along the dynamics, clean and attacked, as a PNG."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    axes: list[Axes] = list(figure.subplots(1, 3))
     names = row_names(outcomes)
     clean, robust = correctness(outcomes)
     conditions = [("clean", CLEAN, clean, outcomes.clean)]
-    if robust is not None:
+    if robust is not None and outcomes.attacked is not None:
         conditions.append(("attacked", ATTACKED, robust, outcomes.attacked))
     for label, color, correct, measured in conditions:
         rows = np.arange(len(names))
@@ -52,9 +53,15 @@ def plot_images(outcomes: Outcomes, x: np.ndarray, path: Path, count: int = 8) -
       x: the images [N, H, W, C] in [0, 1].
       path: of the PNG.
       count: number of images at the most.
+
+    Raises:
+      ValueError: the evaluation was without attack.
     """
     clean, robust = correctness(outcomes)
-    chosen = np.argsort(~(clean[:, -1] & ~robust[:, -1]), kind="stable")[:count]
+    if robust is None or outcomes.attacked is None:
+        raise ValueError("plot_images: expected an evaluation with an attack")
+    is_broken = clean[:, -1] & ~robust[:, -1]
+    chosen = np.concatenate([np.flatnonzero(is_broken), np.flatnonzero(~is_broken)])[:count]
     figure = Figure(figsize=(1.3 * len(chosen), 4.4), layout="constrained")
     axes = figure.subplots(3, len(chosen), squeeze=False)
     scale = max(float(np.abs(outcomes.x_adv - x).max()), 1e-9)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def read_json(path: Path) -> Any:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes named arrays as a compressed npz file."""
-    _write(path, lambda file: np.savez_compressed(file, **arrays))
+    _write(path, lambda file: np.savez_compressed(file, **cast(Any, arrays)))
 
 
 def _write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:

@@ -109,8 +109,8 @@ class _Settings:
     batch_joint: bool = False
 
     def __post_init__(self):
-        name = type(self).__name__
-        require(_positive_int(self.steps), f"{name}: steps must be a positive integer, got {self.steps!r}")
+        name, steps = type(self).__name__, getattr(self, "steps", None)
+        require(_positive_int(steps), f"{name}: steps must be a positive integer, got {steps!r}")
         require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
 
 
@@ -158,7 +158,7 @@ class AndersonMemory(NamedTuple):
     states: Array
     residuals: Array
     gram: Array
-    count: Array
+    taken: Array  # steps
 
 
 @dataclass(frozen=True)
@@ -207,15 +207,15 @@ class Anderson(_Settings):
         )
         size = self.history_size
         state = acceleration.init_state(memory.z, u)._replace(
-            iter_num=memory.count + size,  # from `size` on, jaxopt extrapolates
+            iter_num=memory.taken + size,  # from `size` on, jaxopt extrapolates
             params_history=memory.states,
             residuals_history=memory.residuals,
             residual_gram=memory.gram,
         )
         fz, state = acceleration.update(memory.fz, state, u)
-        z = state.params_history[memory.count % size]
+        z = state.params_history[memory.taken % size]
         history = state.params_history, state.residuals_history, state.residual_gram
-        return AndersonMemory(z, fz, *history, memory.count + 1)
+        return AndersonMemory(z, fz, *history, memory.taken + 1)
 
 
 class BroydenMemory(NamedTuple):
@@ -226,7 +226,7 @@ class BroydenMemory(NamedTuple):
     step: Array  # -B g(z), the next step
     u: Array
     v: Array
-    count: Array  # pairs computed so far
+    taken: Array  # steps, of which each computed a pair
 
 
 @dataclass(frozen=True)
@@ -270,17 +270,17 @@ class Broyden(_Settings):
             return bg, v
 
         size = memory.u.shape[0]
-        bg, v = lax.fori_loop(0, jnp.minimum(memory.count, size), add_pair, (-g, -dz))  # B g and dz^T B
+        bg, v = lax.fori_loop(0, jnp.minimum(memory.taken, size), add_pair, (-g, -dz))  # B g and dz^T B
         denominator = _dot(v, dg)
         vanishing = jnp.finfo(z.dtype).eps * jnp.sqrt(_dot(v, v) * _dot(dg, dg))
         sound = active[:, None] & (jnp.abs(denominator) > vanishing)
         # (dz - B dg) / (v . dg), where B dg = B g - B g_old = B g + dz
         new_u = jnp.where(sound, -bg / jnp.where(sound, denominator, 1), 0)
         new_v = jnp.where(sound, v, 0)
-        slot = memory.count % size
+        slot = memory.taken % size
         bg += new_u * _dot(new_v, g) - memory.u[slot] * _dot(memory.v[slot], g)  # the oldest pair leaves
         pairs = memory.u.at[slot].set(new_u), memory.v.at[slot].set(new_v)
-        return BroydenMemory(z, fz, -bg, *pairs, memory.count + 1)
+        return BroydenMemory(z, fz, -bg, *pairs, memory.taken + 1)
 
 
 def _residual(solver: Any, z: Array, fz: Array) -> Array:
@@ -308,7 +308,8 @@ def _single(f: Callable) -> Callable:
 
 def _ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
     """One vector per sample [B, N], and the way back."""
-    leaves, structure = jax.tree.flatten(tree)
+    leaves = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
     shapes = [leaf.shape for leaf in leaves]
     require(len({shape[0] for shape in shapes}) == 1, f"state leaves need one common batch size, got {shapes}")
     flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)

@@ -23,7 +23,7 @@ from deq_jax.data import Splits, batch_indices, to_unit
 from deq_jax.evaluation import evaluator, summary
 from deq_jax.parallel import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.records import MetricsLog, make_folder, read_json, write_json
-from deq_jax.types import Array, InputError, Keys, PyTree, Variables, require
+from deq_jax.types import AnyArray, Array, InputError, Keys, PyTree, Variables, require
 
 AUGMENTATION = 17  # purpose of a step's randomness, beside those of the objectives
 
@@ -50,9 +50,9 @@ class Batch(NamedTuple):
       position: [B] int32, each image's place in the whole batch.
     """
 
-    x: Array
-    y: Array
-    position: Array
+    x: AnyArray
+    y: AnyArray
+    position: AnyArray
 
 
 class Interrupted(Exception):
@@ -118,12 +118,14 @@ def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, 
         logits = jax.eval_shape(lambda v, x: config.classifier(v, x).logits, variables, x)
     except InputError:
         raise
-    except (TypeError, ValueError, flax.errors.FlaxError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, flax.errors.FlaxError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"classifier does not fit images of shape {x.shape[1:]}: {reason}") from None
-    highest = max(int(part.y.max()) for part in data)
     classes = logits.shape[-1]
-    require(highest < classes, f"labels must be below the classifier's {classes} classes, found {highest}")
+    for split, part in data._asdict().items():
+        highest = int(part.y.max())
+        expected = f"labels must be below the classifier's {classes} classes"
+        require(highest < classes, f"{expected}, found {highest} in the {split} split of {config.dataset}")
     params = variables["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
 
@@ -167,8 +169,9 @@ class _Training:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.optimizer = config.optimizer.transformation(self.total_steps)
         self.state = initial_state(config, self.optimizer, self.data)
+        self.config_tree = to_tree(config)
         make_folder(workdir)
-        write_json(workdir / "config.json", to_tree(config))
+        write_json(workdir / "config.json", self.config_tree)
         self.evaluate = evaluator(
             config.classifier, config.validation_attack, batch_size=config.batch_size, seed=config.seed
         )
@@ -268,7 +271,7 @@ class _Training:
             self.best.save(self.done, self.state, self._meta())
 
     def _meta(self) -> dict[str, Any]:
-        return {"config": to_tree(self.config), "best_accuracy": self.best_accuracy}
+        return {"config": self.config_tree, "best_accuracy": self.best_accuracy}
 
     def _write(self, split: str, metrics: dict[str, float]) -> None:
         epoch = self.done / self.steps_per_epoch

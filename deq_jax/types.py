@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+AnyArray = Any  # of jax on a device, or of numpy on the host
 PyTree = Any
 Params = PyTree
 Variables = dict[str, PyTree]  # {"params": ..., "batch_stats": ...}
@@ -108,6 +109,9 @@ class Solver(Protocol):
 
     @property
     def steps(self) -> int: ...
+
+    @property
+    def tolerance(self) -> float: ...
 
     def init(self, f: Callable, z: Array, u: PyTree) -> Any: ...
 

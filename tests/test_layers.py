@@ -88,8 +88,9 @@ def test_conv_layer_pads_like_pytorch_and_has_no_bias():
 
 
 def test_conv_refuses_what_it_does_not_do():
+    grouped = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=layers.conv_general_dilated)
     with pytest.raises(InputError, match="without dilation or groups"):
-        conv_layer(4, feature_group_count=2).init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
+        grouped.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
 
 
 @pytest.mark.parametrize("affine", [True, False])

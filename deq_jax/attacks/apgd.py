@@ -160,7 +160,8 @@ def _visit(ascent: _Ascent, x: Array, gradient: Array, loss: Array) -> _Ascent:
     here, peak = (x, gradient, loss), (ascent.peak, ascent.peak_gradient, ascent.peak_loss)
     peak = jax.tree.map(lambda a, b: jnp.where(per_image(higher, a), a, b), here, peak)
     rises = ascent.rises + (loss > ascent.loss)
-    return _Ascent(x, ascent.x, gradient, loss, *peak, ascent.step_size, rises, *ascent[-2:])
+    moved = ascent._replace(x=x, previous=ascent.x, gradient=gradient, loss=loss, rises=rises)
+    return moved._replace(peak=peak[0], peak_gradient=peak[1], peak_loss=peak[2])
 
 
 def _intervals(steps: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.threat import per_image
-from deq_jax.types import Array, Keys, Loss, Oracle, require
+from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle, require
 
 
 class Best(NamedTuple):
@@ -24,9 +24,9 @@ class Best(NamedTuple):
       loss: [B], at x.
     """
 
-    x: Array
-    fooled: Array
-    loss: Array
+    x: AnyArray
+    fooled: AnyArray
+    loss: AnyArray
 
     @classmethod
     def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
@@ -73,7 +73,7 @@ def labels_of(target: Array) -> Array:
     return target if target.ndim == 1 else target[:, 0]
 
 
-def check_inputs(x: Array, target: Array) -> None:
+def check_inputs(x: AnyArray, target: AnyArray) -> None:
     """Refuses what is not images [B, H, W, C] with as many integer labels [B] or pairs [B, 2].
 
     Raises:

@@ -23,7 +23,7 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
     require(len(oracles) > 0, "average: expected at least one oracle, got none")
 
     def logits(x: Array, keys: Keys) -> Array:
-        return sum(oracle.logits(x, keys.fold(i)) for i, oracle in enumerate(oracles)) / len(oracles)
+        return jnp.mean(jnp.stack([oracle.logits(x, keys.fold(i)) for i, oracle in enumerate(oracles)]), axis=0)
 
     def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
         answers = [oracle.grad(loss, x, target, keys.fold(i)) for i, oracle in enumerate(oracles)]

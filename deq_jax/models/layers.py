@@ -126,11 +126,29 @@ def conv_general_dilated(
     return conv(x, kernel, tuple(strides), padding)
 
 
-def conv_layer(features: int, size: int = 3, strides: int = 1, **kwargs) -> nn.Conv:
+def conv_layer(
+    features: int,
+    size: int = 3,
+    strides: int = 1,
+    *,
+    use_bias: bool = False,
+    kernel_init: initializers.Initializer = nn.linear.default_kernel_init,
+    bias_init: initializers.Initializer = initializers.zeros,
+    name: str | None = None,
+) -> nn.Conv:
     """nn.Conv, size x size, padded by size // 2 on every side (as PyTorch does), without bias by default."""
     edge = (size // 2, size // 2)
-    settings = {"use_bias": False, "conv_general_dilated": conv_general_dilated} | kwargs
-    return nn.Conv(features, (size, size), (strides, strides), (edge, edge), **settings)
+    return nn.Conv(
+        features,
+        (size, size),
+        (strides, strides),
+        (edge, edge),
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+    )
 
 
 class GroupNorm(nn.Module):

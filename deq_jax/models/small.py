@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 
 from deq_jax.models.layers import BatchNorm, GroupNorm, conv_layer, dropout_mask
-from deq_jax.types import Array, Injection, Keys
+from deq_jax.types import Array, Injection, Keys, require
 
 
 class SmallEncoder(nn.Module):
@@ -25,11 +25,12 @@ class SmallEncoder(nn.Module):
     def __call__(
         self, x: Array, train: bool = False, keys: Keys | None = None, axis_name: str | None = None
     ) -> Injection:
+        require(self.strides >= 1, f"SmallEncoder: strides must be >= 1, got {self.strides!r}")
         u = conv_layer(self.channels, strides=self.strides)(x)
         u = BatchNorm()(u, train, axis_name)
-        use_dropout = train and self.dropout > 0 and keys is not None
-        masks = dropout_mask(keys, self.channels, self.dropout, u.dtype) if use_dropout else None
-        return Injection(u, masks)
+        if not train or self.dropout == 0 or keys is None:
+            return Injection(u)
+        return Injection(u, dropout_mask(keys, self.channels, self.dropout, u.dtype))
 
 
 class SmallCell(nn.Module):
