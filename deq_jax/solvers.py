@@ -202,20 +202,25 @@ class Anderson(_Settings):
         return _where(active, jax.vmap(partial(self._evaluate, f))(memory, u), memory)
 
     def _evaluate(self, f: Callable, memory: AndersonMemory, u: PyTree) -> AndersonMemory:
-        acceleration = jaxopt.AndersonAcceleration(
-            _single(f), history_size=self.history_size, ridge=self.ridge, beta=self.beta
-        )
-        size = self.history_size
+        dtype, size = memory.z.dtype, self.history_size
+        precision = jnp.promote_types(dtype, jnp.result_type(float))  # jaxopt mixes in jax's default precision
+
+        def single(z: Array, u: PyTree) -> Array:
+            return _single(f)(z.astype(dtype), u).astype(precision)
+
+        acceleration = jaxopt.AndersonAcceleration(single, history_size=size, ridge=self.ridge, beta=self.beta)
         state = acceleration.init_state(memory.z, u)._replace(
             iter_num=memory.taken + size,  # from `size` on, jaxopt extrapolates
-            params_history=memory.states,
-            residuals_history=memory.residuals,
-            residual_gram=memory.gram,
+            params_history=memory.states.astype(precision),
+            residuals_history=memory.residuals.astype(precision),
+            residual_gram=memory.gram.astype(precision),
         )
-        fz, state = acceleration.update(memory.fz, state, u)
+        fz, state = acceleration.update(memory.fz.astype(precision), state, u)
         z = state.params_history[memory.taken % size]
-        history = state.params_history, state.residuals_history, state.residual_gram
-        return AndersonMemory(z, fz, *history, memory.taken + 1)
+        found = AndersonMemory(
+            z, fz, state.params_history, state.residuals_history, state.residual_gram, memory.taken + 1
+        )
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, memory)
 
 
 class BroydenMemory(NamedTuple):

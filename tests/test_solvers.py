@@ -157,6 +157,12 @@ class TestContract:
             single = solve_from_zero(solver, tanh_cell, matrix, u[i : i + 1]).z
             np.testing.assert_allclose(whole[i], single[0], rtol=1e-5, atol=1e-5)
 
+    def test_keeps_single_precision_where_double_is_enabled(self, x64, solver):
+        matrix, u, _ = problem(0.5, np.float32)
+        solution = solve_from_zero(solver, tanh_cell, matrix, u)
+        assert solution.z.dtype == solution.residuals.dtype == jnp.float32
+        assert (solution.residuals[-1] < solver.tolerance).all()
+
     def test_resumes_where_it_stopped(self, solver):
         matrix, u, _ = problem(0.9, np.float32)
         z0 = jnp.zeros_like(u)
