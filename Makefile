@@ -26,8 +26,8 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/core  ## the benchmarks; results in runs/bench
-	$(BIN)/python benchmarks/solvers.py
+bench: $(VENV)/core  ## what solvers and convolutions cost; results in runs/bench
+	$(BIN)/python benchmarks/kernels.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

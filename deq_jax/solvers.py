@@ -10,7 +10,8 @@ and ``fz`` (``f(z)``), so that T steps cost T + 1 evaluations. A sample that is 
 converged: it must stay where it is.
 
 `FixedPoint` and `Anderson` run jaxopt's updates sample by sample; `Broyden` is a batched kernel with
-the iterates of ``jaxopt.Broyden`` at a fraction of its cost. jaxopt is imported in this file alone.
+the iterates of ``jaxopt.Broyden`` that touches only the pairs there are. jaxopt is imported in this file
+alone.
 """
 
 from __future__ import annotations

@@ -1,0 +1,142 @@
+"""What the solvers cost beside the cell, and what the convolution's gradients cost inside a loop.
+
+    python benchmarks/kernels.py --out runs/bench/kernels.json
+
+Solvers: seconds of `solve` with 8 steps, all states kept, over seconds of 9 applications of the bare cell (32
+channels, 16x16, expansion 2, batch 32). Convolutions: XLA's own gradients over this project's, in `lax.scan`,
+batch 8. Medians of alternating runs, with the smallest and largest ratio of a pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from rich.table import Table
+
+from deq_jax.cli import command_line, console
+from deq_jax.models.layers import loop_conv_gradients, native_conv_gradients
+from deq_jax.models.small import SmallCell
+from deq_jax.records import make_folder, write_json
+from deq_jax.solvers import Anderson, Broyden, FixedPoint, jaxopt, solve
+from deq_jax.types import Injection
+
+STEPS, BATCH, SIZE, CHANNELS = 8, 32, 16, 32
+CONVOLUTIONS = [(32, 160, 32, 1), (160, 32, 32, 1), (32, 64, 32, 2), (128, 640, 8, 1)]  # in, out, side, stride
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels.json"), metavar="FILE")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="pairs of runs; default: 7")
+    options = parser.parse_args()
+    with command_line():
+        make_folder(options.out.parent)
+        rows = solver_rows(options.repeats) + convolution_rows(options.repeats)
+        write_json(options.out, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows})
+        table = Table("what", "against", "ratio", "smallest", "largest")
+        for row in rows:
+            table.add_row(row["what"], row["against"], *(f"{row[key]:.2f}" for key in ("ratio", "smallest", "largest")))
+        console.print(table)
+
+
+def solver_rows(repeats: int) -> list[dict[str, Any]]:
+    """Each solver, and jaxopt's Broyden under vmap, against bare applications of the cell."""
+    cell = SmallCell(CHANNELS)
+    u = Injection(jax.random.normal(jax.random.key(0), (BATCH, SIZE, SIZE, CHANNELS)))
+    z = jnp.zeros_like(u.features)
+    params = cell.init(jax.random.key(1), z, u)
+
+    def bare(params, z, u):
+        return lax.scan(lambda z, _: (cell.apply(params, z, u), None), z, length=STEPS + 1)[0]
+
+    def ours(solver, params, z, u):
+        solution = solve(solver, cell.apply, params, z, u)
+        return solution.z, solution.states, solution.residuals
+
+    kernels: dict[str, Callable] = {
+        type(solver).__name__: partial(ours, solver)
+        for solver in (FixedPoint(STEPS, tolerance=0), Anderson(STEPS, tolerance=0), Broyden(STEPS, tolerance=0))
+    }
+    kernels["jaxopt.Broyden under vmap"] = partial(vmapped_jaxopt, cell)
+    return [
+        compare(name, kernel, f"{STEPS + 1} cells", bare, (params, z, u), repeats) for name, kernel in kernels.items()
+    ]
+
+
+def vmapped_jaxopt(cell, params, z, u):
+    """All iterates of jaxopt.Broyden, one sample at a time under vmap."""
+
+    def single(z, u):
+        def residual(flat):
+            image = flat.reshape(1, SIZE, SIZE, CHANNELS)
+            return (cell.apply(params, image, Injection(u.features[None])) - image).ravel()
+
+        solver = jaxopt.Broyden(residual, gamma=-1.0, stepsize=1.0, history_size=STEPS)
+
+        def step(carry, _):
+            z, state = solver.update(*carry)
+            return (z, state), z
+
+        return lax.scan(step, (z.ravel(), solver.init_state(z.ravel())), length=STEPS)[1]
+
+    return jax.vmap(single)(z, u)
+
+
+def convolution_rows(repeats: int) -> list[dict[str, Any]]:
+    """XLA's convolution gradients against this project's, three times in a scan."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for channels, features, side, stride in CONVOLUTIONS:
+        strides, padding = (stride, stride), ((1, 1), (1, 1))
+        arrays = [
+            jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for shape in (
+                (8, side, side, channels),
+                (3, 3, channels, features),
+                (8, side // stride, side // stride, features),
+            )
+        ]
+
+        def in_scan(gradients, x, kernel, dy, strides=strides, padding=padding):
+            def add(carry, _):
+                dx, dkernel = gradients(strides, padding, carry[0], kernel, dy)
+                return (carry[0] + 1e-3 * dx, carry[1] + dkernel), None
+
+            return lax.scan(add, (x, jnp.zeros_like(kernel)), length=3)[0]
+
+        native, ours = partial(in_scan, native_conv_gradients), partial(in_scan, loop_conv_gradients)
+        name = f"3x3 stride {stride}, {channels} to {features} at {side}x{side}"
+        rows.append(compare(f"XLA's gradients, {name}", native, "loop_conv_gradients", ours, arrays, repeats))
+    return rows
+
+
+def compare(what: str, function: Callable, against: str, baseline: Callable, arguments, repeats: int) -> dict:
+    """Ratio of seconds, from alternating runs."""
+    compiled = [jax.jit(function), jax.jit(baseline)]
+    times = [[seconds(run, arguments) for run in compiled] for _ in range(repeats + 1)][1:]  # the first compiles
+    ratios = [a / b for a, b in times]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    row = {"what": what, "against": against, "ratio": medians[0] / medians[1], "seconds": medians}
+    return row | {"smallest": min(ratios), "largest": max(ratios)}
+
+
+def seconds(run: Callable, arguments) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    jax.block_until_ready(run(*arguments))
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
