@@ -13,7 +13,8 @@ from rich.console import Console
 
 from deq_jax.types import InputError
 
-console = Console(highlight=False, soft_wrap=True)
+# Into a file or a pipe tables are written whole, at their own width.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 @contextmanager
