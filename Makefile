@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 .PHONY: quickstart test test-slow lint format bench clean
 
 quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate it, draw the plots
-	$(BIN)/python -m deq_jax.train --config configs/digits_pgd_at.py --workdir $(RUN) --set epochs=12
+	$(BIN)/python -m deq_jax.train --config configs/digits_pgd_at.py --workdir $(RUN)
 	$(BIN)/python -m deq_jax.evaluate --workdir $(RUN)
 
 test: $(VENV)/test  ## the fast tests
