@@ -145,7 +145,7 @@ class Tfds:
         except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, ValueError) as error:
             raise InputError(
                 f"Tfds: {self.name} is not prepared in array_record format on this machine. Prepare it once with:"
-                " pip install 'deq_jax[tfds]' && python -c \"import tensorflow_datasets as tfds;"
+                ' pip install tensorflow importlib_resources && python -c "import tensorflow_datasets as tfds;'
                 f" tfds.builder({self.name!r}, file_format='array_record'{where}).download_and_prepare()\""
                 f" ({_first_line(error)})"
             ) from None

@@ -155,7 +155,7 @@ MISTAKES = [
         "dataset-not-prepared",
         "--set dataset.data_dir={}/nowhere",
         "Tfds: cifar10",
-        "pip install 'deq_jax[tfds]'",
+        "pip install tensorflow importlib_resources",
         "download_and_prepare()",
         config="{}/tfds.py",
     ),

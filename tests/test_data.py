@@ -280,7 +280,9 @@ class TestTfds:
             Tfds("cifar10", data_dir=folder).load()
         message = str(raised.value)
         assert "Tfds: cifar10" in message
-        assert "pip install 'deq_jax[tfds]' && python -c \"import tensorflow_datasets as tfds; " in message
+        assert (
+            'pip install tensorflow importlib_resources && python -c "import tensorflow_datasets as tfds; ' in message
+        )
         assert f"tfds.builder('cifar10', file_format='array_record', data_dir={folder!r}).download_and_prepare()\"" in (
             message
         )
