@@ -15,7 +15,7 @@ test: $(VENV)/test  ## the fast tests
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test-slow: $(VENV)/test  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff check .
@@ -26,8 +26,12 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/core  ## what solvers and convolutions cost; results in runs/bench
+bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers; results in runs/bench; an hour or two
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/entropy.py
+	$(BIN)/python benchmarks/parity.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

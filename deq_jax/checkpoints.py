@@ -1,4 +1,4 @@
-"""Checkpoints by orbax: host arrays, so that any number of devices can restore them."""
+"""Checkpoints by orbax: host arrays, so that any number of devices and processes can restore them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
 class Checkpoints:
     """The checkpoints in one folder. A save is atomic: what a killed process leaves is never read.
 
+    With several processes, each that has one reads and writes on its own: only one of them may save.
+
     Args:
       folder: created when first saved to.
       keep: number of checkpoints kept, the newest.
@@ -26,7 +28,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, enable_async_checkpointing=False)
+        own = jax.process_index()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=False,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}),
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +13,42 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax.gradients import Phantom, deq
-from deq_jax.readouts import FinalState
-from deq_jax.types import Array, Gradient, Injection, Keys, Prediction, PyTree, Readout, Solver, Variables
+from deq_jax.readouts import FinalState, RandomIntermediateState
+from deq_jax.regularizers import JacobianRegularization
+from deq_jax.types import (
+    Array,
+    Cell,
+    Gradient,
+    Injection,
+    InputError,
+    Keys,
+    Prediction,
+    PyTree,
+    Readout,
+    Solver,
+    Variables,
+)
 
 
 @dataclass(frozen=True)
 class Dynamics:
-    """How a DEQ is run: which trajectory, which state of it, differentiated how."""
+    """How a DEQ is run: which trajectory, which state of it, differentiated how.
+
+    Attributes:
+      solver: which trajectory; None for none.
+      readout: which state of it.
+      gradient: how that state is differentiated.
+      compute_dtype: in which the cell computes, e.g. ``jax.numpy.bfloat16``; parameters, states and the solver's
+        arithmetic keep theirs. None: as the parameters.
+      rematerialize: compute the inside of the cell again in the backward pass, where every application would
+        otherwise keep it: about a third more computation for a fraction of the memory.
+    """
 
     solver: Solver | None
     readout: Readout = FinalState()
     gradient: Gradient = Phantom(steps=5, damping=0.5)
+    compute_dtype: Any = None
+    rematerialize: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,12 +60,14 @@ class Equilibrium:
       cell: ``(z, injection) -> z``.
       decoder: ``(z, train, axis_name) -> logits``.
       dynamics: how the equilibrium is found, read out and differentiated.
+      jacobian: penalises the cell's Jacobian at the state that is read out, in training mode; None for no penalty.
     """
 
     encoder: nn.Module
     cell: nn.Module
     decoder: nn.Module
     dynamics: Dynamics
+    jacobian: JacobianRegularization | None = None
 
     def init(self, key: Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``, each with the entries encoder, cell and decoder.
@@ -78,10 +105,12 @@ class Equilibrium:
           axis_name: mapped axis over whose devices the batch is spread (for batch statistics).
         """
         u, encoder_stats = self._encode(variables, x, train, keys, axis_name)
-        dynamics = self.dynamics
+        jacobian = self.jacobian if train else None
+        dynamics = self.dynamics if jacobian is None else _jittered(self.dynamics, jacobian)
+        params = variables["params"]["cell"]
         z, solution = deq(
             self.apply_cell,
-            variables["params"]["cell"],
+            params,
             u,
             _start(u),
             solver=dynamics.solver,
@@ -91,11 +120,26 @@ class Equilibrium:
         )
         logits, decoder_stats = _apply(self.decoder, _part(variables, "decoder"), train, z, train, axis_name)
         batch_stats = variables["batch_stats"] | {"encoder": encoder_stats, "decoder": decoder_stats}
-        return Prediction(logits, batch_stats, solution)
+        prediction = Prediction(logits, batch_stats, solution)
+        if jacobian is None:
+            return prediction
+        if keys is None:
+            raise InputError("Equilibrium: a penalty in training mode needs keys, for its probes")
+        solved = dynamics.readout(solution, keys)
+        return prediction._replace(penalty=jacobian.penalty(self.apply_cell, params, u, solved, keys))
 
     def apply_cell(self, params: PyTree, z: PyTree, u: Injection) -> PyTree:
         """f(z; u), as a pure function of the cell's parameters."""
-        return self.cell.apply({"params": params}, z, u)
+
+        def f(params, z, u):
+            return self.cell.apply({"params": params}, z, u)
+
+        dynamics = self.dynamics
+        if dynamics.compute_dtype is not None:
+            f = _computed_in(dynamics.compute_dtype, f)
+        if dynamics.rematerialize:
+            f = jax.checkpoint(f, prevent_cse=False)  # prevented by the loops in which it is differentiated
+        return f(params, z, u)
 
     def encode(self, variables: Variables, x: Array) -> Injection:
         """The injection u of images x, in evaluation mode."""
@@ -135,6 +179,26 @@ class Explicit:
 
 def _start(u: Injection) -> PyTree:
     return jax.tree.map(jnp.zeros_like, u.features)
+
+
+def _jittered(dynamics: Dynamics, jacobian: JacobianRegularization) -> Dynamics:
+    """The dynamics of a penalised training pass; see `JacobianRegularization`."""
+    solver: Any = dynamics.solver
+    if solver is None or not isinstance(dynamics.readout, FinalState):
+        return dynamics
+    first = max(1, solver.steps - jacobian.fewer)
+    longer = replace(solver, steps=solver.steps + jacobian.more)
+    return replace(dynamics, solver=longer, readout=RandomIntermediateState(first=first))
+
+
+def _computed_in(dtype: Any, f: Cell) -> Cell:
+    """The cell f computing in another dtype; the new state has the dtype of the old one."""
+
+    def cast(params: PyTree, z: PyTree, u: PyTree) -> PyTree:
+        lower = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, z, u))
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), f(*lower), z)
+
+    return cast
 
 
 def _part(variables: Variables, name: str) -> Variables:

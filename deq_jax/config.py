@@ -16,18 +16,20 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import optax
 
 from deq_jax.attacks.pgd import PGD
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
+from deq_jax.classifiers import Equilibrium, Explicit
 from deq_jax.data import CropFlip, Dataset
 from deq_jax.gradients import Unrolled
 from deq_jax.objectives import Objective, Standard
+from deq_jax.readouts import FinalState
 from deq_jax.types import Attack, InputError, Readout, require
 
+Config = TypeVar("Config")
 MISTAKES = (ImportError, TypeError, NameError, AttributeError)  # of whoever wrote a config file
 
 
@@ -66,6 +68,8 @@ class TrainConfig:
         training images.
       optimizer: and its schedule.
       batch_size: images per step, over all devices.
+      accumulate: parts into which each device divides its images of a step, one after the other, to save memory;
+        their gradients are averaged, and each part is normalised by its own statistics.
       epochs: passes over the training images.
       pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
       augmentation: of training images; None for none.
@@ -80,6 +84,7 @@ class TrainConfig:
     validation_attack: Attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)
     optimizer: AdamCosine = field(default_factory=AdamCosine)
     batch_size: int = 96
+    accumulate: int = 1
     epochs: int = 220
     pretrain_steps: int = 0
     augmentation: CropFlip | None = None
@@ -88,12 +93,15 @@ class TrainConfig:
     checkpoint_every: int | None = None
 
     def __post_init__(self):
-        for name in ("batch_size", "epochs", "log_every"):
+        for name in ("batch_size", "accumulate", "epochs", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")
         for name in ("pretrain_steps", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"TrainConfig: {name} must be >= 0, got {value!r}")
+        divides = self.batch_size % self.accumulate == 0
+        parts = f"accumulate = {self.accumulate} parts"
+        require(divides, f"TrainConfig: batch_size {self.batch_size} does not divide into {parts}")
         every = self.checkpoint_every
         require(
             every is None or every >= 1,
@@ -107,9 +115,22 @@ class TrainConfig:
         solver = self.classifier.dynamics.solver if isinstance(self.classifier, Equilibrium) else None
         if solver is None:
             raise InputError("TrainConfig: pretrain_steps are for an Equilibrium with a solver")
-        dynamics = Dynamics(None, gradient=Unrolled(solver.steps))
-        shallow = dataclasses.replace(cast(Equilibrium, self.classifier), dynamics=dynamics)
+        classifier = cast(Equilibrium, self.classifier)
+        gradient = Unrolled(solver.steps)
+        dynamics = dataclasses.replace(classifier.dynamics, solver=None, readout=FinalState(), gradient=gradient)
+        shallow = dataclasses.replace(classifier, dynamics=dynamics, jacobian=None)
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
+
+    def at(self, step: int, steps_per_epoch: int) -> TrainConfig:
+        """The config of training step `step` (from 0): of pre-training, or with the penalty only where it is drawn."""
+        if step < self.pretrain_steps:
+            return self.pretraining()
+        classifier = self.classifier
+        if not isinstance(classifier, Equilibrium) or classifier.jacobian is None:
+            return self
+        if classifier.jacobian.is_drawn(self.seed, step, step // steps_per_epoch):
+            return self
+        return dataclasses.replace(self, classifier=dataclasses.replace(classifier, jacobian=None))
 
 
 def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
@@ -121,8 +142,13 @@ def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
     return dataclasses.replace(config, classifier=dataclasses.replace(classifier, dynamics=dynamics))
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """The object returned by ``get_config()`` in the Python file at `path`.
+def load_config(path: str | Path, kind: type[Config] = TrainConfig, *arguments: Any) -> Config:  # type: ignore[assignment]
+    """The object returned by ``get_config(*arguments)`` in the Python file at `path`.
+
+    Args:
+      path: of the file.
+      kind: class of the object.
+      *arguments: of get_config.
 
     Raises:
       InputError: if there is no such file, it cannot be run, or it returns something else.
@@ -132,13 +158,13 @@ def load_config(path: str | Path) -> TrainConfig:
     module = _run_module(path)
     require(hasattr(module, "get_config"), f"{path}: expected a function get_config(), found none")
     try:
-        config = module.get_config()
+        config = module.get_config(*arguments)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except MISTAKES as error:  # an unknown or a missing field
         raise InputError(f"{path}: get_config() failed: {error}") from None
-    is_config = isinstance(config, TrainConfig)
-    require(is_config, f"{path}: get_config() must return a TrainConfig, got {type(config).__name__}")
+    is_config = isinstance(config, kind)
+    require(is_config, f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
     return config
 
 
@@ -279,10 +305,15 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
             if difference:
                 return difference
         return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        differences = (first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
+        return next(filter(None, differences), None)
     return None if old == new else f"{path} was {_brief(old)}, now {_brief(new)}"
 
 
 def _brief(tree: Any) -> str:
+    if isinstance(tree, list):
+        return f"a list of {len(tree)}"
     return str(tree.get("class", tree.get("name", "an object"))) if isinstance(tree, dict) else repr(tree)
 
 

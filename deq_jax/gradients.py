@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.readouts import FinalState
-from deq_jax.solvers import Broyden, solve
-from deq_jax.types import Cell, Gradient, Keys, Params, PyTree, Readout, Solution, Solver, require
+from deq_jax.solvers import Broyden, advance, flat_cell, solve
+from deq_jax.types import Array, Cell, Gradient, Keys, Params, PyTree, Readout, Solution, Solver, require
 
 
 def deq(
@@ -77,13 +77,54 @@ class Phantom:
         require(0 < self.damping <= 1, f"Phantom: damping must be in (0, 1], got {self.damping!r}")
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        def damped_step(z, damping):
-            fz = cell(params, z, u)
-            return jax.tree.map(lambda a, b: (1 - damping) * a + damping * b, z, fz), None
+        def step(z, damping):
+            return _damped_step(cell, params, u, z, damping), None
 
         # The plain step is a step of damping 1, so that the cell is compiled once.
         damping = jnp.full(self.steps + 1, self.damping, _dtype(z)).at[0].set(1)
-        return lax.scan(damped_step, z, damping)[0]
+        return lax.scan(step, z, damping)[0]
+
+
+@dataclass(frozen=True)
+class PhantomUpTo:
+    """`Phantom` whose number of steps and damping may be traced, so that all are compiled as one.
+
+    Attributes:
+      max_steps: largest number of damped steps; those beyond `steps` are skipped at run time.
+      steps: K, a number or a scalar array.
+      damping: weight of f(z), a number or a scalar array.
+    """
+
+    max_steps: int
+    steps: int | Array
+    damping: float | Array
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        def step(z, scheduled):
+            number, damping = scheduled
+            advance = partial(_damped_step, cell, params, u)
+            return lax.cond(number <= self.steps, advance, lambda z, damping: z, z, damping), None
+
+        numbers = jnp.arange(self.max_steps + 1)
+        damping = jnp.where(numbers == 0, 1, self.damping).astype(_dtype(z))
+        return lax.scan(step, z, (numbers, damping))[0]
+
+
+@dataclass(frozen=True)
+class AtState:
+    """The raw state itself, which carries the gradient that another estimator has at it (straight-through).
+
+    For predictors that classify a state without a further application of the cell.
+
+    Attributes:
+      gradient: the estimator.
+    """
+
+    gradient: Gradient
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        estimate = self.gradient(cell, params, u, z)
+        return jax.tree.map(lambda state, e: state + (e - lax.stop_gradient(e)), z, estimate)
 
 
 @dataclass(frozen=True)
@@ -161,6 +202,41 @@ class Neumann:
         return jax.tree.map(lambda leaf: self.damping * leaf, w)
 
 
+def simultaneous_adjoint(
+    solver: Broyden, cell: Cell, params: Params, u: PyTree, z0: PyTree, cotangent: Callable[[PyTree], PyTree]
+) -> tuple[PyTree, PyTree]:
+    """Adjoint states that run along with Broyden's iterates and share its quasi-Newton matrices.
+
+    ``u_{n+1}^T = u_n^T - (u_n^T J_g(z_n) + dL/dz_n) B_n`` with ``J_g = J - I`` and u_0 = 0, where B_n holds
+    the first n pairs. u_n tends to the exact adjoint ``(I - J^T)^{-1} dL/dz`` at the equilibrium, and
+    ``u_n^T df(z_n; .)`` to the exact gradient. Each step costs a cell evaluation and a vector-Jacobian product.
+
+    Args:
+      solver: of the states; a sample that has converged stays where it is, while its adjoint goes on.
+      cell, params, u, z0: as in `deq`.
+      cotangent: ``z -> dL/dz`` of the loss at a state, leaves [B, ...].
+
+    Returns:
+      The states z_1 .. z_T and the adjoint states u_1 .. u_T, leaves [T, B, ...].
+
+    References: Yang et al. 2022, section 4.1, reconstructed from its description: no code was published.
+    """
+    f, start, unravel = flat_cell(cell, params, z0)
+
+    def step(carry, _):
+        memory, adjoint = carry
+        _, vjp = jax.vjp(lambda z: f(z, u), memory.z)
+        z, flatten = jax.vjp(unravel, memory.z)
+        defect = vjp(adjoint)[0] - adjoint + flatten(cotangent(z))[0]
+        adjoint -= solver.left_multiply(memory, defect)
+        memory, *_ = advance(solver, f, memory, u)
+        return (memory, adjoint), (memory.z, adjoint)
+
+    carry = solver.init(f, start, u), jnp.zeros_like(start)
+    _, (states, adjoints) = lax.scan(step, carry, length=solver.steps)
+    return jax.vmap(unravel)(states), jax.vmap(unravel)(adjoints)
+
+
 class _Adjoint(Protocol):
     def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree: ...
 
@@ -183,6 +259,10 @@ def _backward(cell, method, saved, cotangent):
 
 
 _apply_with_adjoint.defvjp(_forward, _backward)
+
+
+def _damped_step(cell: Cell, params: Params, u: PyTree, z: PyTree, damping: Array) -> PyTree:
+    return jax.tree.map(lambda a, b: (1 - damping) * a + damping * b, z, cell(params, z, u))
 
 
 def _dtype(tree: PyTree):

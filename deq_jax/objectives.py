@@ -60,7 +60,7 @@ class Standard:
 
     def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, y))
+        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
         metrics = {"accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
@@ -86,7 +86,7 @@ class PGDAdversarialTraining:
 
     def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(ADVERSARIAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, y))
+        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
         metrics = {"adversarial_accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
@@ -102,6 +102,7 @@ class Trades:
       attack: maximises the divergence; its loss must be `kl`, its target is the clean logits.
       beta: weight of the divergence.
       random_attack: as in `PGDAdversarialTraining`.
+      tied: draw the same random state and dropout masks in both passes, rather than independent ones.
 
     References: Zhang et al. 2019, eq. 5.
     Differs from the reference: the clean prediction is computed once per step, not at every attack step.
@@ -110,6 +111,7 @@ class Trades:
     attack: Attack
     beta: float = 6.0
     random_attack: bool = True
+    tied: bool = False
 
     def __post_init__(self):
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
@@ -124,7 +126,8 @@ class Trades:
     def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
         natural = classifier(variables, x, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
         variables = {**variables, "batch_stats": natural.batch_stats}
-        adversarial = classifier(variables, x_adv, train=True, keys=keys.fold(ADVERSARIAL), axis_name=axis_name)
+        adversarial_keys = keys.fold(NATURAL if self.tied else ADVERSARIAL)
+        adversarial = classifier(variables, x_adv, train=True, keys=adversarial_keys, axis_name=axis_name)
         natural_loss = jnp.mean(cross_entropy(natural.logits, y))
         divergence = jnp.mean(kl(adversarial.logits, natural.logits))
         metrics = {
@@ -134,7 +137,8 @@ class Trades:
             "divergence": divergence,
             **_solver_metrics(adversarial),
         }
-        return natural_loss + self.beta * divergence, Outcome(adversarial.batch_stats, metrics)
+        loss = natural_loss + self.beta * divergence + jnp.mean(natural.penalty + adversarial.penalty)
+        return loss, Outcome(adversarial.batch_stats, metrics)
 
 
 def _accuracy(prediction: Prediction, y: Array) -> Array:

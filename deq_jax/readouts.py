@@ -38,25 +38,32 @@ class IntermediateState:
 
 @dataclass(frozen=True)
 class RandomIntermediateState:
-    """The state after t ~ U{1..T} solver steps; the equilibrium where no keys are given (deployment).
+    """The state after t ~ U{first..T} solver steps; the equilibrium where no keys are given (deployment).
 
     Attributes:
       per_sample: draw t for every sample, rather than once for the batch.
       best_so_far: take the lowest residual among z_1 .. z_t, rather than z_t itself.
+      first: the smallest t.
 
     References: Yang et al. 2023, section 4.1.
     """
 
     per_sample: bool = False
     best_so_far: bool = True
+    first: int = 1
+
+    def __post_init__(self):
+        require(self.first >= 1, f"RandomIntermediateState: first counts from 1, got {self.first!r}")
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         if keys is None:
             return solution.z
         steps, batch = solution.residuals.shape
+        within = self.first <= steps
+        require(within, f"RandomIntermediateState: first must be at most the solver's {steps} steps, got {self.first}")
 
         def draw(key: Array) -> Array:
-            return jax.random.randint(key, (), 0, steps)
+            return jax.random.randint(key, (), self.first - 1, steps)
 
         last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(keys.shared))
         if self.best_so_far:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+from tensorboardX import SummaryWriter
 
 from deq_jax.types import InputError
 
@@ -57,26 +58,33 @@ def _write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice.
+    """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
 
     Args:
-      path: of the file.
+      folder: gets metrics.jsonl and tensorboard/.
       step: last step that counts; later lines, left by a run that was killed after them, are dropped.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, folder: Path, step: int):
+        path = folder / "metrics.jsonl"
         lines = [line for line in read_metrics(path) if line["step"] <= step]
         _write(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
         self._file = path.open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Appends a line and hands it to the operating system at once."""
+    def append(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> dict[str, Any]:
+        """Appends a line, hands it to the operating system at once, and returns it."""
+        line = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+        return line
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the files."""
         self._file.close()
+        self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

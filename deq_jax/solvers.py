@@ -9,9 +9,9 @@ where ``f(z, u)`` is the cell with its parameters. Every memory has the fields `
 and ``fz`` (``f(z)``), so that T steps cost T + 1 evaluations. A sample that is not `active` has
 converged: it must stay where it is.
 
-`FixedPoint` and `Anderson` run jaxopt's updates sample by sample; `Broyden` is a batched kernel with
-the iterates of ``jaxopt.Broyden`` that touches only the pairs there are. jaxopt is imported in this file
-alone.
+`FixedPoint` is jaxopt's; `Anderson` and `Broyden` are kernels over whole batches with the iterates of
+``jaxopt.AndersonAcceleration`` and ``jaxopt.Broyden``, which work on one sample at a time. jaxopt is imported
+in this file alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,26 +62,19 @@ def solve(
     Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
     each sample's own (the reference stops and chooses by the norm of the whole batch).
     """
-    flat, unravel = _ravel(z0)
+    f, flat, unravel = flat_cell(cell, params, z0)
     if solver is None:
         empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), z0)
         batch = flat.shape[0]
         return Solution(z0, empty, jnp.zeros((0, batch), flat.dtype), jnp.zeros(batch, jnp.int32), None)
 
-    def f(z: Array, u: PyTree) -> Array:
-        return _ravel(cell(params, unravel(z), u))[0]
-
-    tolerance = max(solver.tolerance, float(jnp.finfo(flat.dtype).eps))
     first_evaluation = 1 if memory is None else 0
     if memory is None:
         memory = solver.init(f, flat, u)
 
     def step(carry, _):
         memory, best, lowest = carry
-        active = ~(_residual(solver, memory.z, memory.fz) < tolerance)
-        update = partial(solver.update, f)
-        memory = lax.cond(jnp.any(active), update, lambda memory, u, active: memory, memory, u, active)
-        residual = _residual(solver, memory.z, memory.fz)
+        memory, residual, active = advance(solver, f, memory, u)
         better = residual < lowest
         best = jnp.where(better[:, None], memory.z, best)
         lowest = jnp.where(better, residual, lowest)
@@ -92,6 +84,53 @@ def solve(
     (memory, best, _), (states, residuals, active) = lax.scan(step, carry, length=solver.steps)
     evaluations = first_evaluation + jnp.sum(active, axis=0, dtype=jnp.int32)
     return Solution(unravel(best), jax.vmap(unravel)(states), residuals, evaluations, memory)
+
+
+def flat_cell(cell: Cell, params: Params, z0: PyTree) -> tuple[Callable, Array, Callable[[Array], PyTree]]:
+    """What a solver works on: ``f(z, u)`` over flat states, z0 as a flat state [B, N], and the way back."""
+    flat, unravel = _ravel(z0)
+    return lambda z, u: _ravel(cell(params, unravel(z), u))[0], flat, unravel
+
+
+def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
+    """One step in which converged samples stay where they are; it costs nothing once all have converged.
+
+    Args:
+      solver: whose step.
+      f: over flat states; see `flat_cell`.
+      memory: of the solver.
+      u: injection, leaves [B, ...].
+
+    Returns:
+      The memory, its relative residuals [B], and which samples moved [B].
+    """
+    active = _active(solver, memory)
+
+    def unless_all_converged(z: Array, u: PyTree) -> Array:
+        return lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
+
+    memory = solver.update(unless_all_converged, memory, u, active)
+    return memory, _residual(solver, memory.z, memory.fz), active
+
+
+def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
+    """The last step once more, for another function: the warm start after the injection has changed.
+
+    The iterate is the same, but f(z; u) is evaluated anew, also where a sample had converged, and what the
+    step taught (Broyden's secant pair, Anderson's residual) is that of the new function.
+
+    Args:
+      solver: whose step.
+      f: over flat states; see `flat_cell`.
+      before: the memory before that step.
+      u: the new injection, leaves [B, ...].
+    """
+    return solver.update(f, before, u, _active(solver, before))
+
+
+def _active(solver: Solver, memory: Any) -> Array:
+    tolerance = max(solver.tolerance, float(jnp.finfo(memory.z.dtype).eps))
+    return ~(_residual(solver, memory.z, memory.fz) < tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,43 +177,44 @@ class FixedPoint(_Settings):
         require(0 < self.damping <= 1, f"FixedPoint: damping must be in (0, 1], got {self.damping!r}")
 
     def init(self, f: Callable, z: Array, u: PyTree) -> FixedPointMemory:
-        return jax.vmap(partial(self._evaluate, f))(z, u)
-
-    def update(self, f: Callable, memory: FixedPointMemory, u: PyTree, active: Array) -> FixedPointMemory:
-        return _where(active, jax.vmap(partial(self._evaluate, f))(memory.proposal, u), memory)
-
-    def _evaluate(self, f: Callable, z: Array, u: PyTree) -> FixedPointMemory:
         def damped(z, u):
-            fz = _single(f)(z, u)
+            fz = f(z, u)
             return z + self.damping * (fz - z) if self.damping < 1 else fz, fz
 
         iteration = jaxopt.FixedPointIteration(damped, has_aux=True)
         proposal, state = iteration.update(z, iteration.init_state(z, u), u)
         return FixedPointMemory(z, state.aux, proposal)
 
+    def update(self, f: Callable, memory: FixedPointMemory, u: PyTree, active: Array) -> FixedPointMemory:
+        return self.init(f, jnp.where(active[:, None], memory.proposal, memory.z), u)
+
 
 class AndersonMemory(NamedTuple):
+    """Of the last points z_i the residuals r_i = f(z_i) - z_i and where they point, z_i + beta r_i, in ``[m, B, N]``
+    rings, and the residuals' Gram matrix.
+    """
+
     z: Array
     fz: Array
-    states: Array
+    targets: Array
     residuals: Array
-    gram: Array
-    taken: Array  # steps
+    gram: Array  # [B, m, m]
+    taken: Array  # [B], points
 
 
 @dataclass(frozen=True)
 class Anderson(_Settings):
-    """Anderson acceleration, by jaxopt: ``z_k = sum_i alpha_i (f(z_i) + (beta - 1)(f(z_i) - z_i))`` over
-    the last ``min(k, history_size)`` pairs, alpha minimising the residual of the combination.
+    """Anderson acceleration: ``z_k = sum_i alpha_i (z_i + beta (f(z_i) - z_i))`` over the last
+    ``min(k, history_size)`` points, alpha summing to 1 and minimising the residual of the combination.
 
     Attributes:
       steps: T.
-      history_size: number of pairs kept, at least 2.
+      history_size: number of points kept, at least 2.
       ridge: added to the diagonal of the residuals' Gram matrix.
       beta: mixing.
 
-    Differs from jaxopt: it accelerates from the first two pairs on, where jaxopt's own start makes
-    `history_size` plain steps first.
+    References: Walker & Ni 2011. Iterates equal those of ``jaxopt.AndersonAcceleration``, except that it
+    accelerates from the first two points on, where jaxopt's own start makes `history_size` plain steps first.
     """
 
     steps: int
@@ -193,64 +233,68 @@ class Anderson(_Settings):
         size, dtype = self.history_size, z.dtype
         # A place not yet filled has a residual so large that its weight rounds to nothing.
         unfilled = jnp.eye(size, dtype=dtype) / jnp.finfo(dtype).eps ** 2
-        history = jnp.broadcast_to(z[:, None], (z.shape[0], size, z.shape[1]))
         gram = jnp.broadcast_to(unfilled, (z.shape[0], size, size))
-        count = jnp.zeros(z.shape[0], jnp.int32)
-        memory = AndersonMemory(z, z, history, jnp.zeros_like(history), gram, count)
-        return jax.vmap(partial(self._evaluate, f))(memory, u)
+        empty = jnp.zeros((size, *z.shape), dtype)
+        memory = AndersonMemory(z, z, empty, empty, gram, jnp.zeros(z.shape[0], jnp.int32))
+        return self._visit(f, memory, z, u, jnp.ones(z.shape[0], bool))
 
     def update(self, f: Callable, memory: AndersonMemory, u: PyTree, active: Array) -> AndersonMemory:
-        return _where(active, jax.vmap(partial(self._evaluate, f))(memory, u), memory)
+        z = jnp.where(active[:, None], self._mixed(memory), memory.z)
+        return self._visit(f, memory, z, u, active)
 
-    def _evaluate(self, f: Callable, memory: AndersonMemory, u: PyTree) -> AndersonMemory:
-        dtype, size = memory.z.dtype, self.history_size
-        precision = jnp.promote_types(dtype, jnp.result_type(float))  # jaxopt mixes in jax's default precision
+    def _mixed(self, memory: AndersonMemory) -> Array:
+        size, dtype = self.history_size, memory.gram.dtype
+        system = jnp.ones((memory.gram.shape[0], size + 1, size + 1), dtype).at[:, 0, 0].set(0)
+        system = system.at[:, 1:, 1:].set(memory.gram + self.ridge * jnp.eye(size, dtype=dtype))
+        alpha = jnp.linalg.solve(system, jnp.eye(size + 1, 1, dtype=dtype))[:, 1:]
+        return sum(alpha[:, i] * memory.targets[i] for i in range(size))
 
-        def single(z: Array, u: PyTree) -> Array:
-            return _single(f)(z.astype(dtype), u).astype(precision)
-
-        acceleration = jaxopt.AndersonAcceleration(single, history_size=size, ridge=self.ridge, beta=self.beta)
-        state = acceleration.init_state(memory.z, u)._replace(
-            iter_num=memory.taken + size,  # from `size` on, jaxopt extrapolates
-            params_history=memory.states.astype(precision),
-            residuals_history=memory.residuals.astype(precision),
-            residual_gram=memory.gram.astype(precision),
-        )
-        fz, state = acceleration.update(memory.fz.astype(precision), state, u)
-        z = state.params_history[memory.taken % size]
-        found = AndersonMemory(
-            z, fz, state.params_history, state.residuals_history, state.residual_gram, memory.taken + 1
-        )
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), found, memory)
+    def _visit(self, f: Callable, memory: AndersonMemory, z: Array, u: PyTree, active: Array) -> AndersonMemory:
+        """The memory with z as its newest point; where a sample is not active, as its last one once more."""
+        fz = f(z, u)
+        taken, samples = memory.taken + active, jnp.arange(z.shape[0])
+        slot, residual = (taken - 1) % self.history_size, fz - z
+        targets = memory.targets.at[slot, samples].set(z + self.beta * residual)
+        residuals = memory.residuals.at[slot, samples].set(residual)
+        products = jnp.stack([jnp.sum(row * residual, axis=1) for row in residuals], axis=1)
+        # Products with unfilled places are 0.
+        gram = memory.gram.at[samples, slot].set(products).at[samples, :, slot].set(products)
+        return AndersonMemory(z, fz, targets, residuals, gram, taken)
 
 
 class BroydenMemory(NamedTuple):
-    """Inverse Jacobian of g(z) = f(z) - z: ``B = -I + sum_k u_k v_k^T``, pairs in ``[H, B, N]`` rings."""
+    """Inverse Jacobian of g(z) = f(z) - z, as the steps s_k that were taken, in a ring [H + 1, B, N]; see `Broyden`."""
 
     z: Array
     fz: Array
     step: Array  # -B g(z), the next step
-    u: Array
-    v: Array
-    taken: Array  # steps, of which each computed a pair
+    steps: Array
+    weights: Array  # [H + 1, B], 1 / ||s_k||^2, or 0 for a pair that is left out
+    taken: Array  # steps
 
 
 @dataclass(frozen=True)
 class Broyden(_Settings):
     """Broyden's good method on g(z) = f(z) - z, inverse form, full steps, from B = -I.
 
+    With full steps ``s_{n+1} = -B_n g(z_n)`` the rank-one correction of the inverse Jacobian is a factor,
+    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so that the steps are all that need be kept, and a product with
+    B costs one inner product and one addition for each of them.
+
     Attributes:
       steps: T.
-      history_size: number of rank-one pairs kept; None keeps all T. Memory per sample is
-        ``2 * history_size`` states.
+      history_size: number of factors kept, the newest; None keeps all T. Memory per sample is
+        ``history_size + 1`` states.
+      history_dtype: in which they are kept, e.g. ``jax.numpy.bfloat16``; None: as the states.
 
-    References: Broyden 1965; Bai et al. 2020, appendix A. Iterates equal those of
-    ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is
-    dropped where jaxopt divides by it.
+    References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
+    ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where
+    jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
     """
 
     steps: int
     history_size: int | None = None
+    history_dtype: Any = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -259,38 +303,63 @@ class Broyden(_Settings):
 
     def init(self, f: Callable, z: Array, u: PyTree) -> BroydenMemory:
         fz = f(z, u)
-        pairs = jnp.zeros((self.history_size or self.steps, *z.shape), z.dtype)
-        return BroydenMemory(z, fz, fz - z, pairs, pairs, jnp.zeros((), jnp.int32))
+        size, batch = 1 + (self.history_size or self.steps), len(z)
+        steps = jnp.zeros((size, *z.shape), self.history_dtype or z.dtype)
+        return BroydenMemory(z, fz, fz - z, steps, jnp.zeros((size, batch), z.dtype), jnp.zeros((), jnp.int32))
 
     def update(self, f: Callable, memory: BroydenMemory, u: PyTree, active: Array) -> BroydenMemory:
-        dz = jnp.where(active[:, None], memory.step, 0)
-        z = memory.z + dz
+        steps = self._with_next_step(memory)
+        z = jnp.where(active[:, None], memory.z + memory.step, memory.z)
         fz = f(z, u)
-        g = fz - z
-        dg = g - (memory.fz - memory.z)
+        bg = self._multiply(steps, memory, fz - z)
+        square, product = _dot(memory.step, memory.step), _dot(memory.step, bg)
+        denominator = square + product  # s^T B dg, where B dg = B g - B g_old = bg + s
+        sound = active[:, None] & (jnp.abs(denominator) > jnp.finfo(z.dtype).eps * (square + jnp.abs(product)))
+        square, denominator = jnp.where(sound, square, 1), jnp.where(sound, denominator, 1)
+        weights = memory.weights.at[memory.taken % len(steps)].set((sound / square)[:, 0])
+        return BroydenMemory(z, fz, bg * (-square / denominator), steps, weights, memory.taken + 1)
 
-        def add_pair(k, products):
-            bg, v = products
-            bg += memory.u[k] * _dot(memory.v[k], g)
-            v += memory.v[k] * _dot(memory.u[k], dz)
-            return bg, v
+    def multiply(self, memory: BroydenMemory, g: Array) -> Array:
+        """``B g`` for vectors g [B, N]."""
+        return self._multiply(self._with_next_step(memory), memory, g)
 
-        size = memory.u.shape[0]
-        bg, v = lax.fori_loop(0, jnp.minimum(memory.taken, size), add_pair, (-g, -dz))  # B g and dz^T B
-        denominator = _dot(v, dg)
-        vanishing = jnp.finfo(z.dtype).eps * jnp.sqrt(_dot(v, v) * _dot(dg, dg))
-        sound = active[:, None] & (jnp.abs(denominator) > vanishing)
-        # (dz - B dg) / (v . dg), where B dg = B g - B g_old = B g + dz
-        new_u = jnp.where(sound, -bg / jnp.where(sound, denominator, 1), 0)
-        new_v = jnp.where(sound, v, 0)
-        slot = memory.taken % size
-        bg += new_u * _dot(new_v, g) - memory.u[slot] * _dot(memory.v[slot], g)  # the oldest pair leaves
-        pairs = memory.u.at[slot].set(new_u), memory.v.at[slot].set(new_v)
-        return BroydenMemory(z, fz, -bg, *pairs, memory.taken + 1)
+    def left_multiply(self, memory: BroydenMemory, w: Array) -> Array:
+        """``w^T B`` for vectors w [B, N]."""
+        steps, count = self._with_next_step(memory), self.count(memory)
+
+        def apply(k, w):
+            step, following, weight = _pair(steps, memory, 1 + k)
+            return w + step * (weight * _dot(following, w))
+
+        return lax.fori_loop(0, count, apply, -w)
+
+    def count(self, memory: BroydenMemory) -> Array | int:
+        """How many pairs of consecutive steps the memory holds, the next step included."""
+        return jnp.minimum(memory.taken, len(memory.steps) - 1)
+
+    def _multiply(self, steps: Array, memory: BroydenMemory, g: Array) -> Array:
+        count = self.count(memory)
+
+        def apply(k, product):
+            step, following, weight = _pair(steps, memory, count - k)
+            return product + following * (weight * _dot(step, product))
+
+        return lax.fori_loop(0, count, apply, -g)
+
+    def _with_next_step(self, memory: BroydenMemory) -> Array:
+        return memory.steps.at[memory.taken % len(memory.steps)].set(memory.step.astype(memory.steps.dtype))
+
+
+def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:
+    """A step, the one after it, and the step's weight [B, 1]; at age 1 the one after it is the next step."""
+    size, dtype = len(steps), memory.z.dtype
+    first, second = (memory.taken - age) % size, (memory.taken - age + 1) % size
+    return steps[first].astype(dtype), steps[second].astype(dtype), memory.weights[first][:, None]
 
 
 def _residual(solver: Any, z: Array, fz: Array) -> Array:
     """Relative residuals [B]."""
+    z, fz = lax.stop_gradient((z, fz))  # a diagnostic, whose gradient at 0 would be NaN
     difference, scale = _dot(fz - z, fz - z)[:, 0], _dot(fz, fz)[:, 0]
     if solver.batch_joint:
         difference, scale = (jnp.broadcast_to(jnp.sum(norm), norm.shape) for norm in (difference, scale))
@@ -300,16 +369,6 @@ def _residual(solver: Any, z: Array, fz: Array) -> Array:
 def _dot(a: Array, b: Array) -> Array:
     """Per-sample inner products, [B, 1]."""
     return jnp.sum(a * b, axis=1, keepdims=True)
-
-
-def _where(active: Array, new: PyTree, old: PyTree) -> PyTree:
-    """Per sample the new memory or the old one; leaves [B, ...]."""
-    return jax.tree.map(lambda n, o: jnp.where(active.reshape(-1, *[1] * (n.ndim - 1)), n, o), new, old)
-
-
-def _single(f: Callable) -> Callable:
-    """f for one sample, without the batch axis."""
-    return lambda z, u: f(z[None], jax.tree.map(lambda leaf: leaf[None], u))[0]
 
 
 def _ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:

@@ -15,17 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deq_jax.cli import command_line, console, fail
 from deq_jax.config import load_config, set_fields
+from deq_jax.processes import agreed, connect, is_primary
 from deq_jax.training import Interrupted, NonFiniteLoss, train
 
 EPILOG = """\
 The workdir gets: config.json (what is trained), metrics.jsonl (one line per log step and per epoch),
 tensorboard/ (the same as events), checkpoints/latest and checkpoints/best (best accuracy under the
 config's validation attack, on held-out training images). Run the same command again to resume;
-another config in the same workdir is refused. All local devices are used.
+another config in the same workdir is refused. All local devices are used. With several processes the same
+command starts each of them, with its own --process; the batch is split over the devices of all, and process 0
+alone reads and writes the workdir.
 
 examples:
   python -m deq_jax.train --config configs/digits_pgd_at.py --workdir runs/a
   python -m deq_jax.train --config configs/digits_trades.py --workdir runs/b --set seed=1 --set epochs=20
+  python -m deq_jax.train ... --coordinator 10.0.0.1:1234 --processes 2 --process 0   (and --process 1 elsewhere)
 then:
   python -m deq_jax.evaluate --workdir runs/a
 """
@@ -49,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dest="assignments",
         help="replace a scalar field of the config, by dotted name, e.g. objective.attack.steps=7; repeatable",
     )
+    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and in SLURM steps")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    several.add_argument("--processes", type=int, metavar="N", help="their number; 1 looks for no others")
+    several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
     options = parser.parse_args(arguments)
     with command_line():
-        config = set_fields(load_config(options.config), options.assignments)
+        connect(options.coordinator, options.processes, options.process)
+        console.quiet = not is_primary()
+        with agreed():
+            config = set_fields(load_config(options.config), options.assignments)
         with _Display() as display:
             try:
                 state = train(config, options.workdir, report=display.show)
@@ -75,7 +86,8 @@ class _Display:
         self.task = None
 
     def __enter__(self):
-        console.print(f"devices: {jax.local_device_count()} x {jax.devices()[0].device_kind}")
+        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
         self.progress.start()
         return self
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from tensorboardX import SummaryWriter
 
 from deq_jax.checkpoints import Checkpoints
 from deq_jax.config import TrainConfig, first_difference, from_tree, to_tree
 from deq_jax.data import Splits, batch_indices, to_unit
 from deq_jax.evaluation import evaluator, summary
+from deq_jax.objectives import Outcome
 from deq_jax.parallel import AXIS, check_batch_size, replicate, replicate_and_split
+from deq_jax.processes import StopRequest, agreed, from_primary, gather_texts, is_primary
 from deq_jax.records import MetricsLog, make_folder, read_json, write_json
 from deq_jax.types import AnyArray, Array, InputError, Keys, PyTree, Variables, require
 
@@ -82,6 +83,30 @@ def train_step(
     Returns:
       The state after the step, and scalar metrics of the whole batch.
     """
+
+    def add(carry, part):
+        total, batch_stats = carry
+        gradient, outcome = _gradient(config, state._replace(batch_stats=batch_stats), part, axis_name)
+        return (jax.tree.map(jnp.add, total, gradient), outcome.batch_stats), outcome.metrics
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(config.accumulate, -1, *leaf.shape[1:]), batch)
+    start = jax.tree.map(jnp.zeros_like, state.params), state.batch_stats
+    (gradient, batch_stats), metrics = lax.scan(add, start, parts)
+    gradient = jax.tree.map(lambda leaf: leaf / config.accumulate, gradient)
+    metrics = {name: (jnp.max if name.endswith("_max") else jnp.mean)(metric) for name, metric in metrics.items()}
+    if axis_name is not None:
+        gradient = lax.pmean(gradient, axis_name)
+        metrics = {
+            name: (lax.pmax if name.endswith("_max") else lax.pmean)(metric, axis_name)
+            for name, metric in metrics.items()
+        }
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: str | None) -> tuple[PyTree, Outcome]:
+    """Gradient of the loss on these images, and what else their passes gave."""
     keys = Keys(jax.random.fold_in(jax.random.key(config.seed), state.step), batch.position)
     x = to_unit(batch.x)
     if config.augmentation is not None:
@@ -94,16 +119,7 @@ def train_step(
         return objective.loss(classifier, variables, x, x_adv, batch.y, keys, axis_name)
 
     (value, outcome), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    metrics = {"loss": value, **outcome.metrics}
-    if axis_name is not None:
-        gradient = lax.pmean(gradient, axis_name)
-        metrics = {
-            name: (lax.pmax if name.endswith("_max") else lax.pmean)(metric, axis_name)
-            for name, metric in metrics.items()
-        }
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, outcome.batch_stats, opt_state), metrics
+    return gradient, outcome._replace(metrics={"loss": value, **outcome.metrics})
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, data: Splits) -> TrainState:
@@ -147,10 +163,13 @@ def train(
       workdir: folder of this training.
       report: called with every line of metrics as it is written.
 
+    With several processes (`deq_jax.processes.connect`) all call this alike. Process 0 alone reads and writes
+    the workdir, which the others need not see, and calls `report`; it hands the state to the others.
+
     Raises:
       InputError: for data, a device count or a workdir that do not fit.
       NonFiniteLoss: when the loss is not finite.
-      Interrupted: after SIGINT or SIGTERM, with the state saved.
+      Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
     """
     return _Training(config, Path(workdir), report).run()
 
@@ -159,81 +178,98 @@ class _Training:
     """The parts of a running training; `train` is its public face."""
 
     def __init__(self, config: TrainConfig, workdir: Path, report: Callable[[dict[str, Any]], None]):
+        self.config, self.workdir, self.report = config, workdir, report
+        self.config_tree = to_tree(config)
+        self.state: TrainState
+        self.saved = -1  # step of the latest checkpoint
+        check_same_everywhere(self.config_tree)
         check_batch_size(config.batch_size)
-        check_same_config(config, workdir)
-        self.config, self.report = config, report
+        with agreed():
+            self._prepare()
+        with agreed():
+            if is_primary():
+                self._open_workdir()
+        state, saved = from_primary((self.state, np.int32(self.saved)))
+        self.state, self.saved = replicate(state), int(saved)
+        self.done = int(self.state.step)
+        self.evaluate = evaluator(
+            config.classifier, config.validation_attack, batch_size=config.batch_size, seed=config.seed
+        )
+
+    def _prepare(self) -> None:
+        """Data and the state before the first step."""
+        config = self.config
+        if is_primary():
+            check_same_config(config, self.workdir)
         self.data = config.dataset.load()
         self.steps_per_epoch = len(self.data.train.y) // config.batch_size
         size = len(self.data.train.y)
         require(self.steps_per_epoch > 0, f"batch_size {config.batch_size} exceeds the {size} training images")
+        per_device = config.batch_size // jax.device_count()
+        parts = f"accumulate = {config.accumulate} parts"
+        require(per_device % config.accumulate == 0, f"the {per_device} images of a device do not divide into {parts}")
         self.total_steps = config.epochs * self.steps_per_epoch
         self.optimizer = config.optimizer.transformation(self.total_steps)
         self.state = initial_state(config, self.optimizer, self.data)
-        self.config_tree = to_tree(config)
-        make_folder(workdir)
-        write_json(workdir / "config.json", self.config_tree)
-        self.evaluate = evaluator(
-            config.classifier, config.validation_attack, batch_size=config.batch_size, seed=config.seed
-        )
-        self.latest = Checkpoints(workdir / "checkpoints" / "latest", keep=2)
-        self.best = Checkpoints(workdir / "checkpoints" / "best", keep=1)
+
+    def _open_workdir(self) -> None:
+        """What only the process does that writes: it makes the workdir, or restores the state that is in it."""
+        make_folder(self.workdir)
+        write_json(self.workdir / "config.json", self.config_tree)
+        self.latest = Checkpoints(self.workdir / "checkpoints" / "latest", keep=2)
+        self.best = Checkpoints(self.workdir / "checkpoints" / "best", keep=1)
         self.best_accuracy = -1.0
-        if self.latest.latest_step() is not None:
+        latest = self.latest.latest_step()
+        if latest is not None:
+            self.saved = latest
             self.state, meta = self.latest.restore(self.state)
             self.best_accuracy = meta["best_accuracy"]
-        self.state = replicate(self.state)
-        self.done = int(self.state.step)
-        self.log = MetricsLog(workdir / "metrics.jsonl", self.done)
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=self.done + 1)
-        self.stop_signal: int | None = None
+        self.log = MetricsLog(self.workdir, int(self.state.step))
 
     def run(self) -> TrainState:
-        handlers = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.steps: dict[TrainConfig, Callable] = {}
+        self.pending: list[dict[str, Array]] = []
+        self.started = time.perf_counter()
         try:
-            if self.done < self.config.pretrain_steps:
-                self._run_phase(self.config.pretraining(), min(self.config.pretrain_steps, self.total_steps))
-            self._run_phase(self.config, self.total_steps)
+            with StopRequest() as self.stop:
+                while self.done < self.total_steps:
+                    step = self._step(self.config.at(self.done, self.steps_per_epoch))
+                    self.state, metrics = step(self.state, self._batch(self.done))
+                    self.done += 1
+                    self.pending.append(metrics)
+                    self._after()
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self.log.close()
-            self.events.close()
+            if is_primary():
+                self.log.close()
         return self.state
 
-    def _run_phase(self, config: TrainConfig, end: int) -> None:
-        """Steps under `config` up to step `end`; whatever is due after a step happens in `_after`."""
-        if self.done >= end:
-            return
+    def _step(self, config: TrainConfig) -> Callable:
+        """The compiled step of a config; a training has up to three: pre-training, with and without penalty."""
 
         def on_device(state: TrainState, batch: Batch):
             return train_step(config, self.optimizer, state, batch, AXIS)
 
-        step = replicate_and_split(on_device, joint=True)
-        self.pending: list[dict[str, Array]] = []
-        self.started = time.perf_counter()
-        while self.done < end:
-            self.state, metrics = step(self.state, self._batch(self.done))
-            self.done += 1
-            self.pending.append(metrics)
-            self._after()
-        self._check_finite()
+        if config not in self.steps:
+            self.steps[config] = replicate_and_split(on_device, joint=True)
+        return self.steps[config]
 
     def _after(self) -> None:
         config = self.config
+        stop = self.stop.after(self.done)
         epoch_ends = self._is_due(self.steps_per_epoch)
         saves = self._is_due(config.checkpoint_every or self.steps_per_epoch) or self.done == self.total_steps
         logs = self._is_due(config.log_every)
-        if not (epoch_ends or saves or logs or self.stop_signal):
+        if not (epoch_ends or saves or logs or stop):
             return
         metrics, seconds = self._check_finite()
         if logs:
             self._write("train", {**metrics, "seconds_per_step": seconds})
         if epoch_ends:
             self._validate()
-        if saves or self.stop_signal:
-            self.latest.save(self.done, self.state, self._meta())
-        if self.stop_signal:
-            raise Interrupted(self.stop_signal, self.done)
+        if saves or stop:
+            self._save()
+        if stop:
+            raise Interrupted(stop, self.done)
         self.started = time.perf_counter()
 
     def _batch(self, step: int) -> Batch:
@@ -251,8 +287,8 @@ class _Training:
         for step, arrays in enumerate(self.pending, first):
             metrics = {name: float(value) for name, value in arrays.items()}
             if not math.isfinite(metrics["loss"]):
-                saved = self.latest.latest_step()
-                good = "no checkpoint yet" if saved is None else f"last good one: {self.latest.folder / str(saved)}"
+                saved = self.workdir.absolute() / "checkpoints" / "latest" / str(self.saved)
+                good = f"last good one: {saved}" if self.saved >= 0 else "no checkpoint yet"
                 raise NonFiniteLoss(f"the loss is {metrics['loss']} at step {step} of {self.total_steps}; {good}")
         seconds = (time.perf_counter() - self.started) / max(len(self.pending), 1)
         self.pending = []
@@ -266,23 +302,35 @@ class _Training:
         if row["clean"]["residual"] is not None:
             line["residual"] = row["clean"]["residual"]
         self._write("validation", line)
-        if accuracy > self.best_accuracy:
-            self.best_accuracy = accuracy
-            self.best.save(self.done, self.state, self._meta())
+        with agreed():
+            if is_primary() and accuracy > self.best_accuracy:
+                self.best_accuracy = accuracy
+                self.best.save(self.done, self.state, self._meta())
+
+    def _save(self) -> None:
+        with agreed():
+            if is_primary():
+                self.latest.save(self.done, self.state, self._meta())
+        self.saved = self.done
 
     def _meta(self) -> dict[str, Any]:
         return {"config": self.config_tree, "best_accuracy": self.best_accuracy}
 
     def _write(self, split: str, metrics: dict[str, float]) -> None:
-        epoch = self.done / self.steps_per_epoch
-        line = {"step": self.done, "epoch": round(epoch, 4), "split": split, **metrics}
-        self.log.append(line)
-        for name, value in metrics.items():
-            self.events.add_scalar(f"{split}/{name}", value, self.done)
+        if not is_primary():
+            return
+        line = self.log.append(self.done, self.done / self.steps_per_epoch, split, metrics)
         self.report({**line, "total_steps": self.total_steps})
 
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        self.stop_signal = number
+
+def check_same_everywhere(tree: Any) -> None:
+    """Raises `InputError`, in all processes, naming the field, if they do not all train the same config."""
+    if jax.process_count() == 1:
+        return
+    texts = [json.loads(text) for text in gather_texts(json.dumps(tree))]
+    for process, other in enumerate(texts):
+        difference = first_difference(texts[0], other)
+        require(difference is None, f"process {process} trains another config than process 0: {difference}")
 
 
 def check_same_config(config: TrainConfig, workdir: Path) -> None:

@@ -137,11 +137,13 @@ class Prediction(NamedTuple):
       logits: ``[B, K]``.
       batch_stats: BatchNorm running statistics, updated in training mode.
       solution: of the equilibrium; None for an explicit network.
+      penalty: ``[B]``, to be added to the loss of each image in training; 0 where nothing is penalised.
     """
 
     logits: Array
     batch_stats: PyTree
     solution: Solution | None
+    penalty: Array | float = 0.0
 
 
 class Classifier(Protocol):

@@ -12,12 +12,15 @@ LAYERS = [
     ["readouts", "regularizers", "models.layers"],
     ["gradients", "models.mdeq", "models.resnet", "models.small", "models.wide_resnet"],
     ["classifiers"],
-    ["attacks", "data", "records", "torch_names"],
-    ["objectives", "parallel"],
+    ["entropy"],
+    ["attacks", "data", "processes", "records", "torch_names"],
+    ["objectives", "parallel", "state_dicts", "surrogates", "adaptive"],
     ["config", "checkpoints"],
-    ["evaluation"],
-    ["training", "plots", "cli"],
-    ["train", "evaluate"],
+    ["evaluation", "trials"],
+    ["training", "plots", "cli", "results"],
+    ["worst_case", "red_flags"],
+    ["reports"],
+    ["train", "evaluate", "convert"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -18,11 +18,13 @@ from deq_jax.attacks.auto import AutoAttack, auto_attack
 from deq_jax.attacks.best import is_fooled
 from deq_jax.attacks.combine import average, expectation, surrogate
 from deq_jax.attacks.fab import FAB
+from deq_jax.attacks.spsa import SPSA
 from deq_jax.attacks.square import Square
 from deq_jax.attacks.targeted import Targeted, targeted_dlr
 from deq_jax.attacks.threat import L2, Linf
 from deq_jax.losses import cross_entropy, margin
 from deq_jax.models.layers import conv
+from deq_jax.parallel import replicate_and_split
 from deq_jax.types import InputError, Keys, Oracle
 
 GOLDEN = Path(__file__).parent / "golden" / "attacks"
@@ -52,12 +54,13 @@ def attacks_within(threat):
         "fab": FAB(threat, steps=6, restarts=2),
         "fab_t": Targeted(FAB(threat, steps=6)),
         "square": Square(threat, queries=30),
+        "spsa": SPSA(threat, steps=6, samples=8, step_size=threat.epsilon / 3),
         "auto": AutoAttack((APGD(threat, steps=5), Square(threat, queries=10)), batch_size=4),
     }
 
 
 ATTACKS = {f"{name}_linf": attack for name, attack in attacks_within(Linf(0.1)).items()}
-ATTACKS |= {f"{name}_l2": attacks_within(L2(0.6))[name] for name in ("apgd", "fab_t", "square")}
+ATTACKS |= {f"{name}_l2": attacks_within(L2(0.6))[name] for name in ("apgd", "fab_t", "square", "spsa")}
 ATTACKS["pgd"] = PGD(epsilon=0.1, step_size=0.03, steps=6)
 EVERY = pytest.mark.parametrize("name", ATTACKS)
 
@@ -126,13 +129,32 @@ def test_constant_and_nan_logits(name):
     for value in (0.0, jnp.nan):
         x_adv = run(X, jnp.zeros_like(Y), value)
         assert jnp.all(threat.length(x_adv - X) <= threat.epsilon * (1 + 1e-5))
-        if name != "pgd" and np.isnan(value):
+        if np.isnan(value):
             np.testing.assert_array_equal(x_adv, X)
 
 
-def test_auto_attack_refuses_nan_logits():
-    with pytest.raises(InputError, match="logits of 6 images are not finite"):
-        ATTACKS["auto_linf"](oracle_of(lambda x, keys: jnp.nan * mlp(x)), X, Y, KEY)
+@EVERY
+def test_logits_that_are_not_finite_fool_nobody(name):
+    """NaN everywhere but at the images themselves: nothing is found, and NaN gradients move nothing out of the box."""
+
+    def attack(x, y):
+        def trap(x_adv, keys):
+            moved = jnp.any(x_adv != x, axis=(1, 2, 3))
+            return jnp.where(moved[:, None], jnp.nan, mlp(x_adv))
+
+        return ATTACKS[name](oracle_of(trap), x, y, KEYS)
+
+    np.testing.assert_array_equal(jax.jit(attack)(X, Y), X)
+
+
+@EVERY
+def test_clean_logits_that_are_not_finite_are_refused(name):
+    def logits(x, keys):
+        is_second = jnp.all(x == X[1], axis=(1, 2, 3))
+        return jnp.where(is_second[:, None], -jnp.inf, mlp(x))
+
+    with pytest.raises(InputError, match=r"logits of 1 images are not finite \(first: \[1\]\)"):
+        ATTACKS[name](oracle_of(logits), X, Y, KEY)
 
 
 @EVERY
@@ -154,6 +176,8 @@ def test_settings_are_checked():
         lambda: APGD(Linf(0.1), steps=0),
         lambda: FAB(Linf(0.1), beta=1.5),
         lambda: Square(Linf(0.1), p_init=0),
+        lambda: SPSA(Linf(0.1), samples=0),
+        lambda: PGD(0.1, 0.1, 1, restarts=2, best_of=False),
         lambda: Targeted(APGD(Linf(0.1)), classes=0),
         lambda: AutoAttack(()),
         lambda: Linf(-1),
@@ -192,6 +216,32 @@ def test_apgd_reaches_the_worst_case_of_a_linear_model_in_l2():
     np.testing.assert_allclose(margin(logits(x_adv), y), margin(logits(worst), y), rtol=1e-4)
 
 
+def test_spsa_reaches_the_worst_case_of_a_linear_model_without_gradients():
+    """Few pixels, so that the estimate has the gradient's signs; nothing is asked outside the box."""
+    w = jnp.array([[1.0, -1.0], [-2.0, 1.0], [0.5, 2.0]])
+
+    def logits(x, keys):
+        inside = jnp.all((x >= 0) & (x <= 1), axis=(1, 2, 3))
+        return jnp.where(inside[:, None], x.reshape(len(x), 3) @ w, jnp.nan)
+
+    x, y = jnp.array([0.5, 0.0, 0.4, 0.3, 0.9, 1.0]).reshape(2, 1, 3, 1), jnp.array([0, 1])
+    y = jnp.argmax(logits(x, None), axis=-1)
+    sign = jnp.sign(w[:, 1] - w[:, 0]) * jnp.where(y == 0, 1, -1)[:, None]
+    blind = Oracle(logits, None)  # a gradient would be an error
+    x_adv = SPSA(Linf(0.02), steps=4, samples=200, step_size=0.01)(blind, x, y, KEY)
+    np.testing.assert_allclose(x_adv, jnp.clip(x + 0.02 * sign.reshape(x.shape), 0, 1), atol=1e-6)
+
+
+def test_spsa_breaks_what_has_no_gradient():
+    quantised = oracle_of(lambda x, keys: mlp(jnp.round(8 * x) / 8))
+    blind = PGD(0.1, 0.03, 6)(quantised, X, Y, KEY)
+    seeing = jax.jit(lambda x, y: SPSA(Linf(0.1), 10, samples=64, step_size=0.03, probe=0.08)(quantised, x, y, KEY))(
+        X, Y
+    )
+    fooled = [int(jnp.sum(is_fooled(quantised.logits(x_adv, None), Y))) for x_adv in (blind, seeing)]
+    assert fooled[1] > fooled[0]
+
+
 @pytest.mark.parametrize("threat", [Linf(1.0), L2(10.0)], ids=["linf", "l2"])
 @pytest.mark.parametrize("is_targeted", [True, False])
 def test_fab_finds_the_minimal_perturbation_of_a_linear_model(threat, is_targeted):
@@ -204,7 +254,8 @@ def test_fab_finds_the_minimal_perturbation_of_a_linear_model(threat, is_targete
     minimal = jnp.min(jnp.where(jax.nn.one_hot(y, CLASSES, dtype=bool), jnp.inf, distances), axis=1)
     # A targeted attack returns the first class that lies within the radius: aim at each in turn.
     aims = [jnp.stack([y, (y + i) % CLASSES], 1) for i in range(1, CLASSES)] if is_targeted else [y]
-    found = [FAB(threat)(oracle_of(logits), x, aim, KEY) for aim in aims]
+    run = jax.jit(lambda aim: FAB(threat)(oracle_of(logits), x, aim, KEY))
+    found = [run(aim) for aim in aims]
     assert all(jnp.all(is_fooled(logits(x_adv), y)) for x_adv in found)
     reached = jnp.min(jnp.stack([threat.length(x_adv - x) for x_adv in found]), axis=0)
     assert jnp.all(reached >= minimal * (1 - 1e-4))
@@ -337,13 +388,17 @@ def test_surrogate_is_judged_on_the_deployed_predictor():
     assert jnp.all((cross_entropy(mlp(x_adv), Y) >= cross_entropy(mlp(X), Y)) | is_fooled(mlp(x_adv), Y))
 
 
-def test_pmap_equals_jit():
-    devices = jax.local_device_count()
-    numbers = jnp.arange(BATCH, dtype=jnp.int32)
-    rows = jnp.resize(numbers, (devices, -(-BATCH // devices)))
-    run = jax.pmap(lambda x, y, images: ATTACKS["auto_linf"](MLP, x, y, Keys(KEY, images)))
-    x_adv = run(X[rows], Y[rows], rows)
-    np.testing.assert_allclose(x_adv, jitted("auto_linf")(X, Y, KEYS)[rows], atol=1e-5)
+@pytest.mark.parametrize("names", [["auto_linf"], pytest.param(list(ATTACKS), marks=pytest.mark.slow)], ids=len)
+def test_many_devices_equal_one(names):
+    numbers = np.resize(np.arange(BATCH, dtype=np.int32), jax.local_device_count())
+
+    def attack(_, batch):
+        x, y, images = batch
+        return {name: ATTACKS[name](MLP, x, y, Keys(KEY, images)) for name in names}
+
+    found = replicate_and_split(attack, joint=False)(0, (np.asarray(X)[numbers], np.asarray(Y)[numbers], numbers))
+    for name, x_adv in found.items():
+        np.testing.assert_allclose(x_adv, jitted(name)(X, Y, KEYS)[numbers], atol=1e-5, err_msg=name)
 
 
 # --- the official implementation -------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The DEQ layer's gradients against finite differences and against each other."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from deq_jax.gradients import Implicit, Neumann, Phantom, Unrolled, deq
+from deq_jax.gradients import AtState, Implicit, Neumann, Phantom, PhantomUpTo, Unrolled, deq, simultaneous_adjoint
 from deq_jax.readouts import EnsembleState, FinalState, IntermediateState, RandomIntermediateState
 from deq_jax.solvers import Anderson, Broyden, FixedPoint, solve
 from deq_jax.types import InputError, Keys
@@ -89,6 +91,62 @@ def test_neumann_is_the_sum_that_it_claims(x64):
         term = 0.5 * term + 0.5 * vjp(term)[0]
         total += term
     np.testing.assert_allclose(Neumann(8, 0.5).adjoint(vjp, cotangent), 0.5 * total, rtol=1e-12)
+
+
+def test_simultaneous_adjoint_tends_to_the_exact_one(x64):
+    """For f(z) = A z + u: u_n^T -> g (I - A)^-1, while z_n -> (I - A)^-1 u."""
+    rng = np.random.default_rng(0)
+    a, u, g = rng.normal(size=(SIZE, SIZE)), rng.normal(size=(BATCH, SIZE)), rng.normal(size=(BATCH, SIZE))
+    a *= 0.8 / np.abs(np.linalg.eigvals(a)).max()
+    inverse = np.linalg.inv(np.eye(SIZE) - a)
+    run = partial(simultaneous_adjoint, cell=lambda a, z, u: z @ a.T + u, params=jnp.asarray(a), u=jnp.asarray(u))
+    states, adjoints = run(Broyden(40, tolerance=0.0), z0=jnp.zeros((BATCH, SIZE)), cotangent=lambda z: jnp.asarray(g))
+    errors = np.linalg.norm(adjoints - g @ inverse, axis=(1, 2)) / np.linalg.norm(g @ inverse)
+    assert errors[4] > errors[9] > errors[14] > errors[19]
+    assert errors[24:].max() < 1e-6
+    np.testing.assert_allclose(states[-1], u @ inverse.T, atol=1e-10)
+
+
+def test_simultaneous_adjoint_shares_the_matrices_of_the_solver(x64):
+    """Its states are those of `solve`; ``(w^T B) g`` is ``w^T (B g)``, where -B g is the solver's next step."""
+    params, u = problem()
+    solver, start = Broyden(6), {"z": jnp.zeros_like(u)}
+
+    def tree_cell(params, z, u):
+        return {"z": cell(params, z["z"], u)}
+
+    solution = solve(solver, tree_cell, params, start, u)
+    states, adjoints = simultaneous_adjoint(
+        solver, tree_cell, params, u, start, lambda z: jax.tree.map(jnp.ones_like, z)
+    )
+    np.testing.assert_allclose(states["z"], solution.states["z"], rtol=1e-12)
+    np.testing.assert_allclose(adjoints["z"][0], 1)  # B_0 = -I
+    memory, w = solution.memory, jnp.sin(jnp.arange(float(u.size))).reshape(u.shape)
+    products = jnp.sum(solver.left_multiply(memory, w) * (memory.fz - memory.z), axis=1)
+    np.testing.assert_allclose(products, -jnp.sum(w * memory.step, axis=1), rtol=1e-10)
+
+
+@pytest.mark.parametrize("inner", [Phantom(3, 0.5), Implicit(EXACT)], ids=["phantom", "implicit"])
+def test_at_state_has_the_value_of_the_state_and_the_gradient_of_the_estimator(x64, inner):
+    params, u = problem()
+    z = solve(Broyden(3), cell, params, jnp.zeros_like(u), u).z
+    np.testing.assert_array_equal(AtState(inner)(cell, params, u, z), z)
+    weights = jnp.arange(1.0, SIZE + 1)
+    got, expected = (
+        jax.grad(lambda params, u, g=g: jnp.sum(weights * g(cell, params, u, z)), argnums=(0, 1))(params, u)
+        for g in (AtState(inner), inner)
+    )
+    assert max(relative_errors(got, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("steps, damping", [(0, 0.5), (2, 1.0), (4, 0.3)])
+def test_phantom_up_to_is_phantom(x64, steps, damping):
+    def gradient(estimator):
+        return jax.grad(lambda params, u: jnp.sum(jnp.sin(estimator(cell, params, u, jnp.ones_like(u)))), (0, 1))
+
+    traced = jax.jit(lambda steps, damping, *problem: gradient(PhantomUpTo(4, steps, damping))(*problem))
+    expected = gradient(Phantom(steps, damping))(*problem())
+    assert max(relative_errors(traced(steps, damping, *problem()), expected)) < 1e-12
 
 
 def test_adjoint_residual_is_exposed(x64):

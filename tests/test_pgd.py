@@ -8,6 +8,7 @@ import pytest
 from deq_jax import losses
 from deq_jax.attacks import PGD, clean_start, gaussian_start, oracle_of, uniform_start
 from deq_jax.types import InputError, Keys, Oracle
+from tests import tiny
 
 LOGITS = jnp.array([[2.0, 1.0, -1.0, 0.0], [0.5, 3.0, 1.0, 1.0]])
 LABELS = jnp.array([0, 2])
@@ -162,6 +163,65 @@ def test_reference_logits_are_a_target_too():
     attack = PGD(EPSILON, 0.03, 5, loss=losses.kl, start=gaussian_start)
     x_adv = attack(oracle_of(curved), x, curved(x, None), jax.random.key(0))
     assert (losses.kl(curved(x_adv, None), curved(x, None)) > 0.01).all()
+
+
+def test_nan_gradients_do_not_move_the_images():
+    x, y = images()
+    attack = PGD(EPSILON, 0.03, 3, start=clean_start, best_of=False)
+    np.testing.assert_array_equal(
+        attack(oracle_of(lambda x, keys: jnp.nan * curved(x, keys)), x, y, jax.random.key(0)), x
+    )
+
+
+def test_last_iterate_costs_no_further_query():
+    """Adversarial training pays for one gradient a step, and for nothing else."""
+    x, y = images()
+
+    def logits(x, keys):
+        raise AssertionError("a query of the logits")
+
+    oracle = Oracle(logits, oracle_of(curved).grad)
+    PGD(EPSILON, 0.03, 3, best_of=False)(oracle, x, y, jax.random.key(0))
+
+
+def test_best_iterate_is_never_worse_than_the_image_itself():
+    """The loss of a linear model is convex: small steps against its gradient lower it."""
+    x, _ = images()
+    y = jnp.argmax(linear(x, None), axis=-1)
+
+    def downhill(loss, x, target, keys):
+        losses, logits, gradient = oracle_of(linear).grad(loss, x, target, keys)
+        return losses, logits, -gradient
+
+    x_adv = PGD(EPSILON, 1e-3, 5)(Oracle(linear, downhill), x, y, jax.random.key(0))
+    assert (losses.cross_entropy(linear(x_adv, None), y) >= losses.cross_entropy(linear(x, None), y) - 1e-6).all()
+    x_adv = PGD(EPSILON, 1e-3, 5, start=clean_start)(Oracle(linear, downhill), x, y, jax.random.key(0))
+    np.testing.assert_allclose(x_adv, x, atol=1e-6)
+
+
+def test_inputs_are_checked():
+    x, y = images()
+    with pytest.raises(InputError, match="expected float images"):
+        PGD(EPSILON, 0.03, 1)(oracle_of(curved), x[0], y, jax.random.key(0))
+    with pytest.raises(InputError, match="expected 6 integer labels"):
+        PGD(EPSILON, 0.03, 1)(oracle_of(curved), x, y[:3], jax.random.key(0))
+
+
+@pytest.mark.filterwarnings("ignore")  # foolbox's own
+def test_classifiers_in_foolbox():
+    foolbox = pytest.importorskip("foolbox")
+    classifier = tiny.classifier()
+    x = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
+    variables = classifier.init(jax.random.key(1), x)
+
+    def logits_fn(x):
+        return classifier(variables, x).logits
+
+    y, model = jnp.argmax(logits_fn(x), axis=-1), foolbox.JAXModel(logits_fn, bounds=(0, 1))
+    assert foolbox.accuracy(model, x, y) == 1
+    _, x_adv, is_adversarial = foolbox.attacks.LinfPGD(steps=5)(model, x, y, epsilons=EPSILON)
+    np.testing.assert_array_equal(is_adversarial, jnp.argmax(logits_fn(x_adv), axis=-1) != y)
+    assert float(jnp.abs(x_adv - x).max()) <= EPSILON + 1e-6
 
 
 def test_starts():

@@ -168,6 +168,12 @@ def test_another_config_is_refused_by_name_of_the_field(uninterrupted):
         train(tiny.get_config(objective=PGDAdversarialTraining(attack)), uninterrupted[0])
 
 
+def test_the_parts_of_a_step_must_divide_the_images_of_a_device(tmp_path):
+    with pytest.raises(InputError, match="the 8 images of a device do not divide into accumulate = 16 parts"):
+        train(tiny.get_config(accumulate=16), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny.get_config(objective=Standard(), optimizer=AdamCosine(1e38), pretrain_steps=0, checkpoint_every=1)
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step \d+ of 17; last good one: .*latest/\d+"):

@@ -13,6 +13,7 @@ from deq_jax.attacks.pgd import PGD as PGD
 from deq_jax.attacks.pgd import clean_start as clean_start
 from deq_jax.attacks.pgd import gaussian_start as gaussian_start
 from deq_jax.attacks.pgd import uniform_start as uniform_start
+from deq_jax.attacks.spsa import SPSA as SPSA
 from deq_jax.attacks.square import Square as Square
 from deq_jax.attacks.targeted import Targeted as Targeted
 from deq_jax.attacks.targeted import logit_difference as logit_difference

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.attacks.best import Best, check_inputs, labels_of, until_fooled
+from deq_jax.attacks.best import Best, check_inputs, until_fooled
 from deq_jax.attacks.threat import Threat, per_image
 from deq_jax.losses import cross_entropy
 from deq_jax.types import Array, Keys, Loss, Oracle, require
@@ -95,7 +95,7 @@ class APGD:
           one, and among equals the one of highest loss; x itself if none was better.
 
         Raises:
-          InputError: x or target have another shape or kind.
+          InputError: x or target have another shape or kind; a clean logit is not finite (not under `jax.jit`).
         """
         check_inputs(x, target)
         if x.shape[0] == 0:
@@ -112,7 +112,7 @@ class APGD:
         def query(x_adv, number, best):
             losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
             losses = losses.astype(best.loss.dtype)
-            return losses, gradient, best.update(x_adv, losses, logits, labels_of(target))
+            return losses, gradient, best.update(x_adv, losses, logits, target)
 
         def step(carry, schedule):
             number, interval = schedule

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.attacks.apgd import APGD
-from deq_jax.attacks.best import Best, check_inputs
+from deq_jax.attacks.best import Best, check_inputs, refuse_not_finite
 from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.fab import FAB
 from deq_jax.attacks.oracle import oracle_of
@@ -136,8 +136,7 @@ class AutoAttack:
 
         for rows, padded in _batches(every, size):
             _write(best, rows, judge(x[padded], labels[padded], keys.fold(0)._replace(images=images[padded])))
-        bad = np.flatnonzero(~np.isfinite(best.loss))
-        require(len(bad) == 0, f"AutoAttack: logits of {len(bad)} images are not finite (first: {bad[:1]})")
+        refuse_not_finite(np.isfinite(best.loss))
         yield Stage(None, best.x.copy(), ~best.fooled)
 
         for number, (attack, attempt) in enumerate(zip(self.attacks, attempts, strict=True)):

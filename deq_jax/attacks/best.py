@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from deq_jax.attacks.threat import per_image
@@ -16,7 +17,8 @@ from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle, require
 class Best(NamedTuple):
     """Per image: a misclassified candidate before any other, then the one of highest loss.
 
-    Candidates whose logits are not finite are never taken.
+    Candidates whose logits are not finite are never taken. The target that they are judged by is that of
+    the attack, see `is_fooled`.
 
     Attributes:
       x: [B, H, W, C].
@@ -30,15 +32,23 @@ class Best(NamedTuple):
 
     @classmethod
     def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
-        """The images themselves; costs one query of the logits."""
-        logits = oracle.logits(x, keys)
-        return cls(x, is_fooled(logits, labels_of(target)), loss(logits, target).astype(x.dtype))
+        """The images themselves; costs one query of the logits. The loss is NaN where a logit is not finite.
 
-    def update(self, x: Array, losses: Array, logits: Array, labels: Array) -> Best:
+        Raises:
+          InputError: a logit is not finite; not under `jax.jit`, where it cannot be known.
+        """
+        logits = oracle.logits(x, keys)
+        finite = _all_finite(logits)
+        if not isinstance(finite, jax.core.Tracer):
+            refuse_not_finite(finite)
+        losses = jnp.where(finite, loss(logits, target), jnp.nan)
+        return cls(x, is_fooled(logits, target), losses.astype(x.dtype))
+
+    def update(self, x: Array, losses: Array, logits: Array, target: Array) -> Best:
         """The better of this and a candidate x, per image."""
-        fooled = is_fooled(logits, labels)
+        fooled = is_fooled(logits, target)
         gain = (fooled & ~self.fooled) | ((fooled == self.fooled) & (losses > self.loss))
-        better = gain & jnp.all(jnp.isfinite(logits), axis=-1)
+        better = gain & _all_finite(logits)
         return Best(x, fooled, losses.astype(self.loss.dtype)).where(better, self)
 
     def where(self, condition: Array, other: Best) -> Best:
@@ -63,14 +73,39 @@ def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: i
     return lax.while_loop(resists, body, (jnp.int32(0), best))[1]
 
 
-def is_fooled(logits: Array, labels: Array) -> Array:
-    """[B], whether the most likely class is not the label; False where a logit is not finite."""
-    return (jnp.argmax(logits, axis=-1) != labels) & jnp.all(jnp.isfinite(logits), axis=-1)
+def is_fooled(logits: Array, target: Array) -> Array:
+    """[B], whether the most likely class is not the label; False where a logit is not finite.
+
+    The target is labels [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float, by
+    which nothing is misclassified.
+    """
+    if not has_labels(target):
+        return jnp.zeros(logits.shape[:1], bool)
+    return (jnp.argmax(logits, axis=-1) != labels_of(target)) & _all_finite(logits)
+
+
+def has_labels(target: AnyArray) -> bool:
+    """Whether a target is labels or pairs, rather than reference logits."""
+    return jnp.issubdtype(target.dtype, jnp.integer)
 
 
 def labels_of(target: Array) -> Array:
     """The labels [B] of a target: labels [B], or pairs (label, class aimed at) [B, 2]."""
     return target if target.ndim == 1 else target[:, 0]
+
+
+def refuse_not_finite(finite: AnyArray) -> None:
+    """Raises `InputError` with the number of the images [B] whose logits are not finite, if there are any."""
+    bad = np.flatnonzero(~np.asarray(finite))
+    require(len(bad) == 0, f"attack: logits of {len(bad)} images are not finite (first: {bad[:1]})")
+
+
+def check_images(x: AnyArray) -> None:
+    """Refuses what is not float images [B, H, W, C]; see `check_inputs`."""
+    require(
+        x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating),
+        f"attack: expected float images [B, H, W, C], got {x.dtype} {x.shape}",
+    )
 
 
 def check_inputs(x: AnyArray, target: AnyArray) -> None:
@@ -79,11 +114,12 @@ def check_inputs(x: AnyArray, target: AnyArray) -> None:
     Raises:
       InputError: naming what was expected and got.
     """
+    check_images(x)
     require(
-        x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating),
-        f"attack: expected float images [B, H, W, C], got {x.dtype} {x.shape}",
-    )
-    require(
-        target.shape in [(len(x),), (len(x), 2)] and jnp.issubdtype(target.dtype, jnp.integer),
+        target.shape in [(len(x),), (len(x), 2)] and has_labels(target),
         f"attack: expected {len(x)} integer labels (or pairs of them), got {target.dtype} {target.shape}",
     )
+
+
+def _all_finite(logits: Array) -> Array:
+    return jnp.all(jnp.isfinite(logits), axis=-1)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deq_jax.attacks.best import Best, check_images, check_inputs, has_labels
 from deq_jax.attacks.threat import Linf
 from deq_jax.losses import cross_entropy
 from deq_jax.types import Array, Keys, Loss, Oracle, require
@@ -45,8 +46,8 @@ class PGD:
       loss: maximised, ``(logits, target) -> [B]``.
       start: where a restart begins.
       best_of: return, per image, a misclassified iterate if there was one (judged where the target is
-        labels), and among equals the one of highest loss; costs one more query per restart. Otherwise
-        the last iterate of the last restart, as in adversarial training.
+        labels), and among equals the one of highest loss, x itself if none was better; costs one more query
+        per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
     """
 
     epsilon: float
@@ -62,6 +63,8 @@ class PGD:
         require(self.step_size > 0, f"PGD: step_size must be > 0, got {self.step_size!r}")
         require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"PGD: restarts must be >= 1, got {self.restarts!r}")
+        alone = self.best_of or self.restarts == 1
+        require(alone, f"PGD: without best_of there is one restart, got restarts={self.restarts!r}")
 
     def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
         """Adversarial images.
@@ -69,44 +72,41 @@ class PGD:
         Args:
           oracle: of the predictor.
           x: images [B, H, W, C] in [0, 1].
-          target: what the loss compares with: labels [B] int, or reference logits [B, K].
+          target: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.
 
         Returns:
           [B, H, W, C], within epsilon of x and within [0, 1].
+
+        Raises:
+          InputError: see `APGD.__call__`; logits are looked at with best_of alone.
         """
+        check_inputs(x, target) if has_labels(target) else check_images(x)
         keys = Keys.of(key, x.shape[0])
+        if x.shape[0] == 0:
+            return x
+        if not self.best_of:
+            return self._restart(oracle, x, target, keys.fold(0), None)[0]
 
         def restart(best, number):
-            return self._restart(oracle, x, target, keys.fold(number), best), None
+            return self._restart(oracle, x, target, keys.fold(number), best)[1], None
 
-        worst = jnp.full(x.shape[0], -jnp.inf, x.dtype)
-        best = x, jnp.zeros(x.shape[0], bool), worst
-        return lax.scan(restart, best, jnp.arange(self.restarts))[0][0]
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(self.restarts))
+        return lax.scan(restart, best, jnp.arange(self.restarts))[0].x
 
     def _restart(self, oracle, x, target, keys, best):
-        project = Linf(self.epsilon).project
+        """The last iterate, and the best so far; None stays None."""
+        threat = Linf(self.epsilon)
 
         def step(carry, number):
             x_adv, best = carry
             losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
-            best = self._keep_better(best, x_adv, losses, logits, target)
-            x_adv = project(x_adv + self.step_size * jnp.sign(gradient), x)
-            return (x_adv, best), None
+            best = best and best.update(x_adv, losses, logits, target)
+            return (threat.project(x_adv + self.step_size * threat.steepest(gradient), x), best), None
 
-        x_adv = project(self.start(keys, x, self.epsilon), x)
-        (x_adv, best), _ = lax.scan(step, (x_adv, best), 1 + jnp.arange(self.steps))
-        if not self.best_of:
-            return x_adv, *best[1:]
+        start = threat.project(self.start(keys, x, self.epsilon), x)
+        (x_adv, best), _ = lax.scan(step, (start, best), 1 + jnp.arange(self.steps))
+        if best is None:
+            return x_adv, None
         logits = oracle.logits(x_adv, keys.fold(self.steps + 1))
-        return self._keep_better(best, x_adv, self.loss(logits, target), logits, target)
-
-    def _keep_better(self, best, x_adv, losses, logits, target):
-        if not self.best_of:
-            return best
-        kept, kept_fooled, kept_losses = best
-        is_labels = jnp.issubdtype(target.dtype, jnp.integer)
-        fooled = jnp.argmax(logits, axis=-1) != target if is_labels else jnp.zeros_like(kept_fooled)
-        better = (fooled & ~kept_fooled) | ((fooled == kept_fooled) & (losses > kept_losses))
-        kept = jnp.where(better[:, None, None, None], x_adv, kept)
-        return kept, jnp.where(better, fooled, kept_fooled), jnp.where(better, losses, kept_losses)
+        return x_adv, best.update(x_adv, self.loss(logits, target), logits, target)

@@ -176,12 +176,16 @@ class GroupNorm(nn.Module):
             means = jnp.mean(x, axis=(1, 2)).reshape(-1, self.groups, channels // self.groups).mean(axis=-1)
             return jnp.repeat(means, channels // self.groups, axis=1)[:, None, None]
 
+        dtype = x.dtype
+        x = x.astype(jnp.promote_types(dtype, jnp.float32))  # statistics of half precision would be too coarse
         x = x - group_mean(x)
         gain = lax.rsqrt(group_mean(jnp.square(x)) + NORM_EPSILON)
-        if not self.affine:
-            return x * gain
-        gain *= self.param("scale", initializers.ones, (channels,))
-        return x * gain + self.param("bias", initializers.zeros, (channels,))
+        if self.affine:
+            gain *= self.param("scale", initializers.ones, (channels,))
+            x = x * gain + self.param("bias", initializers.zeros, (channels,))
+        else:
+            x = x * gain
+        return x.astype(dtype)
 
 
 class BatchNorm(nn.Module):

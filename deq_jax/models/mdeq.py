@@ -225,11 +225,13 @@ class WeightNormConv(nn.Module):
         v = self.param("v", _uniform, (self.size, self.size, x.shape[-1], self.features))
         g = self.param("g", lambda key: _norm(v))
         edge = (self.size // 2, self.size // 2)
-        return conv(x, v * (g / _norm(v)), (1, 1), (edge, edge))
+        kernel = v * (g / _norm(v)).astype(v.dtype)
+        return conv(x, kernel, (1, 1), (edge, edge))
 
 
 def _norm(v: Array) -> Array:
-    """Over all axes of v [h, w, I, O] but the output channel, [O]."""
+    """Over all axes of v [h, w, I, O] but the output channel, [O]; at least in single precision."""
+    v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
     return jnp.sqrt(jnp.sum(jnp.square(v), axis=(0, 1, 2)))
 
 

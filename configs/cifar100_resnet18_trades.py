@@ -1,0 +1,15 @@
+"""ResNet-18 on CIFAR-100, TRADES at epsilon 8/255, by the recipe of the MDEQs.
+
+    python -m deq_jax.train --config configs/cifar100_resnet18_trades.py --workdir runs/cifar100_resnet18_trades
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar100_large_trades
+from configs.cifar import with_module
+from deq_jax.config import TrainConfig
+from deq_jax.models.resnet import ResNet18
+
+
+def get_config() -> TrainConfig:
+    return with_module(cifar100_large_trades.get_config(), ResNet18(num_classes=100))

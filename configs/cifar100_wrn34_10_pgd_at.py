@@ -1,0 +1,15 @@
+"""WRN-34-10 on CIFAR-100, PGD adversarial training at epsilon 8/255, by the recipe of the MDEQs.
+
+    python -m deq_jax.train --config configs/cifar100_wrn34_10_pgd_at.py --workdir runs/cifar100_wrn34_10_pgd_at
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar100_large_pgd_at
+from configs.cifar import with_module
+from deq_jax.config import TrainConfig
+from deq_jax.models.wide_resnet import WideResNet
+
+
+def get_config() -> TrainConfig:
+    return with_module(cifar100_large_pgd_at.get_config(), WideResNet(num_classes=100))

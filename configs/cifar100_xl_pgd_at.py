@@ -1,0 +1,15 @@
+"""MDEQ-XL on CIFAR-100, PGD adversarial training at epsilon 8/255.
+
+    python -m deq_jax.train --config configs/cifar100_xl_pgd_at.py --workdir runs/cifar100_xl_pgd_at
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar100_large_pgd_at
+from configs.cifar import with_modules
+from deq_jax.config import TrainConfig
+from deq_jax.models.mdeq import mdeq_xl
+
+
+def get_config() -> TrainConfig:
+    return with_modules(cifar100_large_pgd_at.get_config(), mdeq_xl(num_classes=100))

@@ -1,0 +1,14 @@
+"""MDEQ-XL on CIFAR-100, PGD adversarial training at epsilon 8/255, with the exact (implicit) gradient.
+
+    python -m deq_jax.train --config configs/cifar100_xl_pgd_at_exact.py --workdir runs/cifar100_xl_pgd_at_exact
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar100_xl_pgd_at
+from configs.cifar import with_exact_gradient
+from deq_jax.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return with_exact_gradient(cifar100_xl_pgd_at.get_config())

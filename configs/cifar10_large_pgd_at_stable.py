@@ -1,0 +1,14 @@
+"""MDEQ-LARGE on CIFAR-10, PGD adversarial training at epsilon 8/255, with the Jacobian penalty for entropy reduction.
+
+    python -m deq_jax.train --config configs/cifar10_large_pgd_at_stable.py --workdir runs/cifar10_large_pgd_at_stable
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar10_large_pgd_at
+from configs.cifar import with_jacobian_weight
+from deq_jax.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return with_jacobian_weight(cifar10_large_pgd_at.get_config(), 2.0)

@@ -1,0 +1,14 @@
+"""MDEQ-LARGE on CIFAR-10, TRADES at epsilon 8/255, with the exact (implicit) gradient.
+
+    python -m deq_jax.train --config configs/cifar10_large_trades_exact.py --workdir runs/cifar10_large_trades_exact
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar10_large_trades
+from configs.cifar import with_exact_gradient
+from deq_jax.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return with_exact_gradient(cifar10_large_trades.get_config())

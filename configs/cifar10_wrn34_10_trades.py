@@ -1,0 +1,15 @@
+"""WRN-34-10 on CIFAR-10, TRADES at epsilon 8/255, by the recipe of the MDEQs.
+
+    python -m deq_jax.train --config configs/cifar10_wrn34_10_trades.py --workdir runs/cifar10_wrn34_10_trades
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar10_large_trades
+from configs.cifar import with_module
+from deq_jax.config import TrainConfig
+from deq_jax.models.wide_resnet import WideResNet
+
+
+def get_config() -> TrainConfig:
+    return with_module(cifar10_large_trades.get_config(), WideResNet(num_classes=10))

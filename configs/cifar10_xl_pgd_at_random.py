@@ -1,0 +1,14 @@
+"""MDEQ-XL on CIFAR-10, PGD adversarial training at epsilon 8/255, with random intermediate states.
+
+    python -m deq_jax.train --config configs/cifar10_xl_pgd_at_random.py --workdir runs/cifar10_xl_pgd_at_random
+
+Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+"""
+
+from configs import cifar10_xl_pgd_at
+from deq_jax.config import TrainConfig, with_readout
+from deq_jax.readouts import RandomIntermediateState
+
+
+def get_config() -> TrainConfig:
+    return with_readout(cifar10_xl_pgd_at.get_config(), RandomIntermediateState())

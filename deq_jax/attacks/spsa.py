@@ -1,0 +1,79 @@
+"""SPSA [Uesato et al. 2018]: ascent along gradients estimated from logits, for predictors without useful ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.attacks.best import Best, check_inputs
+from deq_jax.attacks.threat import Threat, per_image
+from deq_jax.losses import margin
+from deq_jax.types import Array, Keys, Loss, Oracle, require
+
+
+@dataclass(frozen=True)
+class SPSA:
+    """``x <- project(x + step_size steepest(estimate))`` from x on; asks for logits only.
+
+    The estimate is the mean over random sign vectors v of ``(loss(x + probe v) - loss(x - probe v)) v``, the
+    points clipped to [0, 1].
+
+    Attributes:
+      threat: norm and radius.
+      steps: each costs 2 samples + 1 queries of the logits.
+      samples: sign vectors per step.
+      step_size: length of a step, in the unit of x.
+      probe: distance of the points from x in every pixel.
+      loss: maximised, ``(logits, target) -> [B]``.
+
+    References: Uesato et al. 2018, algorithm 1.
+    Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
+    """
+
+    threat: Threat
+    steps: int = 100
+    samples: int = 128
+    step_size: float = 0.01
+    probe: float = 0.01
+    loss: Loss = margin
+
+    def __post_init__(self):
+        require(self.steps >= 1, f"SPSA: steps must be >= 1, got {self.steps!r}")
+        require(self.samples >= 1, f"SPSA: samples must be >= 1, got {self.samples!r}")
+        require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
+        require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+        """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
+        check_inputs(x, target)
+        if x.shape[0] == 0:
+            return x
+        keys = Keys.of(key, x.shape[0])
+
+        def ascend(number, carry):
+            x_adv, best = carry
+            own = keys.fold(number)
+            estimate = self._estimate(oracle, x_adv, target, own.fold(0))
+            x_adv = self.threat.project(x_adv + self.step_size * self.threat.steepest(estimate), x)
+            logits = oracle.logits(x_adv, own.fold(1))
+            tried = best.update(x_adv, self.loss(logits, target), logits, target)
+            return x_adv, best.where(best.fooled, tried)
+
+        def step(carry, number):
+            return lax.cond(jnp.all(carry[1].fooled), lambda number, carry: carry, ascend, number, carry), None
+
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
+        return lax.scan(step, (x, best), 1 + jnp.arange(self.steps))[0][1].x
+
+    def _estimate(self, oracle: Oracle, x: Array, target: Array, keys: Keys) -> Array:
+        def add(total, number):
+            own = keys.fold(number // 2)  # the same direction and, of a random predictor, the same draw
+            side = 1 - 2 * (number % 2)
+            direction = side * own.draw(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
+            logits = oracle.logits(jnp.clip(x + self.probe * direction, 0, 1), own)
+            return total + per_image(self.loss(logits, target), x) * direction, None
+
+        return lax.scan(add, jnp.zeros_like(x), jnp.arange(2 * self.samples))[0]

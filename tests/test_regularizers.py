@@ -1,0 +1,146 @@
+"""Jacobian norm and spectral radius in closed form, and the penalty as training applies it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax.classifiers import Explicit
+from deq_jax.models.small import SmallCNN
+from deq_jax.objectives import ADVERSARIAL, NATURAL, PGDAdversarialTraining, Trades
+from deq_jax.readouts import IntermediateState, RandomIntermediateState
+from deq_jax.regularizers import JacobianRegularization, gaussian_probes, jacobian_norm, spectral_radius
+from deq_jax.training import train
+from deq_jax.types import InputError, Keys
+from tests import tiny
+from tests.test_objectives import TRADES_ATTACK
+
+MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)) / 3, jnp.float32)
+Z = jnp.ones((4, 5))
+KEYS = Keys.of(jax.random.key(0), 4)
+PENALTY = JacobianRegularization(weight=2.0, probability=0.25, epochs=3)
+
+
+def linear(matrix, z, u):
+    return z @ matrix.T + u
+
+
+def test_the_estimate_has_the_squared_frobenius_norm_as_its_mean():
+    probes = gaussian_probes(KEYS, Z, 4000)
+    estimate = jacobian_norm(linear, MATRIX, Z, Z, probes)
+    np.testing.assert_allclose(estimate, np.full(4, np.sum(np.square(MATRIX)) / 5), rtol=0.1)
+
+
+def test_probes_belong_to_images():
+    probes = gaussian_probes(KEYS, Z, 2)
+    some = gaussian_probes(Keys(KEYS.shared, jnp.array([2, 0])), Z[:2], 2)
+    assert probes.shape == (2, 4, 5) and some.shape == (2, 2, 5)
+    np.testing.assert_array_equal(some, probes[:, jnp.array([2, 0])])
+
+
+def test_spectral_radius_of_a_symmetric_matrix():
+    symmetric = MATRIX @ MATRIX.T
+    estimates, vector = spectral_radius(linear, symmetric, Z, Z, gaussian_probes(KEYS, Z, 1)[0], steps=60)
+    np.testing.assert_allclose(estimates[-1], np.full(4, np.linalg.eigvalsh(symmetric).max()), rtol=1e-3)
+    np.testing.assert_allclose(jnp.linalg.norm(vector, axis=1), 1, rtol=1e-5)
+
+
+def test_the_penalty_of_a_training_pass():
+    """A penalised pass reads out a state of z_{T-2} .. z_{T+1}, and its penalty is that of this state."""
+    classifier = replace(tiny.classifier(dropout=0.0), jacobian=PENALTY)
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 1)), jnp.float32)
+    variables = classifier.init(jax.random.key(0), x)
+    prediction = classifier(variables, x, train=True, keys=KEYS)
+    assert prediction.solution.residuals.shape == (5, 4)
+    states = RandomIntermediateState(first=2)(prediction.solution, KEYS)
+    params, u = variables["params"]["cell"], classifier._encode(variables, x, True, KEYS, None)[0]
+    expected = PENALTY.penalty(classifier.apply_cell, params, u, states, KEYS)
+    np.testing.assert_allclose(prediction.penalty, expected, rtol=1e-4)
+    assert float(prediction.penalty.min()) > 0
+    assert classifier(variables, x, keys=KEYS).penalty == 0
+    with pytest.raises(InputError, match="needs keys"):
+        classifier(variables, x, train=True)
+
+
+def test_only_final_states_are_jittered():
+    classifier = replace(tiny.classifier(IntermediateState(2)), jacobian=PENALTY)
+    x = jnp.zeros((2, 8, 8, 1))
+    variables = classifier.init(jax.random.key(0), x)
+    prediction = jax.eval_shape(lambda: classifier(variables, x, train=True, keys=Keys.of(jax.random.key(0), 2)))
+    assert prediction.solution.residuals.shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("objective", "purposes"),
+    [(PGDAdversarialTraining(tiny.ATTACK), [ADVERSARIAL]), (Trades(TRADES_ATTACK), [NATURAL, ADVERSARIAL])],
+    ids=["pgd_at", "trades"],
+)
+def test_objectives_add_the_penalties_of_their_passes(objective, purposes):
+    plain = tiny.classifier(RandomIntermediateState())
+    penalised = replace(plain, jacobian=PENALTY)
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 1)), jnp.float32)
+    x_adv, y = jnp.clip(x + 0.1, 0, 1), jnp.arange(4)
+    variables = plain.init(jax.random.key(0), x)
+    without, with_penalty = (
+        jax.jit(lambda classifier=c: objective.loss(classifier, variables, x, x_adv, y, KEYS, None)[0])()
+        for c in (plain, penalised)
+    )
+    images = {NATURAL: x, ADVERSARIAL: x_adv}
+    penalties = [penalised(variables, images[p], train=True, keys=KEYS.fold(p)).penalty.mean() for p in purposes]
+    np.testing.assert_allclose(with_penalty - without, sum(penalties), rtol=1e-2)
+
+
+def test_steps_are_drawn_with_the_given_probability_until_the_last_epoch():
+    drawn = [PENALTY.is_drawn(0, step, epoch=0) for step in range(2000)]
+    assert abs(np.mean(drawn) - 0.25) < 0.03
+    assert drawn != [PENALTY.is_drawn(1, step, epoch=0) for step in range(2000)]
+    assert not any(PENALTY.is_drawn(0, step, epoch=3) for step in range(2000))
+
+
+def test_a_config_penalises_the_drawn_steps_only():
+    config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=PENALTY))
+    assert config.at(0, 17) == config.pretraining() and config.pretraining().classifier.jacobian is None
+    for step in range(2, 60):
+        expected = PENALTY if PENALTY.is_drawn(0, step, step // 17) else None
+        assert config.at(step, 17) == replace(config, classifier=replace(config.classifier, jacobian=expected))
+    explicit = tiny.get_config(classifier=Explicit(SmallCNN(10, 4)), pretrain_steps=0)
+    assert explicit.at(5, 17) is explicit
+
+
+@pytest.mark.parametrize(
+    "field", [{"weight": -1.0}, {"probability": 1.5}, {"probes": 0}, {"epochs": -1}], ids=lambda field: str(field)
+)
+def test_bad_settings(field):
+    with pytest.raises(InputError, match=f"JacobianRegularization: .*{next(iter(field))}"):
+        JacobianRegularization(**field)
+
+
+def test_tied_passes_draw_the_same_state():
+    classifier = tiny.classifier(RandomIntermediateState(best_so_far=False))
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 1)), jnp.float32)
+    variables = classifier.init(jax.random.key(0), x)
+
+    @jax.jit
+    def divergences(number):
+        losses = [
+            Trades(TRADES_ATTACK, tied=tied).loss(classifier, variables, x, x, jnp.arange(4), KEYS.fold(number), None)
+            for tied in (True, False)
+        ]
+        return [outcome.metrics["divergence"] for _, outcome in losses]
+
+    tied, independent = zip(*(divergences(number) for number in range(4)), strict=True)
+    np.testing.assert_allclose(tied, 0, atol=1e-6)
+    assert max(independent) > 1e-4
+
+
+def test_a_training_with_penalised_steps(tmp_path):
+    """Penalised are the drawn steps alone: their loss tells."""
+    penalty = replace(PENALTY, weight=1e4, probability=0.3)
+    config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty))
+    lines = []
+    train(config, tmp_path / "a", report=lines.append)
+    losses = {line["step"] - 1: line["loss"] for line in lines if line["split"] == "train"}
+    drawn = {step for step in range(2, 17) if penalty.is_drawn(0, step, 0)}
+    assert drawn and {step for step, loss in losses.items() if loss > 50} == drawn
