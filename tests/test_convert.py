@@ -1,0 +1,447 @@
+"""Checkpoints of PyTorch: into a training's workdir and back, exactly; what is unsafe or does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax import convert, evaluate, train
+from deq_jax.checkpoints import Checkpoints
+from deq_jax.config import load_config, to_tree
+from deq_jax.convert import export_checkpoint, import_checkpoint, mdeq_shapes
+from deq_jax.records import read_json
+from deq_jax.state_dicts import check_writable, read_state_dict, write_state_dict
+from deq_jax.torch_names import to_torch
+from deq_jax.training import initial_state, load_run
+from deq_jax.types import InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = """
+from deq_jax.attacks import PGD
+from deq_jax.classifiers import Dynamics, Equilibrium
+from deq_jax.config import TrainConfig
+from deq_jax.data import Npz
+from deq_jax.gradients import Phantom
+from deq_jax.models.mdeq import mdeq
+from deq_jax.objectives import Standard
+from deq_jax.solvers import Broyden
+
+
+def get_config():
+    classifier = Equilibrium(*mdeq({modules}), {dynamics})
+    attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=1)
+    return TrainConfig(classifier, Standard(), Npz({data!r}), attack, batch_size=8, epochs=1)
+"""
+SMALL = {
+    "modules": "10, (8, 8), (2, 2), final_channels=8, expansion=1",
+    "dynamics": "Dynamics(Broyden(2), gradient=Phantom(1, 0.5))",
+}
+REFERENCE = {  # of the golden numbers
+    "modules": "10, (8, 16, 32, 64), (4, 8, 16, 32), final_channels=64, expansion=2, dropout=0.0",
+    "dynamics": "Dynamics(Broyden(8, batch_joint=True), gradient=Phantom(5, 0.5))",
+}
+
+
+def write_config(folder, settings=SMALL):
+    """A config whose dataset is `folder`/images.npz, which need not exist."""
+    path = folder / "mdeq.py"
+    path.write_text(CONFIG.format(data=str(folder / "images.npz"), **settings))
+    return path
+
+
+def write_images(folder, x, y):
+    np.savez(folder / "images.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+
+
+def random_images(size):
+    return np.random.default_rng(1).integers(0, 256, (size, 32, 32, 3), np.uint8), np.arange(size) % 10
+
+
+def random_arrays(config, dtype=np.float32):
+    """Random variables of the config's MDEQ under their torch names; variances positive."""
+    random = np.random.default_rng(0)
+    arrays = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), mdeq_shapes(config)))
+    values = {name: (0.1 * random.normal(size=array.shape)).astype(dtype) for name, array in arrays.items()}
+    return {name: np.abs(value) + 1 if "running_var" in name else value for name, value in values.items()}
+
+
+def equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, strict=True, err_msg=name)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with the small config, a checkpoint of it, and what is wrong."""
+
+    folder: Path
+    config_file: Path
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def config(self):
+        return load_config(self.config_file)
+
+    def run(self, arguments):
+        convert.main(shlex.split(arguments.replace("{}", str(self.folder))))
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "executed"),)
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch):
+    """Leaves the user's cache alone."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("convert")
+    file = write_config(folder)
+    arrays = random_arrays(load_config(file))
+    np.savez(folder / "good.npz", **arrays)
+    write_mistakes(folder, arrays)
+    import_checkpoint(folder / "good.npz", load_config(file), folder / "run")
+    return Place(folder, file, arrays)
+
+
+def write_mistakes(folder, arrays):
+    name = "classifier.bias"
+    malicious = pickle.dumps(Malicious(folder))
+    for file in ("pickle.npz", "pickle.safetensors", "pickle.pt"):
+        (folder / file).write_bytes(malicious)
+    objects = np.empty(1, object)
+    objects[0] = Malicious(folder)
+    np.savez(folder / "objects.npz", **arrays | {name: objects})
+    (folder / "truncated.npz").write_bytes((folder / "good.npz").read_bytes()[:5000])
+    (folder / "empty.npz").write_bytes(b"")
+    with (folder / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    np.savez(folder / "integers.npz", **arrays | {name: np.zeros(10, int)})
+    np.savez(folder / "nan.npz", **arrays | {name: np.full(10, np.nan, np.float32)})
+    np.savez(folder / "large.npz", **arrays | {name: np.full(10, 1e300)})
+    others = {entry: array for entry, array in arrays.items() if entry != "downsample.0.weight"}
+    np.savez(folder / "other.npz", **others | {name: np.zeros(7), "stray": np.zeros(2)})
+    (folder / "notes.txt").write_text("no checkpoint")
+    (folder / "empty").mkdir()
+
+
+MISTAKES = {
+    "no-source": ("{}/no.npz --config {}/mdeq.py", "{}/no.npz: no such checkpoint or workdir"),
+    "no-config": ("{}/good.npz", "--config FILE is needed"),
+    "no-such-config": ("{}/good.npz --config {}/no.py", "{}/no.py: no such config file"),
+    "set-unknown": ("{}/good.npz --config {}/mdeq.py --set epoch=3", "no field epoch"),
+    "no-mdeq": ("{}/good.npz --config configs/digits_standard.py", "is no MDEQ", "Equilibrium(*mdeq("),
+    "explicit": ("{}/good.npz --config configs/digits_cnn_standard.py", "is no MDEQ"),
+    "parts-do-not-fit": ("{}/good.npz --config {}/mdeq.py --set classifier.cell.groups=5", "8 channels", "5 groups"),
+    "checkpoint-of-a-file": ("{}/good.npz --config {}/mdeq.py --checkpoint best", "--checkpoint goes with"),
+    "ending": ("{}/notes.txt --config {}/mdeq.py", "expected a file ending in .npz, .safetensors, .pth.tar"),
+    "pickle-as-npz": ("{}/pickle.npz --config {}/mdeq.py", "{}/pickle.npz: not read", "no code in it was run"),
+    "objects": ("{}/objects.npz --config {}/mdeq.py", "{}/objects.npz: not read", "no code in it was run"),
+    "truncated": ("{}/truncated.npz --config {}/mdeq.py", "{}/truncated.npz: not read: damaged"),
+    "empty-file": ("{}/empty.npz --config {}/mdeq.py", "{}/empty.npz: not read: damaged"),
+    "single": ("{}/single.npz --config {}/mdeq.py", "expected an npz file, found a single array"),
+    "integers": ("{}/integers.npz --config {}/mdeq.py", "classifier/bias: expected floating numbers, found int64"),
+    "nan": ("{}/nan.npz --config {}/mdeq.py", "{}/nan.npz: params/decoder/classifier/bias", "not finite"),
+    "too-large-for-float32": ("{}/large.npz --config {}/mdeq.py", "classifier/bias", "not finite in float32"),
+    "other-architecture": (
+        "{}/other.npz --config {}/mdeq.py",
+        "{}/other.npz: the PyTorch entries do not fit this MDEQ",
+        "1 missing: downsample.0.weight; 1 unexpected: stray; 1 mis-shaped: classifier.bias (7,) instead of (10,)",
+    ),
+    "another-training": ("{}/good.npz --config {}/mdeq.py --out {}/run", "{}/run holds a training already"),
+    "out-is-a-file": ("{}/good.npz --config {}/mdeq.py --out {}/mdeq.py", "{}/mdeq.py: cannot write there"),
+    "config-of-a-workdir": ("{}/run --config {}/mdeq.py --out {}/new.npz", "--config and --set go with a checkpoint"),
+    "no-workdir": ("{}/empty --out {}/new.npz", "{}/empty: not a training's workdir (no config.json)"),
+    "export-ending": ("{}/run --out {}/new.pt", "new.pt: expected a file ending in .npz, .safetensors"),
+    "export-over-a-file": ("{}/run --out {}/good.npz", "{}/good.npz exists already"),
+}
+
+
+def refusal(place, arguments, capfd):
+    """The one line that the command leaves with; checks that nothing is written, and nothing executed."""
+    arguments += "" if "--out" in arguments else " --out {}/new"
+    before = sorted(place.folder.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        place.run(arguments)
+    lines = capfd.readouterr().err.splitlines()
+    assert exit.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert sorted(place.folder.rglob("*")) == before
+    assert not (place.folder / "executed").exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_line(name, place, capfd):
+    arguments, *words = MISTAKES[name]
+    line = refusal(place, arguments, capfd)
+    assert [word for word in words if word.replace("{}", str(place.folder)) not in line] == []
+
+
+def test_the_malicious_pickle_would_do_something(tmp_path):
+    pickle.loads(pickle.dumps(Malicious(tmp_path)))
+    assert (tmp_path / "executed").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "words"),
+    [
+        (None, "pickle.pt", "pip install torch; or save its state_dict as .npz or .safetensors"),
+        (SimpleNamespace(__version__=(2, 9)), "pickle.pt", "needs torch >= 2.10, found (2, 9)"),
+        (None, "pickle.safetensors", "pip install safetensors; or use an npz file"),
+    ],
+    ids=["no-torch", "unsafe-torch", "no-safetensors"],
+)
+def test_a_missing_or_unsafe_reader_is_named(module, file, words, place, monkeypatch, capfd):
+    for name in ("torch", "safetensors", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, name, module)
+    assert words in refusal(place, f"{{}}/{file} --config {{}}/mdeq.py", capfd)
+
+
+def test_what_is_written_is_the_start_of_a_training(place, tmp_path):
+    """Config, optimiser and meta data as a training writes them; without reading the dataset, which is absent here."""
+    config = place.config
+    import_checkpoint(place.folder / "good.npz", config, tmp_path / "run")
+    write_images(place.folder, *random_images(16))
+    optimizer, data = config.optimizer.transformation(7), config.dataset.load()
+    template = jax.eval_shape(lambda: initial_state(config, optimizer, data))
+    (place.folder / "images.npz").unlink()
+    assert read_json(tmp_path / "run" / "config.json") == to_tree(config)
+    for name in ("best", "latest"):
+        checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / name, keep=1)
+        state, meta = checkpoints.restore(template)
+        assert (checkpoints.latest_step(), int(state.step)) == (0, 0)
+        assert meta == {"config": to_tree(config), "best_accuracy": -1.0}
+        equal(to_torch(state.variables), place.arrays)
+        jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
+
+
+@pytest.mark.parametrize("checkpoint", ["", "--checkpoint latest"])
+def test_round_trip_is_exact(checkpoint, place, tmp_path):
+    place.run(f"{{}}/run --out {tmp_path}/new/back.npz {checkpoint}")
+    with np.load(tmp_path / "new" / "back.npz") as file:
+        equal(dict(file), place.arrays)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["back.npz"]
+
+
+def test_export_chooses_the_checkpoint(place, tmp_path):
+    config = place.config
+    state = import_checkpoint(place.folder / "good.npz", config, tmp_path / "run")
+    later = state._replace(step=jnp.int32(3), params=jax.tree.map(lambda leaf: leaf + 1, state.params))
+    Checkpoints(tmp_path / "run" / "checkpoints" / "latest", keep=2).save(3, later, {})
+    assert export_checkpoint(tmp_path / "run", tmp_path / "best.npz") == 0
+    assert export_checkpoint(tmp_path / "run", tmp_path / "latest.npz", best=False) == 3
+    equal(read_state_dict(tmp_path / "best.npz"), place.arrays)
+    equal(read_state_dict(tmp_path / "latest.npz"), to_torch(later.variables))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_precisions_become_float32(dtype, place, tmp_path):
+    arrays = random_arrays(place.config, dtype)
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    state = import_checkpoint(tmp_path / "arrays.npz", place.config, tmp_path / "run")
+    equal(to_torch(state.variables), {name: array.astype(np.float32) for name, array in arrays.items()})
+
+
+def test_data_parallel_and_counters(place, tmp_path):
+    counters = {"downsample.1.num_batches_tracked": np.array(7)}
+    named = {f"module.{name}": array for name, array in (place.arrays | counters).items()}
+    np.savez(tmp_path / "parallel.npz", **named)
+    state = import_checkpoint(tmp_path / "parallel.npz", place.config, tmp_path / "run")
+    equal(to_torch(state.variables), place.arrays)
+
+
+def test_the_prefix_is_kept_where_it_is_not_everywhere(tmp_path):
+    arrays = {"module.a": np.zeros(1), "b": np.ones(1)}
+    write_state_dict(tmp_path / "mixed.npz", arrays)
+    equal(read_state_dict(tmp_path / "mixed.npz"), arrays)
+
+
+def test_only_new_files_are_written(tmp_path):
+    check_writable(tmp_path / "new.npz")
+    write_state_dict(tmp_path / "new.npz", {"a": np.zeros(1)})
+    with pytest.raises(InputError, match=r"new\.npz exists already"):
+        write_state_dict(tmp_path / "new.npz", {"a": np.ones(1)})
+    equal(read_state_dict(tmp_path / "new.npz"), {"a": np.zeros(1)})
+
+
+def test_what_is_printed_goes_on(place, tmp_path, capfd):
+    """The commands printed name the same config, with what was set; pre-training is pointed out."""
+    place.run(f"{{}}/good.npz --config {{}}/mdeq.py --set seed=5 --set pretrain_steps=3 --out {tmp_path}/run")
+    printed = capfd.readouterr().out
+    assert f"converted: {parameters(place):,} parameters, in {tmp_path}/run" in printed
+    assert f"deq_jax.evaluate --workdir {tmp_path}/run" in printed
+    assignments = "--set seed=5 --set pretrain_steps=3"
+    assert f"train --config {place.config_file} {assignments} --workdir {tmp_path}/run" in printed
+    assert "begin with the 3 pre-training steps" in printed and "--set pretrain_steps=0" in printed
+    assert read_json(tmp_path / "run" / "config.json")["seed"] == 5
+    place.run(f"{tmp_path}/run --out {tmp_path}/back.npz")
+    assert "converted: best checkpoint, step 0" in capfd.readouterr().out
+
+
+def parameters(place):
+    return sum(array.size for name, array in place.arrays.items() if "running" not in name)
+
+
+def test_help_shows_how_to_start(capfd):
+    with pytest.raises(SystemExit) as exit:
+        convert.main(["--help"])
+    text = capfd.readouterr().out
+    assert exit.value.code == 0
+    assert all(word in text for word in ("--config", "--out", ".pth.tar", "examples:", "no code in the file is run"))
+
+
+def test_logits_of_the_golden_checkpoint(tmp_path):
+    """The logits of the authors' code, from their weights in a file; within a few float32 roundings."""
+    inputs = np.load(GOLDEN / "tiny_inputs.npz")
+    arrays = {f"module.{name[7:]}": inputs[name] for name in inputs if name.startswith("params/")}
+    np.savez(tmp_path / "golden.npz", **arrays)
+    file = write_config(tmp_path, REFERENCE)
+    convert.main([str(tmp_path / "golden.npz"), "--config", str(file), "--out", str(tmp_path / "run")])
+    images = inputs["x_uint8"].transpose(0, 2, 3, 1)
+    write_images(tmp_path, images, inputs["y"])
+    config = load_config(file)
+    template = jax.eval_shape(lambda: initial_state(config, config.optimizer.transformation(1), config.dataset.load()))
+    state, _ = Checkpoints(tmp_path / "run" / "checkpoints" / "best", keep=1).restore(template)
+    x = images.astype(np.float32) / np.float32(255)
+    options = {"xla_llvm_disable_expensive_passes": True}  # a third less time to compile
+    predict = jax.jit(lambda variables: config.classifier(variables, x).logits, compiler_options=options)
+    logits = predict(state.variables)
+    expected = np.load(GOLDEN / "tiny_expected.npz")["phantom/ris/logits"]
+    noise = json.loads((GOLDEN / "tiny_noise.json").read_text())["phantom/ris/logits"]
+    assert np.linalg.norm(logits - expected) <= (2e-6 + 5 * noise) * np.linalg.norm(expected)
+
+
+@pytest.mark.slow
+def test_converted_networks_are_evaluated_and_trained_on(place, tmp_path, capfd):
+    file, run = write_config(tmp_path), tmp_path / "run"
+    convert.main([str(place.folder / "good.npz"), "--config", str(file), "--out", str(run)])
+    write_images(tmp_path, *random_images(20))
+    evaluate.main(["--workdir", str(run), "--set", "steps=1", "--set", "restarts=1"])
+    result = read_json(run / "evaluation" / "test-pgd" / "evaluation.json")
+    assert result["images"] == 20
+    assert result["checkpoint"] == {"name": "best", "step": 0}
+    before = load_run(run, best=False)[1]
+    train.main(["--config", str(file), "--workdir", str(run)])
+    _, after, step = load_run(run, best=False)
+    assert step == 2
+    # Adam's first two steps move no entry by more than the learning rate each: it started from these weights.
+    moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"]))
+    assert 0 < max(moved) <= 2.1e-3
+
+
+def test_safetensors(place, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file(place.arrays, tmp_path / "good.safetensors")
+    state = import_checkpoint(tmp_path / "good.safetensors", place.config, tmp_path / "run")
+    equal(to_torch(state.variables), place.arrays)
+    export_checkpoint(tmp_path / "run", tmp_path / "back.safetensors")
+    equal(safetensors.load_file(tmp_path / "back.safetensors"), place.arrays)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_damaged_safetensors(place, tmp_path, capfd):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    whole = safetensors.save(place.arrays)
+    (tmp_path / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    for file in (f"{tmp_path}/truncated.safetensors", "{}/pickle.safetensors"):
+        assert "not read: damaged" in refusal(place, f"{file} --config {{}}/mdeq.py", capfd)
+
+
+def test_half_precision_of_safetensors(place, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    half = {name: array.astype(jnp.bfloat16) for name, array in place.arrays.items()}
+    safetensors.save_file(half, tmp_path / "half.safetensors")
+    state = import_checkpoint(tmp_path / "half.safetensors", place.config, tmp_path / "run")
+    equal(to_torch(state.variables), {name: array.astype(np.float32) for name, array in half.items()})
+
+
+@pytest.mark.parametrize("ending", [".pth.tar", ".pth", ".pt"])
+@pytest.mark.parametrize("entry", [None, "state_dict", "model_state_dict", "model"])
+def test_files_of_torch(ending, entry, place, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {f"module.{name}": torch.from_numpy(array) for name, array in place.arrays.items()}
+    tensors |= {"module.downsample.1.num_batches_tracked": torch.tensor(7)}
+    saved = {"model": "mdeq", "epoch": 3, "perf": 0.9} | {entry: tensors} if entry else tensors
+    torch.save(saved, tmp_path / f"file{ending}", _use_new_zipfile_serialization=ending != ".pth.tar")
+    read = read_state_dict(tmp_path / f"file{ending}")
+    assert read.pop("downsample.1.num_batches_tracked") == 7
+    equal(read, place.arrays)
+
+
+def test_parameters_and_half_precision_of_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    saved = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.full((3,), 0.5, dtype=torch.bfloat16)}
+    torch.save(saved, tmp_path / "file.pt")
+    expected = {"a": np.ones(2, np.float32), "b": np.full(3, 0.5, np.float32)}
+    equal(read_state_dict(tmp_path / "file.pt"), expected)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_code_in_files_of_torch_is_refused(zipped, hidden, place, capfd):
+    """The code is the whole file, or one entry beside a good state_dict."""
+    torch = pytest.importorskip("torch")
+    malicious = Malicious(place.folder)
+    saved = {"state_dict": {"a": torch.ones(2)}, "more": malicious} if hidden else malicious
+    torch.save(saved, place.folder / "code.pt", _use_new_zipfile_serialization=zipped)
+    line = refusal(place, "{}/code.pt --config {}/mdeq.py", capfd)
+    assert "no code in it was run" in line and "it names posix.mkdir" in line
+    assert "weights_only" not in line
+
+
+def test_a_pickle_is_no_file_of_torch(place, capfd):
+    pytest.importorskip("torch")
+    assert "no code in it was run" in refusal(place, "{}/pickle.pt --config {}/mdeq.py", capfd)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, -1])
+def test_truncated_files_of_torch(size, place, capfd):
+    torch = pytest.importorskip("torch")
+    torch.save({name: torch.from_numpy(array) for name, array in place.arrays.items()}, place.folder / "cut.pt")
+    whole = (place.folder / "cut.pt").read_bytes()
+    (place.folder / "cut.pt").write_bytes(whole[:size])
+    assert "cut.pt: not read: damaged" in refusal(place, "{}/cut.pt --config {}/mdeq.py", capfd)
+
+
+def test_files_of_torch_without_a_state_dict(place, capfd):
+    torch = pytest.importorskip("torch")
+    for saved, words in (
+        ([1, 2], "expected a state_dict, found list"),
+        ({"epoch": 3, "model": "mdeq"}, "expected tensors by name, themselves or under state_dict"),
+        (torch.nn.Linear(2, 2), "it names torch.nn.modules.linear.Linear"),
+    ):
+        torch.save(saved, place.folder / "other.pt")
+        assert words in refusal(place, "{}/other.pt --config {}/mdeq.py", capfd)
+
+
+def test_torch_loads_what_is_written(place, tmp_path):
+    torch = pytest.importorskip("torch")
+    place.run(f"{{}}/run --out {tmp_path}/back.npz")
+    with np.load(tmp_path / "back.npz") as file:
+        norm = {entry: torch.from_numpy(file[f"downsample.1.{entry}"]) for entry in ("weight", "bias")}
+        norm |= {entry: torch.from_numpy(file[f"downsample.1.{entry}"]) for entry in ("running_mean", "running_var")}
+    layer = torch.nn.BatchNorm2d(8)
+    layer.load_state_dict(norm)  # strict: the counter may be absent
+    np.testing.assert_array_equal(layer.running_var.numpy(), place.arrays["downsample.1.running_var"])
