@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, partial
 from operator import itemgetter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,127 +14,19 @@ from jax import lax
 
 from deq_jax.attacks import PGD, Linf
 from deq_jax.attacks.oracle import classifier_oracle
-from deq_jax.classifiers import Dynamics, Equilibrium
+from deq_jax.classifiers import Dynamics
 from deq_jax.gradients import Implicit, Neumann, Phantom, Unrolled
 from deq_jax.losses import cross_entropy, kl
-from deq_jax.models.mdeq import mdeq
 from deq_jax.objectives import PGDAdversarialTraining, Standard, Trades
 from deq_jax.readouts import IntermediateState
 from deq_jax.regularizers import jacobian_norm, spectral_radius
-from deq_jax.solvers import Anderson, Broyden, solve
-from deq_jax.torch_names import from_torch, to_torch
+from deq_jax.solvers import Anderson, Broyden
+from deq_jax.torch_names import to_torch
 from deq_jax.types import Keys
+from tests.golden.case import SOLVER, Case, compiled
 
-GOLDEN = Path(__file__).parent / "golden"
-BRANCHES = ((8, 32, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4))  # C, H, W
-SOLVER = Broyden(8, batch_joint=True)
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 ATTACK = PGD(EPSILON, STEP_SIZE, 10, loss=kl)  # not run: the adversarial batch is given
-
-# A third less compile time on the CPU.
-compiled = partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
-
-
-class Case:
-    """The golden model in one precision: what it computes, and what it should."""
-
-    def __init__(self, dtype: str):
-        self.dtype = dtype
-        self.golden = dict(np.load(GOLDEN / "tiny_inputs.npz")) | dict(np.load(GOLDEN / "tiny_expected.npz"))
-        self.noise = json.loads((GOLDEN / "tiny_noise.json").read_text())
-        modules = mdeq(10, (8, 16, 32, 64), (4, 8, 16, 32), final_channels=64, expansion=2, dropout=0.0)
-        self.classifier = Equilibrium(*modules, Dynamics(SOLVER))
-        self.x = self.image(self.golden["x_uint8"].astype(np.float32) / np.float32(255))
-        self.y = jnp.asarray(self.golden["y"])
-        named = {name[7:]: array for name, array in self.golden.items() if name.startswith("params/")}
-        self.parameter_names = [name for name in named if "running" not in name]
-        shapes = jax.eval_shape(self.classifier.init, jax.random.key(0), self.x)
-        self.variables = jax.tree.map(self.array, from_torch(named, shapes))
-        self.params = self.variables["params"]["cell"]
-        self.gradients = {}
-
-    def array(self, values):
-        return jnp.asarray(values, self.dtype)
-
-    def image(self, values):
-        return self.array(values).transpose(0, 2, 3, 1)
-
-    def state(self, key, index=...):
-        flat = self.golden[key][index]
-        ends = np.cumsum([np.prod(shape) for shape in BRANCHES])[:-1]
-        parts = np.split(flat, ends, axis=-1)
-        return tuple(
-            self.array(np.moveaxis(part.reshape(*part.shape[:-1], *shape), -3, -1))
-            for part, shape in zip(parts, BRANCHES, strict=True)
-        )
-
-    def close(self, key, value, expected=None, floor=None):
-        """Relative l2 error at most 1e-6 in float64, within a few times the recorded rounding in float32.
-
-        The rounding is that recorded for `key`, or for the key `floor`.
-        """
-        value = np.asarray(value, np.float64)
-        expected = np.asarray(self.golden[key] if expected is None else expected, np.float64)
-        assert value.shape == expected.shape, key
-        error = np.linalg.norm(value - expected) / np.linalg.norm(expected)
-        tolerance = 1e-6 if self.dtype == "float64" else 2e-6 + 5 * self.noise[floor or key]
-        assert error <= tolerance, f"{key}: relative error {error:.1e} > {tolerance:.1e} in {self.dtype}"
-
-    def state_close(self, key, z, floor=None):
-        """Compares sampled entries, and norms per branch, of a state with leaves [..., B, H, W, C]."""
-        parts = [np.moveaxis(np.asarray(leaf), -1, -3) for leaf in z]
-        parts = [part.reshape(*part.shape[:-3], -1) for part in parts]
-        self.close(f"{key}_sub", np.concatenate(parts, axis=-1)[..., self.golden["sub_idx"]], floor=floor)
-        self.close(f"{key}_norm", np.stack([np.linalg.norm(part, axis=-1) for part in parts], axis=-1), floor=floor)
-
-    def image_close(self, key, x, expected=None):
-        self.close(key, np.moveaxis(np.asarray(x), -1, -3), expected)
-
-    @cached_property
-    def encode(self):
-        return compiled(partial(self.classifier.encode, self.variables))
-
-    @cached_property
-    def decode(self):
-        return compiled(partial(self.classifier.decode, self.variables))
-
-    @cached_property
-    def cell(self):
-        return compiled(self.classifier.apply_cell)
-
-    @cached_property
-    def solve(self):
-        """``x -> Solution`` of 8 Broyden steps."""
-        return compiled(partial(self.run, SOLVER))
-
-    def run(self, solver, x):
-        u = self.classifier.encode(self.variables, x)
-        start = jax.tree.map(jnp.zeros_like, u.features)
-        return solve(solver, self.classifier.apply_cell, self.params, start, u)
-
-    @cached_property
-    def solution(self):
-        return self.solve(self.x)
-
-    def gradient(self, estimator):
-        """``(x, z) -> gradient of the mean cross-entropy with respect to x, (loss, logits)``."""
-        if estimator not in self.gradients:
-
-            def loss(x, z):
-                u = self.classifier.encode(self.variables, x)
-                state = estimator(self.classifier.apply_cell, self.params, u, z)
-                logits = self.classifier.decode(self.variables, state)
-                mean = jnp.mean(cross_entropy(logits, self.y))
-                return mean, (mean, logits)
-
-            self.gradients[estimator] = compiled(jax.grad(loss, has_aux=True))
-        return self.gradients[estimator]
-
-    def gradient_close(self, key, estimator, z):
-        gradient, (loss, logits) = self.gradient(estimator)(self.x, z)
-        self.close(f"{key}/logits", logits)
-        self.close(f"{key}/loss", loss)
-        self.image_close(f"{key}/grad_x", gradient)
 
 
 @pytest.fixture(scope="module", params=["float64", "float32"])
@@ -356,35 +246,31 @@ def test_attack_of_trades(case):
             case.image_close(f"trades_adv/x_adv_{step}", x_adv)
 
 
-def train_close(case, key, objective):
-    """Loss terms, gradients and BatchNorm statistics of ``objective(params) -> (total, (terms, batch_stats))``.
-
-    Gradients are compared in float64 only. In float32 those of the pre-training step differ by up to 5 %, with
-    XLA's own convolution gradients just as with ours, while losses, logits and statistics agree: an open question.
-    """
-    grads, (terms, batch_stats) = compiled(jax.grad(objective, has_aux=True))(case.variables["params"])
+def train_close(case, key, gradient, params):
+    """Compares the terms of the loss, the gradients and the BatchNorm statistics that `gradient(params)` returns."""
+    grads, (terms, batch_stats) = gradient(params)
     for name, value in terms.items():
         case.close(f"{key}/{name}", value)
     arrays = to_torch({"params": grads, "batch_stats": batch_stats})
     for entry in case.golden:
-        if entry.startswith(f"{key}/bn/") or (entry.startswith(f"{key}/grad/") and case.dtype == "float64"):
+        if entry.startswith((f"{key}/bn/", f"{key}/grad/")):
             case.close(entry, arrays[entry.split("/")[-1]])
-    if case.dtype == "float64":
-        case.close(f"{key}/gradnorm", np.stack([np.linalg.norm(arrays[name]) for name in case.parameter_names]))
+    case.close(f"{key}/gradnorm", np.stack([np.linalg.norm(arrays[name]) for name in case.parameter_names]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "key, objective, dynamics",
-    [
-        ("pretrain", Standard(), Dynamics(None, gradient=Unrolled(8))),
-        ("pgdat_t5", PGDAdversarialTraining(ATTACK), Dynamics(Broyden(5, batch_joint=True))),
-        ("pgdat_t8", PGDAdversarialTraining(ATTACK), Dynamics(SOLVER)),
-        ("trades_t5", Trades(ATTACK), Dynamics(Broyden(5, batch_joint=True))),
-        ("trades_t8", Trades(ATTACK), Dynamics(SOLVER)),
-    ],
-)
-def test_training_step(case, key, objective, dynamics):
+STEPS = {
+    "pretrain": (Standard(), Dynamics(None, gradient=Unrolled(8))),
+    "pgdat_t5": (PGDAdversarialTraining(ATTACK), Dynamics(Broyden(5, batch_joint=True))),
+    "pgdat_t8": (PGDAdversarialTraining(ATTACK), Dynamics(SOLVER)),
+    "trades_t5": (Trades(ATTACK), Dynamics(Broyden(5, batch_joint=True))),
+    "trades_t8": (Trades(ATTACK), Dynamics(SOLVER)),
+}
+
+
+@cache
+def step_gradient(case, key):
+    """``params -> gradient, (terms of the loss, batch_stats)`` of a training step."""
+    objective, dynamics = STEPS[key]
     classifier = replace(case.classifier, dynamics=dynamics)
     x_adv = case.x if key == "pretrain" else case.image(case.golden["train/x_adv"])
     keys = Keys.of(jax.random.key(0), len(case.x))  # nothing is random here
@@ -400,7 +286,47 @@ def test_training_step(case, key, objective, dynamics):
             }
         return value, (terms, outcome.batch_stats)
 
-    train_close(case, f"train/{key}", loss)
+    return compiled(jax.grad(loss, has_aux=True))
+
+
+def moved_from_kink(params, distance):
+    """The parameters with the bias of one GroupNorm channel moved by `distance`.
+
+    Of the 2,490,368 inputs of a ReLU in the pre-training step, one is 1.4e-7 away from 0 in float64 and all others
+    more than 3e-7: the second ReLU from branch 0 to branch 3 in the last application of the cell (image 2, row 3,
+    column 1, channel 4). An eighth of that layer's gradient goes through it, so that its sign decides 1 to 13 %
+    of the gradients of most parameters. It is positive; in float32 rounding may make it negative.
+    """
+    norm = params["cell"]["fuse0_to_3"]["norm1"]
+    moved = norm | {"bias": norm["bias"].at[4].add(distance)}
+    fuse = params["cell"]["fuse0_to_3"] | {"norm1": moved}
+    return params | {"cell": params["cell"] | {"fuse0_to_3": fuse}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", STEPS)
+def test_training_step(case, key):
+    """In float32, pre-training is compared 2e-6 away from a kink that rounding would cross."""
+    params = case.variables["params"]
+    if key == "pretrain" and case.dtype == "float32":
+        params = moved_from_kink(params, 2e-6)
+    train_close(case, f"train/{key}", step_gradient(case, key), params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["float64"], indirect=True)
+def test_pretraining_gradient_jumps_at_a_kink(case):
+    """Why float32 has to keep away from it: 2e-6 further the gradient is the golden one, 2e-6 back it is not."""
+    name = "fullstage.branches.0.blocks.0.conv1.weight_v"
+
+    def error(distance):
+        grads, _ = step_gradient(case, "pretrain")(moved_from_kink(case.variables["params"], distance))
+        expected = case.golden[f"train/pretrain/grad/{name}"]
+        gradient = to_torch({"params": grads, "batch_stats": case.variables["batch_stats"]})[name]
+        return np.linalg.norm(gradient - expected) / np.linalg.norm(expected)
+
+    assert error(2e-6) < 1e-5
+    assert error(-2e-6) > 1e-2
 
 
 @pytest.mark.slow
@@ -416,8 +342,9 @@ def test_trades_step_with_jacobian_penalty(case):
     def objective(params):
         variables, logits, penalties = case.variables | {"params": params}, {}, 0
         for name, x in (("nat", case.x), ("adv", case.image(case.golden["train/x_adv"]))):
-            logits[name], batch_stats, solution = case.classifier(variables, x, train=True)
-            penalties += penalty(variables, x, solution.z)
+            prediction = case.classifier(variables, x, train=True)
+            logits[name], batch_stats = prediction.logits, prediction.batch_stats
+            penalties += penalty(variables, x, prediction.solution.z)
             variables |= {"batch_stats": batch_stats}
         natural = jnp.mean(cross_entropy(logits["nat"], case.y))
         robust = jnp.mean(kl(logits["adv"], logits["nat"]))
@@ -426,4 +353,5 @@ def test_trades_step_with_jacobian_penalty(case):
         terms |= {f"logits_{name}": values for name, values in logits.items()}
         return loss + 0.4 * penalties, (terms, batch_stats)
 
-    train_close(case, "train/trades_t8_jac", objective)
+    gradient = compiled(jax.grad(objective, has_aux=True))
+    train_close(case, "train/trades_t8_jac", gradient, case.variables["params"])
