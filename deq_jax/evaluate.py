@@ -1,60 +1,104 @@
-"""Evaluates a trained classifier, clean and attacked, at every state of its dynamics.
+"""Evaluates a trained classifier: clean, and under the worst case of many attacks, at every state of its dynamics.
 
-python -m deq_jax.evaluate --workdir runs/a
+python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from deq_jax.attacks.pgd import PGD
+from deq_jax.attacks import PGD, Linf
 from deq_jax.cli import command_line, console
-from deq_jax.config import TrainConfig, set_fields, to_tree
+from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
 from deq_jax.data import to_unit
-from deq_jax.evaluation import Outcomes, evaluator, summary
-from deq_jax.plots import plot_images, plot_states
-from deq_jax.records import make_folder, write_json, write_npz
+from deq_jax.readouts import EnsembleState
+from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
+from deq_jax.surrogates import deployed
 from deq_jax.training import load_run
-from deq_jax.types import Attack, InputError, require
+from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of
+from deq_jax.types import require
+from deq_jax.worst_case import worst_case
 
 EPILOG = """\
-Writes into the output folder: evaluation.json (means, and what was run), evaluation.npz (per image: labels,
-predictions, entropies and residuals of every state, adversarial images), states.png, images.png.
+Writes into the output folder: evaluation.json (means, red flags, and what was run), evaluation.npz (per image:
+labels, predictions, entropies and residuals of every state, worst adversarial images), trials/ (all adversarial
+images), and figures. Every finished batch is kept: the same command goes on after any interruption, and another
+one in the same folder is refused.
 
-An image counts as correct under attack only if it is also correct without. PGD alone is an upper bound of
-robustness. Row z_t is the raw state after t solver steps; "deployed" is the classifier's own prediction,
-which the attack was aimed at; its residual is the lowest of the trajectory.
+Success is judged on the deployed predictor. An image counts as correct under attack only if it is also correct
+without. Row "union" is the worst case of all trials for each image. Red flags are signs that the attacks have
+failed; PGD alone is an upper bound of robustness. Row or column z_t is the raw state after t solver steps,
+"ensemble" the mean of these states.
 
 examples:
   python -m deq_jax.evaluate --workdir runs/a
+  python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
+  python -m deq_jax.evaluate --workdir runs/a --config configs/eval_white_box.py --readout early
   python -m deq_jax.evaluate --workdir runs/a --attack pgd --set steps=1000 --set epsilon=0.05 --out runs/a/pgd1000
+  python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
+READOUTS = ("trained", "early", "ensemble")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
+    options = parse(arguments)
+    with command_line():
+        train, variables, step = load_run(options.workdir, best=options.checkpoint == "best")
+        config = choose_config(options, train)
+        data = train.dataset.load()
+        images = getattr(data, options.split)
+        about = {"checkpoint": f"{options.checkpoint}, step {step}", "split": options.split}
+        default = Path(options.workdir) / "evaluation" / f"{options.split}-{name_of(options)}"
+        out = Path(options.out) if options.out else default
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=1.0)
+            result = worst_case(
+                config,
+                train.classifier,
+                variables,
+                images,
+                out,
+                validation=data.validation,
+                about=about,
+                report=lambda name, share: progress.update(task, description=name, completed=share),
+            )
+        versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
+        report = {**report_of(result), "workdir": str(options.workdir), **about, "versions": versions}
+        write_report(out, {**report, "config": to_tree(train)}, result, np.asarray(to_unit(images.x)))
+        console.print(states_table(report))
+        console.print(accuracy_table(report))
+        console.print(headline(report), style="bold")
+        console.print(f"results: {out}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deq_jax.evaluate",
-        description="Clean accuracy, accuracy under attack, entropy and residual of a trained classifier.",
+        description="Clean accuracy, and accuracy under the worst case of many attacks, of a trained classifier.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training")
-    parser.add_argument(
+    attacks = parser.add_mutually_exclusive_group()
+    attacks.add_argument("--config", metavar="FILE", help="Python file with get_config(train_config) -> EvalConfig")
+    attacks.add_argument(
         "--attack",
-        choices=["none", "pgd"],
+        type=_attack,
         default="pgd",
-        help="default: pgd, 50 steps, 5 restarts, best of all iterates",
+        metavar="none|pgd|transfer:FILE",
+        help="without --config; pgd, the default: 50 steps, 5 restarts, best of all iterates; transfer: images of "
+        "another evaluation",
     )
     parser.add_argument(
         "--set",
@@ -62,94 +106,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[],
         metavar="NAME=VALUE",
         dest="assignments",
-        help="replace a field of the attack: epsilon, step_size, steps, restarts; repeatable",
+        help="replace a scalar field of the config, or of the attack: epsilon, step_size, steps, restarts; repeatable",
     )
+    parser.add_argument("--epsilon", type=float, metavar="R", help="radius; default: that of the training's validation")
+    parser.add_argument("--readout", choices=READOUTS, default="trained", help="what is deployed; default: trained")
     parser.add_argument("--split", choices=["test", "validation", "train"], default="test", help="default: test")
     parser.add_argument("--checkpoint", choices=["best", "latest"], default="best", help="default: best")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: as in training")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the attack's randomness; default: 0")
-    parser.add_argument("--out", metavar="DIR", help="default: WORKDIR/evaluation/SPLIT-ATTACK")
-    options = parser.parse_args(arguments)
-    with command_line():
-        config, variables, step = load_run(options.workdir, best=options.checkpoint == "best")
-        attack = choose_attack(config, options.attack, options.assignments)
-        batch_size = config.batch_size if options.batch_size is None else options.batch_size
-        require(batch_size > 0, f"--batch-size must be positive, got {batch_size}")
-        require(options.seed >= 0, f"--seed must be >= 0, got {options.seed}")
-        run = evaluator(config.classifier, attack, batch_size=batch_size, seed=options.seed)
-        default = Path(options.workdir) / "evaluation" / f"{options.split}-{options.attack}"
-        out = make_folder(Path(options.out) if options.out else default)
-        images = getattr(config.dataset.load(), options.split)
-        started = time.perf_counter()
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("evaluating", total=len(images.y))
-            outcomes = run(variables, images, lambda done, total: progress.update(task, completed=done))
-        result = {
-            **summary(outcomes),
-            "workdir": str(options.workdir),
-            "checkpoint": {"name": options.checkpoint, "step": step},
-            "split": options.split,
-            "attack": to_tree(attack),
-            "seed": options.seed,
-            "batch_size": batch_size,
-            "seconds": round(time.perf_counter() - started, 2),
-            "versions": {name: version(name) for name in ("deq_jax", "jax", "flax")},
-            "config": to_tree(config),
-        }
-        write_results(out, result, outcomes, np.asarray(to_unit(images.x)))
-        console.print(table(result))
-        console.print(f"results: {out}")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: as in the config")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the attacks' randomness; default: as in the config")
+    parser.add_argument("--out", metavar="DIR", help="default: WORKDIR/evaluation/SPLIT-ATTACK, or SPLIT-CONFIG")
+    return parser.parse_args(arguments)
 
 
-def choose_attack(config: TrainConfig, name: str, assignments: list[str]) -> Attack | None:
-    """The attack that the command line names, at the radius that the config validates with."""
-    if name == "none":
-        require(not assignments, "--set goes with an attack, not with --attack none")
-        return None
-    validation = config.validation_attack
-    if not isinstance(validation, PGD):
-        raise InputError("--attack pgd: the config's validation_attack is no PGD and gives no radius")
-    attack = dataclasses.replace(
-        validation, step_size=max(validation.epsilon / 10, 1e-6), steps=50, restarts=5, best_of=True
-    )
-    return set_fields(attack, assignments)
+def _attack(text: str) -> str:
+    if text in ("none", "pgd") or text.startswith("transfer:"):
+        return text
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from none, pgd, transfer:FILE)")
 
 
-def write_results(out: Path, result: dict[str, Any], outcomes: Outcomes, x: np.ndarray) -> None:
-    """Writes numbers, per-image outcomes and figures into the folder `out`."""
-    conditions = {"clean": outcomes.clean, "attacked": outcomes.attacked}
-    arrays = {"y": outcomes.y}
-    for condition, measured in conditions.items():
-        if measured is not None:
-            arrays |= {f"{condition}_{name}": value for name, value in measured._asdict().items()}
-    if outcomes.x_adv is not None:
-        arrays["x_adv"] = outcomes.x_adv
-        plot_images(outcomes, x, out / "images.png")
-    plot_states(outcomes, out / "states.png")
-    write_npz(out / "evaluation.npz", arrays)
-    write_json(out / "evaluation.json", result)
+def name_of(options: argparse.Namespace) -> str:
+    """Of the evaluation: the config file's, or the attack's, and the readout's."""
+    name = Path(options.config).stem if options.config else options.attack.partition(":")[0]
+    return name if options.readout == "trained" else f"{name}-{options.readout}"
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The result as a table for the terminal."""
-    attack = result["attack"]
-    caption = f"{result['images']} {result['split']} images"
-    if attack is not None:
-        caption += f"; PGD epsilon {attack['epsilon']:g}, {attack['steps']} steps, {attack['restarts']} restarts"
-    grid = Table(title="accuracy (%), entropy (nats), relative residual", caption=caption)
-    conditions = list(next(iter(result["rows"].values())))
-    grid.add_column("state")
-    for condition in conditions:
-        for name in ("accuracy", "entropy", "residual"):
-            grid.add_column(f"{condition}\n{name}", justify="right")
-    for name, row in result["rows"].items():
-        cells = []
-        for condition in conditions:
-            values = row[condition]
-            residual = "-" if values["residual"] is None else f"{values['residual']:.2e}"
-            cells += [f"{100 * values['accuracy']:.2f}", f"{values['entropy']:.3f}", residual]
-        grid.add_row(name, *cells, style="bold" if name == "deployed" else None)
-    return grid
+def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
+    """The evaluation that the command line asks for, at the radius that the training validates with."""
+    if options.epsilon is not None:
+        threat_of(train)
+        train = set_fields(train, [f"validation_attack.epsilon={options.epsilon}"])
+    if options.config:
+        config = set_fields(load_config(options.config, EvalConfig, train), options.assignments)
+    else:
+        config = dataclasses.replace(attack_config(options, train), batch_size=train.batch_size)
+    given = {"batch_size": options.batch_size, "seed": options.seed}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    if options.readout == "early":
+        epsilon = threat_of(train).epsilon
+        early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10))
+        return dataclasses.replace(config, predictor=early)
+    if options.readout == "ensemble":
+        return dataclasses.replace(config, predictor=deployed(train.classifier, EnsembleState()))
+    return config
+
+
+def attack_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
+    """The evaluation with the one attack that --attack names."""
+    if options.attack == "pgd":
+        step_size = max(threat_of(train).epsilon / 10, 1e-6)
+        validation = cast(PGD, train.validation_attack)
+        attack = dataclasses.replace(validation, step_size=step_size, steps=50, restarts=5, best_of=True)
+        attack = set_fields(attack, options.assignments)
+        return EvalConfig(Linf(attack.epsilon), (Trial("pgd", attack),), skip_broken=False)
+    require(not options.assignments, f"--set goes with a config or an attack, not with --attack {options.attack}")
+    if options.attack == "none":
+        return EvalConfig(Linf(0.0), ())
+    path = options.attack.partition(":")[2]
+    return EvalConfig(threat_of(train), (Trial("transfer", Transfer(path)),), skip_broken=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,25 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.attacks.oracle import classifier_oracle
-from deq_jax.classifiers import Equilibrium
 from deq_jax.data import EvaluationBatch, Images, evaluation_batches, to_unit
-from deq_jax.losses import entropy
+from deq_jax.losses import entropy, margin
 from deq_jax.parallel import check_batch_size, replicate_and_split
-from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, Variables
+from deq_jax.readouts import EnsembleState
+from deq_jax.surrogates import Direct, Surrogate, deployed, judged
+from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, PyTree, Solution, Variables
 
 
 class Measured(NamedTuple):
-    """What is seen of each image. Per state: the raw states z_1 .. z_T, then the deployed readout.
+    """What is seen of each image, in R rows: the raw states z_1 .. z_T, their mean, and what is deployed.
+
+    An explicit network has the last row only. See `row_names`.
 
     Attributes:
-      label: [N, T + 1] int, the predicted one.
-      entropy: [N, T + 1], of the predicted distribution, in nats.
-      residual: [N, T + 1], relative; for the deployed readout the lowest of the trajectory, which is
-        that of the equilibrium. NaN for an explicit network.
+      label: [N, R] int, the predicted one.
+      margin: [N, R], best wrong logit minus the true one; not finite where a logit is not.
+      entropy: [N, R], of the predicted distribution, in nats.
+      residual: [N, R], relative; for what is deployed the lowest of the trajectory, which is that of the
+        equilibrium. NaN for the mean of the states and for an explicit network.
     """
 
     label: AnyArray
+    margin: AnyArray
     entropy: AnyArray
     residual: AnyArray
 
@@ -49,17 +54,52 @@ class Outcomes(NamedTuple):
     x_adv: AnyArray
 
 
-def measure(classifier: Classifier, variables: Variables, x: Array) -> Measured:
-    """Measures a batch of images [B, H, W, C] in [0, 1]. Raw states are decoded as they are."""
+def measure(classifier: Classifier, variables: Variables, x: Array, y: Array) -> Measured:
+    """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
+
+    A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``.
+    """
     prediction = classifier(variables, x)
-    logits = prediction.logits[None]
-    residual = jnp.full((1, x.shape[0]), jnp.nan)
-    if isinstance(classifier, Equilibrium) and prediction.solution is not None:
-        solution = prediction.solution
-        states = lax.map(lambda state: classifier.decode(variables, state), solution.states)
-        logits = jnp.concatenate([states, logits])
-        residual = jnp.concatenate([solution.residuals, jnp.min(solution.residuals, axis=0, keepdims=True)])
-    return Measured(jnp.argmax(logits, axis=-1).T, jax.vmap(entropy)(logits).T, residual.T)
+    logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
+    residual, solution = unknown, prediction.solution
+    if solution is not None:
+        decode: Callable[[PyTree], Array] = partial(classifier.decode, variables)  # type: ignore[attr-defined]
+        mean = decode(EnsembleState()(solution))[None]
+        logits = jnp.concatenate([lax.map(decode, solution.states), mean, logits])
+        lowest = jnp.min(solution.residuals, axis=0, keepdims=True)
+        residual = jnp.concatenate([solution.residuals, unknown, lowest])
+    margins = jax.vmap(margin, (0, None))(logits, y)
+    return Measured(jnp.argmax(logits, axis=-1).T, margins.T, jax.vmap(entropy)(logits).T, residual.T)
+
+
+def attack_batch(
+    classifier: Classifier,
+    variables: Variables,
+    attack: Attack,
+    batch: EvaluationBatch,
+    *,
+    seed: int,
+    surrogate: Surrogate | None = None,
+) -> tuple[Array, Measured]:
+    """Attacks a batch of images, and measures what comes of it.
+
+    What is drawn for an image depends on the seed and its number alone.
+
+    Args:
+      classifier: as deployed; success is judged on it.
+      variables: of the classifier.
+      attack: called with labels as its target.
+      batch: images of this device.
+      seed: of the attack's randomness.
+      surrogate: gives the gradients; None for the classifier's own.
+
+    Returns:
+      Adversarial images [B, H, W, C], and how they are classified.
+    """
+    keys = Keys(jax.random.key(seed), batch.number)
+    oracle = judged(Direct() if surrogate is None else surrogate, classifier, variables)
+    x_adv = attack(oracle, to_unit(batch.x), batch.y, keys)
+    return x_adv, measure(classifier, variables, x_adv, batch.y)
 
 
 def evaluator(
@@ -85,13 +125,11 @@ def evaluator(
     check_batch_size(batch_size)
 
     def on_device(variables: Variables, batch: EvaluationBatch) -> Outcomes:
-        x = to_unit(batch.x)
-        clean = measure(classifier, variables, x)
+        clean = measure(classifier, variables, to_unit(batch.x), batch.y)
         if attack is None:
             return Outcomes(batch.y, clean, None, None)
-        keys = Keys(jax.random.key(seed), batch.number)
-        x_adv = attack(classifier_oracle(classifier, variables), x, batch.y, keys)
-        return Outcomes(batch.y, clean, measure(classifier, variables, x_adv), x_adv)
+        x_adv, attacked = attack_batch(classifier, variables, attack, batch, seed=seed)
+        return Outcomes(batch.y, clean, attacked, x_adv)
 
     run = replicate_and_split(on_device, joint=False)
 
@@ -107,27 +145,75 @@ def evaluator(
     return run_all
 
 
+def choose_early_state(
+    classifier: Classifier, variables: Variables, images: Images, attack: Attack, *, batch_size: int, seed: int = 0
+) -> list[float]:
+    """Accuracy under attack of every raw state z_1 .. z_T as a predictor of its own; the early state is the best one.
+
+    The images must be held out of the training data, not test images.
+
+    Args:
+      classifier: a DEQ with a solver.
+      variables: of the classifier.
+      images: to choose on.
+      attack: aimed at each of the predictors, with their own gradients; compiled once for all.
+      batch_size, seed: as in `evaluator`.
+
+    References: Yang et al. 2022, section 5.
+    """
+    check_batch_size(batch_size)
+
+    def on_device(state: tuple[Variables, Array], batch: EvaluationBatch) -> Outcomes:
+        variables, t = state
+
+        def readout(solution: Solution, keys: Keys | None = None) -> PyTree:
+            return jax.tree.map(lambda states: states[t - 1], solution.states)
+
+        predictor = deployed(classifier, readout)
+        clean = measure(predictor, variables, to_unit(batch.x), batch.y)
+        _, attacked = attack_batch(predictor, variables, attack, batch, seed=seed)
+        return Outcomes(batch.y, clean, attacked, None)
+
+    run = replicate_and_split(on_device, joint=False)
+
+    def accuracy(t: int) -> float:
+        robust = []
+        for batch in evaluation_batches(images, batch_size):
+            _, correct = correctness(run((variables, np.int32(t)), batch))
+            robust.append(correct[~batch.is_padding, -1])  # type: ignore[index]
+        return float(np.mean(np.concatenate(robust)))
+
+    solver = deployed(classifier, EnsembleState()).dynamics.solver
+    return [accuracy(t) for t in range(1, 1 + (solver.steps if solver else 0))]
+
+
+def is_correct(measured: Measured, y: AnyArray) -> AnyArray:
+    """[N, R] bool. Logits that are not finite never count as fooled."""
+    return (measured.label == y[:, None]) | ~np.isfinite(measured.margin)
+
+
 def correctness(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray | None]:
-    """[N, T + 1] bool: correct as it is, and correct under attack (None without attack).
+    """[N, R] bool: correct as it is, and correct under attack (None without attack).
 
     An image counts as correct under attack only if it is correct as it is, too.
     """
-    clean = outcomes.clean.label == outcomes.y[:, None]
+    clean = is_correct(outcomes.clean, outcomes.y)
     if outcomes.attacked is None:
         return clean, None
-    return clean, clean & (outcomes.attacked.label == outcomes.y[:, None])
+    return clean, clean & is_correct(outcomes.attacked, outcomes.y)
 
 
-def row_names(outcomes: Outcomes) -> list[str]:
-    """Names of the T + 1 rows: z_1 .. z_T, deployed."""
-    return [*(f"z_{t}" for t in range(1, outcomes.clean.label.shape[1])), "deployed"]
+def row_names(measured: Measured) -> list[str]:
+    """Names of the R rows: z_1 .. z_T, ensemble (the mean of these states), deployed."""
+    states = measured.label.shape[1] - 2
+    return [*(f"z_{t}" for t in range(1, states + 1)), *["ensemble"][: states + 1], "deployed"]
 
 
 def summary(outcomes: Outcomes) -> dict[str, Any]:
-    """Means over the images, as JSON data: for each row z_1 .. z_T and "deployed", what was measured."""
+    """Means over the images, as JSON data: for each row of `row_names`, what was measured."""
     clean, robust = correctness(outcomes)
     rows = {}
-    for row, name in enumerate(row_names(outcomes)):
+    for row, name in enumerate(row_names(outcomes.clean)):
         rows[name] = {"clean": _means(clean, outcomes.clean, row)}
         if robust is not None and outcomes.attacked is not None:
             rows[name]["attacked"] = _means(robust, outcomes.attacked, row)

@@ -1,14 +1,20 @@
 """The command lines: what a user may get wrong, help, and a training on someone's own images."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from configs import digits_pgd_at
 from deq_jax import evaluate, train
+from deq_jax.attacks import Linf
 from deq_jax.checkpoints import Checkpoints
+from deq_jax.config import from_tree, load_config, to_tree
+from deq_jax.trials import EvalConfig
 from deq_jax.types import InputError
 
 TINY = [  # seconds to compile
@@ -60,6 +66,19 @@ def get_config():
     base = digits_pgd_at.get_config()
     classifier = replace(base.classifier, decoder=SmallDecoder({classes}))
     return replace(base, classifier=classifier, dataset=Npz({path!r}))
+"""
+
+EVALUATION = """
+from deq_jax.attacks import PGD
+from deq_jax.surrogates import Intermediate, MeanOverStates
+from deq_jax.trials import EvalConfig, Trial, threat_of, with_surrogates
+
+
+def get_config(train):
+    threat = threat_of(train)
+    pgd = PGD(threat.epsilon, threat.epsilon, steps=1)
+    trials = (Trial("pgd", pgd), *with_surrogates("pgd", pgd, [Intermediate(1, 1), Intermediate(2, 0)]))
+    return EvalConfig(threat, trials, batch_size=16)
 """
 
 BAD_CONFIGS = {
@@ -174,10 +193,19 @@ MISTAKES = [
     evaluation("data-of-another-shape", "", "does not fit", "(128, 10), expected (256, 10)", workdir="{}/exchanged"),
     evaluation("attack-unknown-field", "--set iterations=3", "no field iterations", "valid names: epsilon"),
     evaluation("attack-negative-epsilon", "--set epsilon=-1", "epsilon must be >= 0"),
-    evaluation("no-attack-to-set", "--attack none --set epsilon=0.1", "--set goes with an attack"),
-    evaluation("no-batch", "--batch-size 0", "--batch-size must be positive, got 0"),
+    evaluation("no-attack-to-set", "--attack none --set epsilon=0.1", "--set goes with a config or an attack"),
+    evaluation("no-batch", "--batch-size 0", "batch_size must be positive, got 0"),
     evaluation("batch-not-divisible", "--batch-size 9", "9", "8 local devices"),
-    evaluation("negative-seed", "--seed -1", "--seed must be >= 0, got -1"),
+    evaluation("negative-seed", "--seed -1", "seed must be >= 0, got -1"),
+    evaluation("negative-radius", "--epsilon -1", "epsilon must be >= 0"),
+    evaluation("transfer-no-file", "--attack transfer:{}/no.npz", "{}/no.npz: cannot be read"),
+    evaluation("transfer-other-arrays", "--attack transfer:{}/good.npz", "expected an array x_adv, found", "x_train"),
+    evaluation("transfer-set", "--attack transfer:{}/a --set steps=3", "--set goes with a config or an attack"),
+    evaluation("no-eval-config", "--config no/such.py", "no/such.py: no such config file"),
+    evaluation("eval-config-of-a-training", "--config {}/own.py", "own.py: get_config() failed", "argument"),
+    evaluation("eval-set-unknown", "--config {}/eval.py --set steps=3", "no field steps; valid names: threat.epsilon"),
+    evaluation("eval-radius", "--config {}/eval.py --set threat.epsilon=0.2", "trial pgd attacks with radius 0.1"),
+    evaluation("eval-no-images", "--config {}/eval.py --set max_images=0", "max_images must be positive or None"),
     evaluation("out-below-a-file", "--out {}/empty.py/out", "empty.py/out: cannot write there"),
 ]
 
@@ -203,6 +231,7 @@ def folder(tmp_path_factory):
     save(folder / "sizes.npz", x_test=np.zeros((20, 9, 8, 1)))
     save(folder / "few.npz", y_test=np.zeros(19, int))
     (folder / "own.py").write_text(OWN_IMAGES.format(classes=10, path=str(good)))
+    (folder / "eval.py").write_text(EVALUATION)
     save(folder / "large.npz", (64, 28, 1))
     train_tiny(folder)
     for name, text in (("damaged", '{"class": '), ("unknown", '{"class": "no.Config"}')):
@@ -326,21 +355,87 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
     capfd.readouterr()
     few = ["--batch-size", "16", *assignments("steps=2", "restarts=1")]
     evaluate.main(["--workdir", str(run), "--out", str(out), *few])
-    assert "20 test images; PGD epsilon 0.1, 2 steps, 1 restarts" in capfd.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"evaluation.json", "evaluation.npz", "images.png", "states.png"}
-    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in ("images.png", "states.png"))
+    assert "robust accuracy: " in capfd.readouterr().out
+    figures = {"images.png", "states.png", "trials.png"}
+    records = {"manifest.json", "probe.npz", "trials", "evaluation.json", "evaluation.npz"}
+    assert {path.name for path in out.iterdir()} == figures | records
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
     with np.load(tmp_path / "good.npz") as given, np.load(out / "evaluation.npz") as arrays:
         x, y = given["x_test"] / 255, given["y_test"]
         found = dict(arrays)
     result = json.loads((out / "evaluation.json").read_text())
-    assert (result["images"], list(result["rows"])) == (20, ["z_1", "z_2", "deployed"])
+    assert (result["images"], list(result["rows"])) == (20, ["z_1", "z_2", "ensemble", "deployed"])
     np.testing.assert_array_equal(found["y"], y)
     assert found["x_adv"].shape == (20, *shape)
     assert np.abs(found["x_adv"] - x).max() <= 0.1 + 1e-6
-    assert found["clean_label"].shape == found["attacked_residual"].shape == (20, 3)
+    assert found["clean_label"].shape == found["attacked_residual"].shape == (20, 4)
     assert found["clean_entropy"].max() <= np.log(classes) + 1e-5
     correct = found["clean_label"] == y[:, None]
     robust = correct & (found["attacked_label"] == y[:, None])
     rows = result["rows"].values()
     np.testing.assert_allclose([row["clean"]["accuracy"] for row in rows], correct.mean(axis=0))
     np.testing.assert_allclose([row["attacked"]["accuracy"] for row in rows], robust.mean(axis=0))
+    assert result["robust_accuracy"] == pytest.approx(robust[:, -1].mean())
+
+
+def evaluate_tiny(folder, out, *arguments):
+    """The report of an evaluation of the tiny training, and its files."""
+    evaluate.main(["--workdir", f"{folder}/run", "--out", str(out), *arguments])
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def test_an_evaluation_config_is_run_resumed_and_never_mixed(folder, tmp_path, capfd):
+    out = tmp_path / "out"
+    arguments = ["--config", f"{folder}/eval.py", "--readout", "ensemble", "--epsilon", "0.2"]
+    report = evaluate_tiny(folder, out, *arguments)
+    names = ["clean", "pgd", "pgd.Intermediate-1-1-0.5", "pgd.Intermediate-2-0-0.5", "union"]
+    assert list(report["accuracy"]) == names
+    assert [trial["gradient_queries"] for trial in report["trials"].values()] == [1, 1, 1]
+    assert report["evaluation"]["threat"]["epsilon"] == 0.2
+    assert [row["deployed"] == row["ensemble"] for row in report["accuracy"].values()] == [True] * 5
+    accuracies = [row["deployed"] for row in report["accuracy"].values()]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert report["checkpoint"] == "best, step 2"
+    assert evaluate_tiny(folder, out, *arguments)["trials"] == report["trials"]  # seconds, too: nothing ran again
+    line = refusal(evaluate.main, ["--workdir", f"{folder}/run", "--out", str(out)], tmp_path, capfd)
+    assert "holds another evaluation: config." in line
+
+    images = evaluate_tiny(folder, tmp_path / "again", "--attack", f"transfer:{out}/evaluation.npz", "--epsilon", "0.2")
+    assert images["accuracy"]["transfer"].keys() == images["accuracy"]["clean"].keys()
+    line = f"--workdir {folder}/run --out {tmp_path}/near --attack transfer:{out}/evaluation.npz".split()
+    assert "more than Linf(epsilon=0.1)" in refusal(evaluate.main, line, tmp_path, capfd)
+
+
+def test_an_early_state_is_chosen_on_held_out_images(folder, tmp_path):
+    report = evaluate_tiny(
+        folder, tmp_path / "out", "--readout", "early", "--batch-size", "16", "--config", f"{folder}/eval.py"
+    )
+    assert len(report["early_state"]) == 2
+    chosen = f"z_{1 + report['early_state'].index(max(report['early_state']))}"
+    assert report["rows"]["deployed"]["clean"]["accuracy"] == report["rows"][chosen]["clean"]["accuracy"]
+
+
+def test_clean_images_alone(folder, tmp_path, capfd):
+    report = evaluate_tiny(folder, tmp_path / "out", "--attack", "none")
+    assert (list(report["accuracy"]), report["robust_accuracy"], report["red_flags"]) == (["clean"], None, [])
+    assert "nothing has attacked them" in capfd.readouterr().out
+    assert not (tmp_path / "out" / "images.png").exists()
+
+
+@pytest.mark.parametrize("name", ["eval_auto_attack", "eval_white_box"])
+def test_evaluation_configs_of_the_project(name):
+    train_config = digits_pgd_at.get_config()
+    config = load_config(f"configs/{name}.py", EvalConfig, train_config)
+    assert from_tree(to_tree(config)) == config
+    assert config.threat == Linf(0.1)
+    names = [trial.name for trial in config.trials]
+    assert len(names) == (4 if name == "eval_auto_attack" else 8 * 3 * 2 + 1 + 8 + 1 + 4)
+    assert {"apgd-ce", "apgd-t", "fab-t", "square"} <= set(names)
+
+
+def test_evaluation_config_of_the_readme():
+    block = re.search(r"```py\n(# my_eval.py.*?)```", Path("README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(block.group(1), names)
+    config = names["get_config"](digits_pgd_at.get_config())
+    assert isinstance(config, EvalConfig) and len(config.trials) == 6

@@ -1,0 +1,14 @@
+"""AutoAttack on the deployed predictor, with the attacks that the red flags need.
+
+    python -m deq_jax.evaluate --workdir runs/digits_pgd_at --config configs/eval_auto_attack.py
+
+The radius is that of the training's validation attack, or --epsilon.
+"""
+
+from deq_jax.config import TrainConfig
+from deq_jax.trials import EvalConfig, auto_attack, diagnostics, threat_of
+
+
+def get_config(train: TrainConfig) -> EvalConfig:
+    threat = threat_of(train)
+    return EvalConfig(threat, auto_attack(threat), diagnostics(threat), batch_size=train.batch_size)

@@ -1,0 +1,45 @@
+"""White-box attacks that know about the dynamics of a DEQ [Yang et al. 2022], and AutoAttack.
+
+    python -m deq_jax.evaluate --workdir runs/digits_pgd_at --config configs/eval_white_box.py
+
+PGD-10 takes its gradients from every intermediate state (unrolled for K steps of each damping), from the mean over
+the states, from the simultaneous adjoint, and exactly. Every trial attacks every image, so that each row of the
+table has an accuracy of its own.
+"""
+
+from deq_jax.attacks import PGD
+from deq_jax.classifiers import Equilibrium
+from deq_jax.config import TrainConfig
+from deq_jax.gradients import Implicit
+from deq_jax.solvers import Broyden
+from deq_jax.surrogates import Intermediate, MeanOverStates, SimultaneousAdjoint, Surrogate, WithGradient
+from deq_jax.trials import EvalConfig, Trial, auto_attack, diagnostics, threat_of, with_surrogates
+from deq_jax.types import InputError
+
+
+def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
+    """Of a DEQ with this many states; the simultaneous adjoint is for Broyden's method."""
+    settings = [(k, damping) for k in (1, 5, 9) for damping in (0.5, 1.0)]
+    intermediate = [Intermediate(i, k, damping) for k, damping in settings for i in range(1, states + 1)]
+    steps = range(1, states + 1) if adjoint else ()
+    return [*intermediate, MeanOverStates(), *(SimultaneousAdjoint(step) for step in steps)]
+
+
+def get_config(train: TrainConfig) -> EvalConfig:
+    classifier = train.classifier
+    solver = classifier.dynamics.solver if isinstance(classifier, Equilibrium) else None
+    if solver is None:
+        raise InputError("these attacks are for a DEQ with a solver; see configs/eval_auto_attack.py")
+    threat = threat_of(train)
+    pgd = PGD(threat.epsilon, max(threat.epsilon / 4, 1e-6), steps=10)
+    return EvalConfig(
+        threat,
+        trials=(
+            *with_surrogates("pgd-10", pgd, surrogates(solver.steps, isinstance(solver, Broyden))),
+            Trial("pgd-10.exact", pgd, WithGradient(Implicit(Broyden(30)))),
+            *auto_attack(threat),
+        ),
+        diagnostics=diagnostics(threat),
+        batch_size=train.batch_size,
+        skip_broken=False,
+    )

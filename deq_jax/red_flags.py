@@ -1,0 +1,136 @@
+"""Signs that a robust accuracy is too high because an attack failed, not because the model is robust.
+
+References: Athalye et al. 2018; Carlini et al. 2019, "On Evaluating Adversarial Robustness"; Croce et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deq_jax.attacks import SPSA, Square
+from deq_jax.results import Probe, WorstCase
+from deq_jax.trials import Noise, Transfer, Trial
+
+POINTS = 0.002  # of accuracy: 0.2 percentage points
+PLATEAU = 0.005
+ZERO_GRADIENTS = 0.01
+ROUNDING = 0.01  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A check of an evaluation.
+
+    Attributes:
+      name: what is checked.
+      raised: whether the number cannot be trusted; None where what is needed was not run.
+      value: of what is compared with the threshold; None where it was not run.
+      threshold: above which the flag is raised.
+      explanation: what it would mean.
+    """
+
+    name: str
+    raised: bool | None
+    value: float | None
+    threshold: float
+    explanation: str
+
+    @classmethod
+    def of(cls, name: str, value: float | None, threshold: float, explanation: str) -> Flag:
+        """Raised if the value exceeds the threshold."""
+        return cls(name, None if value is None else bool(value > threshold), value, threshold, explanation)
+
+
+def red_flags(result: WorstCase) -> list[Flag]:
+    """All checks of an evaluation."""
+    accuracy = {name: row["deployed"] for name, row in result.accuracies().items()}
+    extra = result.config.diagnostics
+    ladder = _strength(result, accuracy)
+    far = None if extra is None else accuracy[extra.far.name]
+    gain = None if extra is None else accuracy[extra.half.name] - accuracy[extra.long.name]
+    return [
+        better("black box beats white box", result, _is_black_box),
+        better("transfer beats direct attacks", result, lambda trial: isinstance(trial.attack, Transfer)),
+        zero_gradients(result.zero_gradient),
+        batch_dependence(result.probe),
+        randomness(result.probe),
+        no_collapse(far, result.probe.whole.shape[1]),
+        no_plateau(gain),
+        order_of_strength(ladder),
+    ]
+
+
+def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool]) -> Flag:
+    """Whether attacks that know less about the model broke images that no white-box attack did."""
+    trials = [*result.config.trials, *result.config.extra_trials]
+    counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
+    suspects = [counted[trial.name] for trial in trials if is_suspect(trial)]
+    others = [counted[t.name] for t in trials if not _is_black_box(t) and not isinstance(t.attack, Transfer)]
+    return only_by(name, suspects, others)
+
+
+def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Flag:
+    """The share of images that only suspects broke.
+
+    Args:
+      name: of the flag.
+      suspects: [N] bool each, the images that an attack broke which knows less about the model.
+      others: [N] bool each, the images that a white-box attack broke.
+    """
+    share = None
+    if suspects and others:
+        share = float(np.mean(np.logical_or.reduce(suspects) & ~np.logical_or.reduce(others)))
+    return Flag.of(name, share, POINTS, "images that no white-box attack broke: the gradients are masked")
+
+
+def zero_gradients(is_zero: np.ndarray) -> Flag:
+    """The share of images at which the gradient vanishes, given which do, [N] bool."""
+    share = float(np.mean(is_zero))
+    return Flag.of("zero gradients", share, ZERO_GRADIENTS, "gradient attacks cannot move from these images")
+
+
+def batch_dependence(probe: Probe) -> Flag:
+    """How far an image's logits move with the images around it, relative to the largest logit."""
+    moved = max(_distance(probe.whole, other) for other in (probe.reverse, probe.alone))
+    return Flag.of("batch dependence", moved, ROUNDING, "an image's logits depend on its batch-mates")
+
+
+def randomness(probe: Probe) -> Flag:
+    """How far the logits move with the key, relative to the largest logit."""
+    moved = _distance(probe.whole, probe.other_key)
+    return Flag.of("randomness", moved, ROUNDING, "logits are random, and the attacks do not average over it")
+
+
+def no_collapse(accuracy: float | None, classes: int) -> Flag:
+    """The accuracy at a radius so large that nothing can be robust, compared with that of guessing."""
+    return Flag.of("no collapse at 8 epsilon", accuracy, 1 / classes, "at this radius every model can be broken")
+
+
+def no_plateau(gain: float | None) -> Flag:
+    """What the second half of the steps of a long attack still gains, as a share of the images."""
+    return Flag.of("no plateau", gain, PLATEAU, "more steps would lower the accuracy further")
+
+
+def order_of_strength(accuracies: Sequence[float] | None) -> Flag:
+    """By how much a stronger attack leaves a higher accuracy than a weaker one; from the weakest to the strongest."""
+    worst = None if accuracies is None else float(np.max(np.diff(accuracies), initial=0.0))
+    return Flag.of("order of strength", worst, POINTS, "expected noise >= FGSM >= PGD-10 >= AutoAttack's first attack")
+
+
+def _strength(result: WorstCase, accuracy: dict[str, float]) -> list[float] | None:
+    extra = result.config.diagnostics
+    if extra is None:
+        return None
+    suite = [trial for trial in result.config.trials if trial.suite is not None]
+    return [accuracy[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
+
+
+def _is_black_box(trial: Trial) -> bool:
+    return isinstance(trial.attack, Square | SPSA | Noise)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), 1e-12))

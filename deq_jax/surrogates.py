@@ -1,0 +1,254 @@
+"""Surrogates: whose gradient attacks a DEQ, while success stays judged on the deployed predictor.
+
+A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``. Its numbers are
+leaves of a pytree: a compiled function that takes a surrogate as an argument serves every state, number of
+steps and damping. The oracle's logits are those of the surrogate's own forward pass; `judged` (or
+`attacks.combine.surrogate`) puts the deployed predictor in their place.
+
+The papers' names: the unrolled-intermediate attacks of Yang et al. 2022 (section 4.2) are `Intermediate`
+and `MeanOverStates`, their simultaneous adjoint (section 4.1) is `SimultaneousAdjoint`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deq_jax.attacks.combine import surrogate as gradient_from
+from deq_jax.attacks.oracle import classifier_oracle, oracle_of
+from deq_jax.classifiers import Equilibrium
+from deq_jax.gradients import AtState, PhantomUpTo, simultaneous_adjoint
+from deq_jax.readouts import FinalState
+from deq_jax.solvers import Broyden
+from deq_jax.types import (
+    Array,
+    Classifier,
+    Gradient,
+    Injection,
+    InputError,
+    Keys,
+    Loss,
+    Oracle,
+    PyTree,
+    Readout,
+    Solution,
+    Solver,
+    Variables,
+    require,
+)
+
+MAX_STEPS = 9
+"""Most damped steps of a surrogate; those beyond its own number are skipped."""
+
+Number = Any  # a Python number, checked when the surrogate is built, or a scalar array, which is not
+
+
+class Surrogate(Protocol):
+    """``(classifier, variables) -> Oracle``: where an attack takes its gradients from."""
+
+    def __call__(self, classifier: Any, variables: Variables) -> Oracle: ...
+
+
+def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables) -> Oracle:
+    """Gradients of the surrogate; loss and success of the classifier itself, as deployed."""
+    judge = classifier_oracle(classifier, variables)
+    return judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)
+
+
+def deployed(classifier: Classifier, readout: Readout) -> Equilibrium:
+    """The predictor that classifies a raw state: early (`IntermediateState`) or ensemble (`EnsembleState`).
+
+    Its logits are the decoder's of that very state; its gradient is that of the classifier's estimator
+    there. The undefended predictor is the classifier itself.
+
+    Raises:
+      InputError: the classifier is no DEQ with a solver.
+    """
+    model, _ = _deq(classifier)
+    return _run_as(model, readout, AtState(model.dynamics.gradient))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Direct:
+    """The predictor's own gradient; of explicit networks, too."""
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        return classifier_oracle(classifier, variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WithGradient:
+    """The predictor with another gradient estimator, such as `Implicit(Broyden(30))`.
+
+    Attributes:
+      gradient: takes the place of that of the dynamics; a static field: each one is compiled.
+    """
+
+    gradient: Gradient = field(metadata={"static": True})
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, _ = _deq(classifier)
+        return classifier_oracle(_run_as(model, model.dynamics.readout, self.gradient), variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Intermediate:
+    """Unrolled-intermediate gradient: f(z_i), then `steps` times ``z <- (1 - damping) z + damping f(z)``.
+
+    The loss of that state is differentiated through these applications of f; the solver is not.
+
+    Attributes:
+      state: i, counts the solver's steps from 1 to T.
+      steps: K, damped steps after the plain one, at most `MAX_STEPS`.
+      damping: weight of f(z), in (0, 1].
+
+    References: Yang et al. 2022, section 4.2.
+    """
+
+    state: Number
+    steps: Number = 5
+    damping: Number = 0.5
+
+    def __post_init__(self):
+        _check_count("Intermediate: state", self.state, 1, np.inf)
+        _check_damped_steps(self)
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, solver = _deq(classifier)
+        _check_count("Intermediate: state", self.state, 1, solver.steps)
+        unrolled = _run_as(model, _RawState(self.state), PhantomUpTo(MAX_STEPS, self.steps, self.damping))
+        return classifier_oracle(unrolled, variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MeanOverStates:
+    """Gradient of the loss of mean logits: of f(z_2) .. f(z_T), and of f(z*) followed by damped steps.
+
+    Attributes:
+      steps: K, damped steps of the final state, at most `MAX_STEPS`.
+      damping: weight of f(z) in them, in (0, 1].
+
+    References: Yang et al. 2022, section 4.2.
+    """
+
+    steps: Number = 9
+    damping: Number = 0.5
+
+    def __post_init__(self):
+        _check_damped_steps(self)
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, _ = _deq(classifier)
+        unrolled = _run_as(model, FinalState(), PhantomUpTo(MAX_STEPS, self.steps, self.damping))
+
+        def logits(x: Array, keys: Keys) -> Array:
+            final, u = unrolled(variables, x), model.encode(variables, x)
+            solution: Any = final.solution
+            advance = partial(model.apply_cell, variables["params"]["cell"], u=u)
+            later = lax.map(
+                lambda z: model.decode(variables, advance(z)), jax.tree.map(lambda z: z[1:], solution.states)
+            )
+            return (final.logits + jnp.sum(later, axis=0)) / (1 + len(later))
+
+        return oracle_of(logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SimultaneousAdjoint:
+    """Our reconstruction of the simultaneous adjoint, whose code was never published.
+
+    Adjoint states u_n run along with the solver's iterates z_n and share its quasi-Newton matrices; see
+    `gradients.simultaneous_adjoint`. The loss is that of the decoded z_n, its gradient
+    ``u_n^T df(z_n; x)/dx``, which tends to the exact one as the steps grow.
+
+    Attributes:
+      step: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
+
+    References: Yang et al. 2022, section 4.1 (a reconstruction from its description).
+    """
+
+    step: Number
+
+    def __post_init__(self):
+        _check_count("SimultaneousAdjoint: step", self.step, 1, np.inf)
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, solver = _deq(classifier)
+        require(isinstance(solver, Broyden), f"SimultaneousAdjoint: the solver must be Broyden, got {solver!r}")
+        _check_count("SimultaneousAdjoint: step", self.step, 1, solver.steps)
+        return Oracle(partial(self._logits, model, variables), partial(self._grad, model, variables))
+
+    def _logits(self, model: Equilibrium, variables: Variables, x: Array, keys: Keys) -> Array:
+        solution: Any = model(variables, x).solution
+        return model.decode(variables, _RawState(self.step)(solution))
+
+    def _grad(
+        self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, target: Array, keys: Keys
+    ) -> tuple[Array, Array, Array]:
+        solver: Any = model.dynamics.solver
+        u, params = model.encode(variables, x), variables["params"]["cell"]
+
+        def total(z: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            logits = model.decode(variables, z)
+            losses = loss(logits, target)
+            return jnp.sum(losses), (losses, logits)
+
+        def cotangent(z: PyTree) -> PyTree:
+            return jax.grad(total, has_aux=True)(z)[0]
+
+        run = simultaneous_adjoint(solver, model.apply_cell, params, u, _start(u), cotangent)
+        z, adjoint = jax.tree.map(lambda leaf: leaf[self.step - 1], run)
+        _, vjp = jax.vjp(lambda x: model.apply_cell(params, z, model.encode(variables, x)), x)
+        return *total(z)[1], vjp(adjoint)[0]
+
+
+@dataclass(frozen=True)
+class _RawState:
+    """The state z_t, where t may be traced, unlike in `IntermediateState`."""
+
+    t: Number
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+
+
+def _deq(classifier: Classifier) -> tuple[Equilibrium, Solver]:
+    """A DEQ and its solver; refuses other classifiers."""
+    if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
+        raise InputError(f"surrogate: expected an Equilibrium with a solver, got {type(classifier).__name__}")
+    return classifier, classifier.dynamics.solver
+
+
+def _run_as(model: Equilibrium, readout: Readout, gradient: Gradient) -> Equilibrium:
+    return replace(model, dynamics=replace(model.dynamics, readout=readout, gradient=gradient))
+
+
+def _start(u: Injection) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, u.features)
+
+
+def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:
+    name, damping = type(surrogate).__name__, surrogate.damping
+    _check_count(f"{name}: steps", surrogate.steps, 0, MAX_STEPS)
+    if isinstance(damping, int | float):
+        require(0 < damping <= 1, f"{name}: damping must be in (0, 1], got {damping!r}")
+        object.__setattr__(surrogate, "damping", float(damping))  # 1 and 0.5 compile to the same
+
+
+def _check_count(name: str, value: Number, low: int, high: float) -> None:
+    """Refuses a Python number that is no integer from low to high; arrays and JAX's placeholders pass."""
+    if isinstance(value, int | float):
+        valid = isinstance(value, int) and low <= value <= high
+        expected = f"from {low} to {high}" if high < np.inf else f">= {low}"
+        require(valid, f"{name} must be an integer {expected}, got {value!r}")

@@ -1,0 +1,295 @@
+"""What an evaluation consists of: trials, each an attack and whose gradient it takes, and what they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from deq_jax.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Linf, Square, Targeted, clean_start
+from deq_jax.attacks.threat import Threat
+from deq_jax.config import TrainConfig
+from deq_jax.data import Images
+from deq_jax.surrogates import Direct, Surrogate
+from deq_jax.types import Array, Attack, Classifier, InputError, Keys, Oracle, require
+
+RESERVED = ("clean", "union")  # names of other rows
+TOLERANCE = 1e-6  # of a perturbation's length, for rounding
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random perturbation of length epsilon: what any attack must beat.
+
+    Attributes:
+      threat: norm and radius.
+    """
+
+    threat: Threat
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+        """Perturbed images; see `APGD.__call__`. The oracle is not asked."""
+        keys = Keys.of(key, x.shape[0])
+        return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Adversarial images that were made before, against this or another predictor.
+
+    Attributes:
+      path: of an npz file with x_adv [N, H, W, C], floating in [0, 1], and, if it has them, the labels y [N], such
+        as the evaluation.npz of another evaluation of the same images; or of the folder of one of its trials, where
+        an image that was left alone stands for itself.
+    """
+
+    path: str
+
+    def load(self, images: Images, x: np.ndarray, threat: Threat) -> np.ndarray:
+        """The images [N, H, W, C], float32.
+
+        Args:
+          images: that are evaluated.
+          x: the same ones, float32 in [0, 1].
+          threat: within which the adversarial ones must lie.
+
+        Raises:
+          InputError: they cannot be read, or are not adversarial images of these ones.
+        """
+        path = Path(self.path)
+        x_adv, y = _read_folder(path, x) if path.is_dir() else _read_images(path)
+        require(x_adv.shape == x.shape, f"{self.path}: expected x_adv of shape {x.shape}, got {x_adv.shape}")
+        same = y is None or np.array_equal(y, images.y)
+        require(same, f"{self.path}: its labels y are not those of the {len(x)} images that are evaluated")
+        inside = np.issubdtype(x_adv.dtype, np.floating) and np.all((x_adv >= 0) & (x_adv <= 1))
+        require(bool(inside), f"{self.path}: x_adv must be floating and within [0, 1]")
+        x_adv = x_adv.astype(np.float32)
+        check_radius(self.path, x_adv, x, threat)
+        return x_adv
+
+
+def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    arrays = read_npz(path)
+    require("x_adv" in arrays, f"{path}: expected an array x_adv, found {', '.join(arrays) or 'none'}")
+    return arrays["x_adv"], arrays.get("y")
+
+
+def _read_folder(path: Path, x: np.ndarray) -> tuple[np.ndarray, None]:
+    x_adv, files = x.copy(), sorted(path.glob("batch-*.npz"))
+    require(len(files) > 0, f"{path}: expected a trial's files batch-*.npz, found none")
+    for file in files:
+        arrays = read_npz(file)
+        known = {"x_adv", "number"} <= set(arrays) and arrays["number"].max(initial=0) < len(x)
+        known = known and arrays["x_adv"].shape[1:] == x.shape[1:]
+        require(known, f"{file}: expected x_adv of images of shape {x.shape[1:]}, numbered below {len(x)}")
+        x_adv[arrays["number"]] = arrays["x_adv"]
+    return x_adv, None
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file; raises `InputError` where there is none or it is damaged."""
+    try:
+        with path.open("rb") as file:  # numpy leaves a damaged file open
+            arrays = np.load(file, allow_pickle=False)
+            return {name: arrays[name] for name in getattr(arrays, "files", ())}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # numpy, zipfile and zlib each have their own
+        raise InputError(f"{path}: cannot be read as an npz file ({error})") from None
+
+
+def is_within(x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> np.ndarray:
+    """[N] bool: whether each image lies in the ball around the clean one, but for rounding."""
+    return np.asarray(threat.length(x_adv - x)) <= threat.epsilon + TOLERANCE
+
+
+def check_radius(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
+    """Raises `InputError` if an adversarial image is not within the ball around the clean one."""
+    outside = np.flatnonzero(~is_within(x_adv, x, threat))
+    if len(outside) > 0:
+        length = float(np.max(np.asarray(threat.length(x_adv - x))))
+        which = f"{name}: {len(outside)} adversarial images (first: {outside[0]})"
+        raise InputError(f"{which} are up to {length:g} away from the clean ones, more than {threat}")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An attack, and whose gradient it takes. Its success is judged on the deployed predictor.
+
+    Attributes:
+      name: of its row and of its folder of results.
+      attack: called with labels as its target; or images to be transferred.
+      surrogate: gives the gradients. Trials of one attack whose surrogates differ in numbers only are compiled once.
+      suite: name of a further row, for the worst case over all trials that share it; None for none.
+    """
+
+    name: str
+    attack: Attack | Transfer
+    surrogate: Surrogate = field(default_factory=Direct)
+    suite: str | None = None
+
+    def __post_init__(self):
+        valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
+        rule = f"letters, digits and . _ + -, and not one of {', '.join(RESERVED)}"
+        require(bool(valid), f"Trial: a name consists of {rule}, got {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Trials from whose accuracies the red flags are computed. They attack every image.
+
+    Attributes:
+      noise: random noise of the full radius.
+      fgsm: one step of the full radius.
+      pgd: a few steps.
+      half, long: many steps, and half as many, from the same start.
+      far: the same few steps with a multiple of the radius; its images do not count.
+    """
+
+    noise: Trial
+    fgsm: Trial
+    pgd: Trial
+    half: Trial
+    long: Trial
+    far: Trial
+
+
+def diagnostics(threat: Linf, steps: int = 1000) -> Diagnostics:
+    """Noise, FGSM, PGD-10, PGD with `steps` and half as many, and PGD-50 at 8 times the radius."""
+
+    def pgd(steps: int, relative_step: float, radius: float = 1.0) -> PGD:
+        epsilon = radius * threat.epsilon
+        return PGD(epsilon, max(relative_step * epsilon, 1e-6), steps)
+
+    return Diagnostics(
+        noise=Trial("noise", Noise(threat)),
+        fgsm=Trial("fgsm", dataclasses.replace(pgd(1, 1.0), start=clean_start, best_of=False)),
+        pgd=Trial("pgd-10", pgd(10, 0.25)),
+        half=Trial(f"pgd-{steps // 2}", pgd(steps // 2, 0.1)),
+        long=Trial(f"pgd-{steps}", pgd(steps, 0.1)),
+        far=Trial("pgd-50-at-8-epsilon", pgd(50, 0.1, radius=8.0)),
+    )
+
+
+@dataclass(frozen=True)
+class EarlyState:
+    """The predictor that classifies the raw state z_t, where t is chosen on held-out training images.
+
+    Attributes:
+      attack: under which the accuracy of z_t is highest.
+
+    References: Yang et al. 2022, section 5.
+    """
+
+    attack: Attack
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that determines an evaluation of a trained classifier.
+
+    Attributes:
+      threat: the adversarial images that count lie within this ball.
+      trials: their worst case for each image is the accuracy that is reported; in the order in which they run.
+      diagnostics: for the red flags. What they find within the ball counts, too. None for none.
+      predictor: what is deployed and judged, with the variables of the training; None for the classifier as trained.
+      batch_size: images at a time, over all devices.
+      seed: of the attacks' randomness; each image draws from it and from its number alone.
+      max_images: evaluates only the first ones of the split; None for all.
+      skip_broken: a trial leaves alone the images that are misclassified already, clean or by an earlier trial; its
+        accuracy is then cumulative. Otherwise every trial attacks every image and has an accuracy of its own.
+    """
+
+    threat: Threat
+    trials: tuple[Trial, ...]
+    diagnostics: Diagnostics | None = None
+    predictor: Classifier | EarlyState | None = None
+    batch_size: int = 128
+    seed: int = 0
+    max_images: int | None = None
+    skip_broken: bool = True
+
+    def __post_init__(self):
+        require(self.batch_size >= 1, f"EvalConfig: batch_size must be positive, got {self.batch_size!r}")
+        require(self.seed >= 0, f"EvalConfig: seed must be >= 0, got {self.seed!r}")
+        few = self.max_images is None or self.max_images >= 1
+        require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
+        names = [trial.name for trial in (*self.trials, *self.extra_trials)]
+        names += sorted({trial.suite for trial in self.trials if trial.suite})
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"EvalConfig: trials and suites need names of their own, found twice: {', '.join(twice)}")
+        for trial in self.trials:
+            radius = radius_of(trial.attack)
+            same = radius is None or radius == self.threat.epsilon
+            require(
+                same, f"EvalConfig: trial {trial.name} attacks with radius {radius}, but the threat is {self.threat}"
+            )
+
+    @property
+    def extra_trials(self) -> tuple[Trial, ...]:
+        """Those of the diagnostics."""
+        if self.diagnostics is None:
+            return ()
+        return tuple(getattr(self.diagnostics, f.name) for f in dataclasses.fields(self.diagnostics))
+
+
+def auto_attack(threat: Threat) -> tuple[Trial, ...]:
+    """The four attacks of the standard AutoAttack as trials, and their worst case as a suite."""
+    names = ("apgd-ce", "apgd-t", "fab-t", "square")
+    attacks = AutoAttack.standard(threat).attacks
+    return tuple(Trial(name, attack, suite="AutoAttack") for name, attack in zip(names, attacks, strict=True))
+
+
+def with_surrogates(name: str, attack: Attack, surrogates: Sequence[Surrogate]) -> tuple[Trial, ...]:
+    """One trial per surrogate, named by its class and numbers, such as ``pgd-10.Intermediate-3-5-0.5``."""
+
+    def label(surrogate: Surrogate) -> str:
+        numbers = [getattr(surrogate, f.name) for f in dataclasses.fields(surrogate)]  # type: ignore[arg-type]
+        return "-".join([f"{name}.{type(surrogate).__name__}", *(f"{number:g}" for number in numbers)])
+
+    return tuple(Trial(label(surrogate), attack, surrogate) for surrogate in surrogates)
+
+
+def threat_of(train: TrainConfig) -> Linf:
+    """The ball that a training validates with.
+
+    Raises:
+      InputError: its validation attack is no PGD.
+    """
+    attack = train.validation_attack
+    if not isinstance(attack, PGD):
+        raise InputError("the training's validation_attack is no PGD and gives no radius")
+    return Linf(attack.epsilon)
+
+
+def radius_of(attack: Attack | Transfer) -> float | None:
+    """The radius of an attack; None if that is not known."""
+    match attack:
+        case PGD():
+            return attack.epsilon
+        case Targeted():
+            return radius_of(attack.attack)
+        case APGD() | FAB() | Square() | SPSA() | Noise():
+            return attack.threat.epsilon
+        case _:
+            return None
+
+
+def gradient_queries(attack: Attack | Transfer) -> int | None:
+    """How many gradients an attack asks for, at most, per image; None if that is not known."""
+    match attack:
+        case Transfer() | Noise() | Square() | SPSA():
+            return 0
+        case PGD():
+            return attack.steps * attack.restarts
+        case APGD():
+            return (attack.steps + 1) * attack.restarts
+        case Targeted():
+            queries = gradient_queries(attack.attack)
+            return None if queries is None else queries * attack.classes
+        case _:
+            return None
