@@ -1,0 +1,81 @@
+"""What input entropy reduction costs at inference, beside the ratio of cell evaluations.
+
+    python benchmarks/entropy.py --out runs/bench/entropy.json
+
+An application of the cell counts as one evaluation, and so does a vector-Jacobian product of it with respect to the
+input. Undefended: T + 1 by the solver, K + 1 by the phantom steps. Defended: T + 1 by the solver, and in each block
+two for every update of the input and one for the corrected memory. Encoder and decoder count for nothing, though an
+update runs them forwards and backwards. Seconds are medians of alternating runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from kernels import compare
+from rich.table import Table
+
+from deq_jax.classifiers import Dynamics, Equilibrium
+from deq_jax.cli import command_line, console
+from deq_jax.entropy import EntropyReduced
+from deq_jax.gradients import Phantom
+from deq_jax.models.mdeq import mdeq
+from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.records import make_folder, write_json
+from deq_jax.solvers import Broyden
+
+DYNAMICS = Dynamics(Broyden(8, tolerance=0), gradient=Phantom(steps=5, damping=0.5))
+MODELS = {
+    "digits": (Equilibrium(SmallEncoder(12), SmallCell(12), SmallDecoder(10), DYNAMICS), (64, 8, 8, 1)),
+    "small MDEQ": (
+        Equilibrium(*mdeq(10, (8, 16, 32, 64), (4, 8, 16, 32), final_channels=64, expansion=2), DYNAMICS),
+        (8, 32, 32, 3),
+    ),
+}
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/entropy.json"), metavar="FILE")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="pairs of runs; default: 7")
+    options = parser.parse_args()
+    with command_line():
+        make_folder(options.out.parent)
+        rows = [measure(name, *model, options.repeats) for name, model in MODELS.items()]
+        write_json(options.out, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows})
+        table = Table("model", "seconds", "smallest", "largest", "cell evaluations", "seconds / evaluations")
+        for row in rows:
+            numbers = (row[key] for key in ("ratio", "smallest", "largest", "evaluations", "excess"))
+            table.add_row(row["what"], *(f"{number:.2f}" for number in numbers))
+        console.print(table)
+
+
+def measure(name: str, base: Equilibrium, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
+    """Defended over undefended: seconds, and cell evaluations."""
+    x = jax.random.uniform(jax.random.key(0), shape)
+    variables = base.init(jax.random.key(1), x)
+    defended = EntropyReduced(base)
+    row = compare(name, partial(logits, defended), "undefended", partial(logits, base), (variables, x), repeats)
+    ratio = cell_evaluations(defended) / cell_evaluations(base)
+    return row | {"evaluations": ratio, "excess": row["ratio"] / ratio}
+
+
+def logits(classifier: Any, variables: Any, x: jax.Array) -> jax.Array:
+    """Of the deployed predictor."""
+    return classifier(variables, x).logits
+
+
+def cell_evaluations(classifier: Equilibrium | EntropyReduced) -> int:
+    """Per image, as counted above, where no image converges early."""
+    if isinstance(classifier, EntropyReduced):
+        return classifier.solver.steps + 1 + classifier.blocks * (2 * classifier.steps + 1)
+    return DYNAMICS.solver.steps + 1 + DYNAMICS.gradient.steps + 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Adaptive attacks on input entropy reduction: surrogates that give the gradient of a defended classifier.
+
+A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`,
+for an `EntropyReduced` classifier; success stays judged on the defended predictor (`attacks.combine.surrogate`).
+Their oracles draw from the keys of a query, so that a random defence is attacked through
+`attacks.combine.expectation`. Square and SPSA need no surrogate.
+
+References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on test-time defences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.attacks.oracle import oracle_of
+from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy, straight_through
+from deq_jax.gradients import Phantom
+from deq_jax.losses import cross_entropy, entropy
+from deq_jax.solvers import Broyden, BroydenMemory
+from deq_jax.types import Array, Gradient, Keys, Loss, Oracle, PyTree, Solver, Variables, require
+
+
+def defended(classifier: Any) -> EntropyReduced:
+    """The classifier itself.
+
+    Raises:
+      InputError: it has no input entropy reduction.
+    """
+    is_defended = isinstance(classifier, EntropyReduced)
+    require(is_defended, f"adaptive surrogate: expected an EntropyReduced classifier, got {type(classifier).__name__}")
+    return classifier
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BPDAIdentity:
+    """Forward the defence, backward the identity: the base classifies the purified input, which passes its gradient on.
+
+    References: Athalye et al. 2018, section 4.1.
+    """
+
+    def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
+        defence = defended(classifier)
+
+        def logits(x: Array, keys: Keys) -> Array:
+            found = _purified(defence, variables, x, keys)
+            return defence.base(variables, straight_through(found.x, x)).logits
+
+        return oracle_of(logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BPDAHead:
+    """Forward the defence, backward through decoder(gradient(f, z; x)), with the regulated state z held constant.
+
+    By default that is decoder(f(z; x)). The logits and their gradient are those of this expression.
+
+    Attributes:
+      gradient: estimator that leads on from the state.
+    """
+
+    gradient: Gradient = field(default=Phantom(0), metadata={"static": True})
+
+    def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
+        defence = defended(classifier)
+
+        def logits(x: Array, keys: Keys) -> Array:
+            found = _purified(defence, variables, x, keys)
+            return self._lead_on(defence, variables, x, found.x, defence.readout(found.solution, keys))
+
+        return oracle_of(logits)
+
+    def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array:
+        """Logits [T, B, K] led on from each regulated state, with the input with which it was solved."""
+        found = _purified(defence, variables, x, keys)
+        inputs = jnp.repeat(found.inputs, defence.every, axis=0)
+
+        def lead_on(pair: tuple[Array, PyTree]) -> Array:
+            return self._lead_on(defence, variables, x, *pair)
+
+        return lax.map(lead_on, (inputs, found.solution.states))
+
+    def _lead_on(self, defence: EntropyReduced, variables: Variables, x: Array, x_hat: Array, z: PyTree) -> Array:
+        u = defence.base.encode(variables, straight_through(x_hat, x))
+        state = self.gradient(defence.base.apply_cell, variables["params"]["cell"], u, z)
+        return defence.decode(variables, state)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class EndToEnd:
+    """Differentiates the whole defence: every solver step and every update of the input, each computed again.
+
+    The sign of an update is taken for ``tanh(g / (temperature mean|g|))`` in the backward pass, with the mean over
+    the image. Projections have their own derivatives. Costs several times the defence itself.
+
+    Attributes:
+      temperature: of the smooth sign; small is nearer to the sign, and its gradient rarer.
+      smooth: take the smooth sign in the forward pass, too.
+    """
+
+    temperature: float = field(default=1.0, metadata={"static": True})
+    smooth: bool = field(default=False, metadata={"static": True})
+
+    def __post_init__(self):
+        require(self.temperature > 0, f"EndToEnd: temperature must be > 0, got {self.temperature!r}")
+
+    def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
+        defence = self.differentiable(classifier)
+
+        def logits(x: Array, keys: Keys) -> Array:
+            found = reduce_entropy(defence, variables, x, keys)
+            return defence.decode(variables, defence.readout(found.solution, keys))
+
+        return oracle_of(logits)
+
+    def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array:
+        """Logits [T, B, K] of the regulated states."""
+        states = reduce_entropy(self.differentiable(defence), variables, x, keys).solution.states
+        return lax.map(partial(defence.decode, variables), states)
+
+    def differentiable(self, classifier: EntropyReduced) -> EntropyReduced:
+        """The defence with a smooth sign and a solver that can be differentiated; of the same predictions.
+
+        Raises:
+          InputError: its direction has no smooth form.
+        """
+        defence = defended(classifier)
+        base = defence.base
+        dynamics = replace(base.dynamics, solver=_differentiable(defence.solver))
+        direction = defence.direction
+        known = isinstance(direction, EntropyGradient | RandomDirection)
+        require(known, f"EndToEnd: expected EntropyGradient or RandomDirection, got {direction!r}")
+        if isinstance(direction, EntropyGradient):
+            direction = replace(direction, steepest=SmoothSign(self.temperature, self.smooth))
+        return replace(defence, base=replace(base, dynamics=dynamics), direction=direction)
+
+
+@dataclass(frozen=True)
+class SmoothSign:
+    """The sign of a gradient [B, ...], differentiated as ``tanh(g / (temperature mean|g|))``.
+
+    Attributes:
+      temperature: relative to each image's mean magnitude.
+      smooth: return the smooth one, too.
+    """
+
+    temperature: float
+    smooth: bool = False
+
+    def __call__(self, gradient: Array) -> Array:
+        scale = jnp.mean(jnp.abs(gradient), axis=range(1, gradient.ndim), keepdims=True)
+        soft = jnp.tanh(gradient / (self.temperature * jnp.where(scale > 0, scale, 1)))
+        return soft if self.smooth else straight_through(jnp.sign(gradient), soft)
+
+
+class _HasPath(Protocol):
+    def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PathAverage:
+    """The mean of the losses of all regulated states z_1 .. z_T, so that no state on the way is right.
+
+    The oracle's logits are the mean of the states' logits.
+
+    Attributes:
+      source: gives the logits along the path, and how they are differentiated: `BPDAHead` or `EndToEnd`.
+    """
+
+    source: _HasPath = BPDAHead()
+
+    def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
+        path = partial(self.source.path, defended(classifier), variables)
+
+        def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+            def total(x):
+                logits = path(x, keys)
+                losses = jnp.mean(jax.vmap(loss, (0, None))(logits, target), axis=0)
+                return jnp.sum(losses), (losses, jnp.mean(logits, axis=0))
+
+            gradient, (losses, logits) = jax.grad(total, has_aux=True)(x)
+            return losses, logits, gradient
+
+        return Oracle(lambda x, keys: jnp.mean(path(x, keys), axis=0), grad)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OnBase:
+    """Any surrogate of the undefended classifier: attacks that are transferred to the defended one.
+
+    Attributes:
+      surrogate: ``(base, variables) -> Oracle``, such as those of `deq_jax.surrogates`.
+    """
+
+    surrogate: Callable[[Any, Variables], Oracle]
+
+    def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
+        return self.surrogate(defended(classifier).base, variables)
+
+
+@dataclass(frozen=True)
+class LowEntropy:
+    """Loss that wants a confident mistake, which a defence that lowers the entropy makes only more certain:
+    ``log softmax(logits)[wrong] - weight * entropy``.
+
+    Attributes:
+      weight: of the entropy in nats, >= 0.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self):
+        require(self.weight >= 0, f"LowEntropy: weight must be >= 0, got {self.weight!r}")
+
+    def __call__(self, logits: Array, target: Array) -> Array:
+        """Per-example loss [B].
+
+        Args:
+          logits: [B, K].
+          target: [B, 2] int, (label, class aimed at), as `attacks.Targeted` gives it; or labels [B], to aim at the
+            class that is the likeliest wrong one at this query.
+        """
+        if target.ndim == 1:
+            is_label = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
+            wrong = jnp.argmax(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+        else:
+            wrong = target[:, 1]
+        return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
+
+
+class _DifferentiableBroyden(Broyden):
+    """Broyden with loops over all places for pairs: those not filled change nothing, and the length is static."""
+
+    def count(self, memory: BroydenMemory) -> int:
+        return len(memory.steps) - 1
+
+
+def _differentiable(solver: Solver) -> Solver:
+    kept = type(solver) is not Broyden
+    return solver if kept else _DifferentiableBroyden(**vars(solver))
+
+
+def _purified(defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Purified:
+    """What the defence does to x, held constant."""
+    return reduce_entropy(defence, *lax.stop_gradient((variables, x)), keys)
