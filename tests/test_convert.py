@@ -341,7 +341,7 @@ def test_converted_networks_are_evaluated_and_trained_on(place, tmp_path, capfd)
     evaluate.main(["--workdir", str(run), "--set", "steps=1", "--set", "restarts=1"])
     result = read_json(run / "evaluation" / "test-pgd" / "evaluation.json")
     assert result["images"] == 20
-    assert result["checkpoint"] == {"name": "best", "step": 0}
+    assert result["checkpoint"] == "best, step 0"
     before = load_run(run, best=False)[1]
     train.main(["--config", str(file), "--workdir", str(run)])
     _, after, step = load_run(run, best=False)
