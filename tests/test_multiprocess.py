@@ -143,7 +143,8 @@ def test_two_processes_compute_what_one_does(folder, whole):
     assert load_run(folder / "two", best=False)[2] == 34
     assert load_run(folder / "two")[2] == load_run(folder / "whole")[2]
     assert "devices: 4 x cpu, 2 processes" in first and "trained: 34 steps" in first
-    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []
+    # Gloo's threads report their connections, sometimes into each other's lines.
+    assert [line for line in second.splitlines() if "[Gloo]" not in line and "peer ranks" not in line] == []
 
 
 @pytest.mark.slow
