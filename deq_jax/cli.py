@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ from deq_jax.types import InputError
 
 # Into a file or a pipe tables are written whole, at their own width.
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
+def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """The repeatable option ``--set NAME=VALUE``, kept as a list of `assignments`, with its help."""
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="assignments", help=text)
 
 
 @contextmanager

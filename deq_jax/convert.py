@@ -18,7 +18,7 @@ import numpy as np
 
 from deq_jax.checkpoints import Checkpoints
 from deq_jax.classifiers import Equilibrium
-from deq_jax.cli import command_line, console
+from deq_jax.cli import add_set_option, command_line, console
 from deq_jax.config import TrainConfig, from_tree, load_config, set_fields, to_tree
 from deq_jax.models.mdeq import MdeqCell, MdeqDecoder, MdeqEncoder
 from deq_jax.records import make_folder, read_json, write_json
@@ -61,13 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("source", metavar="CHECKPOINT | WORKDIR", help="file to convert, or folder of a training")
     parser.add_argument("--out", required=True, metavar="DIR | FILE", help="what is written; never overwritten")
     parser.add_argument("--config", metavar="FILE", help="with CHECKPOINT: Python file with a function get_config()")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="assignments",
-        help="with CHECKPOINT: replace a scalar field of the config, by dotted name; repeatable",
+    add_set_option(
+        parser,
+        "with CHECKPOINT: replace a scalar field of the config, by dotted name; repeatable",
     )
     parser.add_argument("--checkpoint", choices=["best", "latest"], help="with WORKDIR; default: best")
     options = parser.parse_args(arguments)

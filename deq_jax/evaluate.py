@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from deq_jax.attacks import PGD, Linf
-from deq_jax.cli import command_line, console
+from deq_jax.cli import add_set_option, command_line, console
 from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
 from deq_jax.data import to_unit
 from deq_jax.readouts import EnsembleState
@@ -100,13 +100,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="without --config; pgd, the default: 50 steps, 5 restarts, best of all iterates; transfer: images of "
         "another evaluation",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="assignments",
-        help="replace a scalar field of the config, or of the attack: epsilon, step_size, steps, restarts; repeatable",
+    add_set_option(
+        parser,
+        "replace a scalar field of the config, or of the attack: epsilon, step_size, steps, restarts; repeatable",
     )
     parser.add_argument("--epsilon", type=float, metavar="R", help="radius; default: that of the training's validation")
     parser.add_argument("--readout", choices=READOUTS, default="trained", help="what is deployed; default: trained")

@@ -45,7 +45,7 @@ def solve(
 ) -> Solution:
     """Runs `solver` on z = cell(params, z, u), each sample on its own; not differentiable.
 
-    Once all samples have converged, the remaining steps cost nothing.
+    Once all samples have converged, the remaining steps do not evaluate the cell.
 
     Args:
       solver: which trajectory; None for none: the solution is z0 and T is 0.
@@ -93,7 +93,7 @@ def flat_cell(cell: Cell, params: Params, z0: PyTree) -> tuple[Callable, Array, 
 
 
 def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
-    """One step in which converged samples stay where they are; it costs nothing once all have converged.
+    """One step in which converged samples stay where they are; f is not evaluated once all have converged.
 
     Args:
       solver: whose step.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deq_jax.cli import command_line, console, fail
+from deq_jax.cli import add_set_option, command_line, console, fail
 from deq_jax.config import load_config, set_fields
 from deq_jax.processes import agreed, connect, is_primary
 from deq_jax.training import Interrupted, NonFiniteLoss, train
@@ -45,13 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="Python file with a function get_config()")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of this training; created if absent")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="assignments",
-        help="replace a scalar field of the config, by dotted name, e.g. objective.attack.steps=7; repeatable",
+    add_set_option(
+        parser,
+        "replace a scalar field of the config, by dotted name, e.g. objective.attack.steps=7; repeatable",
     )
     several = parser.add_argument_group("several processes", "found by themselves on TPU pods and in SLURM steps")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")

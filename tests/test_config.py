@@ -22,7 +22,7 @@ from deq_jax.config import (
     to_tree,
     with_readout,
 )
-from deq_jax.data import CropFlip, Digits
+from deq_jax.data import CropFlip, Digits, Npz
 from deq_jax.losses import kl
 from deq_jax.models.small import SmallCNN
 from deq_jax.objectives import Standard
@@ -87,8 +87,6 @@ def test_set_changes_one_field(config, assignment, read, value):
 
 
 def test_set_takes_strings_as_they_are():
-    from deq_jax.data import Npz  # noqa: PLC0415
-
     assert set_fields(Npz("a.npz"), ["path=some folder/b=c.npz"]) == Npz("some folder/b=c.npz")
 
 

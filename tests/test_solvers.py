@@ -283,3 +283,23 @@ def test_solvers_are_values():
     assert Broyden(8) == Broyden(8) != Broyden(9)
     assert hash(Anderson(3)) == hash(Anderson(3))
     assert eval(repr(Broyden(8))) == Broyden(8)
+
+
+def test_an_anderson_step_is_that_of_jaxopt(x64):
+    matrix, u, _ = problem(0.9)
+    solver = Anderson(4, history_size=3, ridge=1e-4, beta=0.8, tolerance=0.0)
+    memory = solve(solver, tanh_cell, matrix, jnp.zeros_like(u), u).memory
+    following = solver.update(lambda z, u: tanh_cell(matrix, z, u), memory, u, jnp.ones(BATCH, bool))
+
+    def reference(targets, residuals, gram, z, u):
+        acceleration = jaxopt.AndersonAcceleration(
+            lambda z: tanh_cell(matrix, z, u), history_size=3, ridge=1e-4, beta=0.8
+        )
+        state = acceleration.init_state(z)._replace(
+            iter_num=3, params_history=targets - 0.8 * residuals, residuals_history=residuals, residual_gram=gram
+        )
+        return acceleration.update(z, state)[0]
+
+    axes = (1, 1, 0, 0, 0)
+    expected = jax.vmap(reference, axes)(memory.targets, memory.residuals, memory.gram, memory.z, u)
+    np.testing.assert_allclose(following.fz, expected, rtol=1e-10, atol=1e-12)
