@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from deq_jax.processes import connect, is_primary
 from deq_jax.types import InputError
 
 # Into a file or a pipe tables are written whole, at their own width.
@@ -21,6 +22,20 @@ console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isat
 def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
     """The repeatable option ``--set NAME=VALUE``, kept as a list of `assignments`, with its help."""
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="assignments", help=text)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which several processes find each other; see `join`."""
+    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and in SLURM steps")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    several.add_argument("--processes", type=int, metavar="N", help="their number; 1 looks for no others")
+    several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
+def join(options: argparse.Namespace) -> None:
+    """Joins the other processes of the job, of which the primary alone prints."""
+    connect(options.coordinator, options.processes, options.process)
+    console.quiet = not is_primary()
 
 
 @contextmanager

@@ -70,7 +70,10 @@ class RandomDirection:
     """A control: each pixel up or down by chance, drawn for each image by its number. The classifier needs keys."""
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
-        require(keys is not None, "RandomDirection: the defence is random, expected keys, got none")
+        require(
+            keys is not None,
+            "RandomDirection: the defence is random, expected keys (in an evaluation: draws), got none",
+        )
         assert keys is not None
         return entropies(x), keys.draw(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
 

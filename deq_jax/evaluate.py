@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from deq_jax.attacks import PGD, Linf
-from deq_jax.cli import add_set_option, command_line, console
+from deq_jax.cli import add_process_options, add_set_option, command_line, console, join
 from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
 from deq_jax.data import to_unit
+from deq_jax.processes import agreed, is_primary
 from deq_jax.readouts import EnsembleState
 from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
 from deq_jax.surrogates import deployed
 from deq_jax.training import load_run
-from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of
+from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of, transferred
 from deq_jax.types import require
 from deq_jax.worst_case import worst_case
 
@@ -31,7 +33,8 @@ EPILOG = """\
 Writes into the output folder: evaluation.json (means, red flags, and what was run), evaluation.npz (per image:
 labels, predictions, entropies and residuals of every state, worst adversarial images), trials/ (all adversarial
 images), and figures. Every finished batch is kept: the same command goes on after any interruption, and another
-one in the same folder is refused.
+one in the same folder is refused. With several processes the same command starts each of them, with its own
+--process; the images are split over the devices of all, and all must see the workdir.
 
 Success is judged on the deployed predictor. An image counts as correct under attack only if it is also correct
 without. Row "union" is the worst case of all trials for each image. Red flags are signs that the attacks have
@@ -43,6 +46,8 @@ examples:
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_white_box.py --readout early
   python -m deq_jax.evaluate --workdir runs/a --attack pgd --set steps=1000 --set epsilon=0.05 --out runs/a/pgd1000
+  python -m deq_jax.evaluate --workdir runs/a --config configs/eval_entropy_reduced.py \
+    --transfer reference=runs/a/evaluation/test-eval_white_box
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
 READOUTS = ("trained", "early", "ensemble")
@@ -52,33 +57,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parse(arguments)
     with command_line():
-        train, variables, step = load_run(options.workdir, best=options.checkpoint == "best")
-        config = choose_config(options, train)
-        data = train.dataset.load()
-        images = getattr(data, options.split)
-        about = {"checkpoint": f"{options.checkpoint}, step {step}", "split": options.split}
-        default = Path(options.workdir) / "evaluation" / f"{options.split}-{name_of(options)}"
-        out = Path(options.out) if options.out else default
-        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=1.0)
-            result = worst_case(
-                config,
-                train.classifier,
-                variables,
-                images,
-                out,
-                validation=data.validation,
-                about=about,
-                report=lambda name, share: progress.update(task, description=name, completed=share),
-            )
-        versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
-        report = {**report_of(result), "workdir": str(options.workdir), **about, "versions": versions}
-        write_report(out, {**report, "config": to_tree(train)}, result, np.asarray(to_unit(images.x)))
+        join(options)
+        workdir, choose = Path(options.workdir), partial(choose_config, options)
+        out = Path(options.out or workdir / "evaluation" / f"{options.split}-{name_of(options)}")
+        report = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
         console.print(states_table(report))
         console.print(accuracy_table(report))
         console.print(headline(report), style="bold")
         console.print(f"results: {out}")
+
+
+def evaluate(
+    workdir: Path,
+    choose: Callable[[TrainConfig], EvalConfig],
+    out: Path,
+    *,
+    split: str = "test",
+    checkpoint: str = "best",
+) -> dict[str, Any]:
+    """Evaluates a training's classifier, or goes on where `out` was left; see `worst_case` and `report_of`.
+
+    Args:
+      workdir: of the training.
+      choose: the evaluation that suits its config.
+      out: folder of the results.
+      split: train, validation or test.
+      checkpoint: best or latest.
+    """
+    with agreed():
+        train, variables, step = load_run(workdir, best=checkpoint == "best")
+        data, config = train.dataset.load(), choose(train)
+    images = getattr(data, split)
+    about = {"checkpoint": f"{checkpoint}, step {step}", "split": split}
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=1.0)
+        result = worst_case(
+            config,
+            train.classifier,
+            variables,
+            images,
+            out,
+            validation=data.validation,
+            about=about,
+            report=lambda name, share: progress.update(task, description=name, completed=share),
+        )
+    versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
+    report = {**report_of(result), "workdir": str(workdir), **about, "versions": versions, "config": to_tree(train)}
+    if is_primary():
+        write_report(out, report, result, np.asarray(to_unit(images.x)))
+    return report
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -100,6 +128,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="without --config; pgd, the default: 50 steps, 5 restarts, best of all iterates; transfer: images of "
         "another evaluation",
     )
+    parser.add_argument(
+        "--transfer",
+        action="append",
+        default=[],
+        type=_suite,
+        metavar="SUITE=DIR",
+        help="also judge the final images of another evaluation's trials, as a suite; repeatable. Call it `reference` "
+        "if they attacked the undefended predictor of the same training",
+    )
     add_set_option(
         parser,
         "replace a scalar field of the config, or of the attack: epsilon, step_size, steps, restarts; repeatable",
@@ -111,6 +148,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: as in the config")
     parser.add_argument("--seed", type=int, metavar="N", help="of the attacks' randomness; default: as in the config")
     parser.add_argument("--out", metavar="DIR", help="default: WORKDIR/evaluation/SPLIT-ATTACK, or SPLIT-CONFIG")
+    add_process_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -118,6 +156,13 @@ def _attack(text: str) -> str:
     if text in ("none", "pgd") or text.startswith("transfer:"):
         return text
     raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from none, pgd, transfer:FILE)")
+
+
+def _suite(text: str) -> tuple[str, Path]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise argparse.ArgumentTypeError(f"expected SUITE=DIR, got {text!r}")
+    return name, Path(folder)
 
 
 def name_of(options: argparse.Namespace) -> str:
@@ -137,12 +182,15 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
         config = dataclasses.replace(attack_config(options, train), batch_size=train.batch_size)
     given = {"batch_size": options.batch_size, "seed": options.seed}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    suites = [trial for suite, folder in options.transfer for trial in transferred(suite, folder)]
+    config = dataclasses.replace(config, trials=(*config.trials, *suites))
     if options.readout == "early":
         epsilon = threat_of(train).epsilon
         early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10))
-        return dataclasses.replace(config, predictor=early)
+        return dataclasses.replace(config, predictor=early, defence="early state")
     if options.readout == "ensemble":
-        return dataclasses.replace(config, predictor=deployed(train.classifier, EnsembleState()))
+        ensemble = deployed(train.classifier, EnsembleState())
+        return dataclasses.replace(config, predictor=ensemble, defence="ensemble state")
     return config
 
 

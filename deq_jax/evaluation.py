@@ -18,6 +18,8 @@ from deq_jax.readouts import EnsembleState
 from deq_jax.surrogates import Direct, Surrogate, deployed, judged
 from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, PyTree, Solution, Variables
 
+DEPLOYED = 1 << 30  # the keys that a random predictor draws from are folded with it; attacks never see those
+
 
 class Measured(NamedTuple):
     """What is seen of each image, in R rows: the raw states z_1 .. z_T, their mean, and what is deployed.
@@ -54,12 +56,13 @@ class Outcomes(NamedTuple):
     x_adv: AnyArray
 
 
-def measure(classifier: Classifier, variables: Variables, x: Array, y: Array) -> Measured:
+def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys | None = None) -> Measured:
     """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
 
-    A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``.
+    A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
+    one draws from the keys, and is deterministic without them.
     """
-    prediction = classifier(variables, x)
+    prediction = classifier(variables, x, keys=keys and keys.fold(DEPLOYED))
     logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
     residual, solution = unknown, prediction.solution
     if solution is not None:
@@ -80,6 +83,7 @@ def attack_batch(
     *,
     seed: int,
     surrogate: Surrogate | None = None,
+    draws: int | None = None,
 ) -> tuple[Array, Measured]:
     """Attacks a batch of images, and measures what comes of it.
 
@@ -92,14 +96,15 @@ def attack_batch(
       batch: images of this device.
       seed: of the attack's randomness.
       surrogate: gives the gradients; None for the classifier's own.
+      draws: see `surrogates.judged`.
 
     Returns:
       Adversarial images [B, H, W, C], and how they are classified.
     """
     keys = Keys(jax.random.key(seed), batch.number)
-    oracle = judged(Direct() if surrogate is None else surrogate, classifier, variables)
+    oracle = judged(Direct() if surrogate is None else surrogate, classifier, variables, draws)
     x_adv = attack(oracle, to_unit(batch.x), batch.y, keys)
-    return x_adv, measure(classifier, variables, x_adv, batch.y)
+    return x_adv, measure(classifier, variables, x_adv, batch.y, None if draws is None else keys)
 
 
 def evaluator(

@@ -14,6 +14,7 @@ from deq_jax.attacks import SPSA, Square
 from deq_jax.results import Probe, WorstCase
 from deq_jax.trials import Noise, Transfer, Trial
 
+DRAWS = 20  # over which attacks on a random predictor must average
 POINTS = 0.002  # of accuracy: 0.2 percentage points
 PLATEAU = 0.005
 ZERO_GRADIENTS = 0.01
@@ -56,7 +57,7 @@ def red_flags(result: WorstCase) -> list[Flag]:
         better("transfer beats direct attacks", result, lambda trial: isinstance(trial.attack, Transfer)),
         zero_gradients(result.zero_gradient),
         batch_dependence(result.probe),
-        randomness(result.probe),
+        randomness(result.probe, result.config.draws),
         no_collapse(far, result.probe.whole.shape[1]),
         no_plateau(gain),
         order_of_strength(ladder),
@@ -98,9 +99,10 @@ def batch_dependence(probe: Probe) -> Flag:
     return Flag.of("batch dependence", moved, ROUNDING, "an image's logits depend on its batch-mates")
 
 
-def randomness(probe: Probe) -> Flag:
-    """How far the logits move with the key, relative to the largest logit."""
-    moved = _distance(probe.whole, probe.other_key)
+def randomness(probe: Probe, draws: int | None) -> Flag:
+    """How far the logits move with the key, relative to the largest logit, unless attacks average over enough draws."""
+    averaged = draws is not None and draws >= DRAWS
+    moved = 0.0 if averaged else _distance(probe.whole, probe.other_key)
     return Flag.of("randomness", moved, ROUNDING, "logits are random, and the attacks do not average over it")
 
 
@@ -124,7 +126,7 @@ def _strength(result: WorstCase, accuracy: dict[str, float]) -> list[float] | No
     extra = result.config.diagnostics
     if extra is None:
         return None
-    suite = [trial for trial in result.config.trials if trial.suite is not None]
+    suite = [t for t in result.config.trials if t.suite is not None and not isinstance(t.attack, Transfer)]
     return [accuracy[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
 
 

@@ -22,7 +22,8 @@ def report_of(result: WorstCase) -> dict[str, Any]:
     """All numbers, as JSON data.
 
     rows: what was measured in each state, clean and on the worst case of each image; accuracy: of each predictor,
-    on the images of each trial, and under all of them; trials: what they did and cost; robust_accuracy: of the
+    on the images of each trial, and under all of them; trials: what they did and cost; defence: what the predictor is
+    called; cost: of a prediction, in applications of the cell and in seconds per image; robust_accuracy: of the
     deployed predictor, under all trials, not to be trusted while a red flag is raised.
     """
     flags = red_flags(result) if result.attempts else []
@@ -32,6 +33,8 @@ def report_of(result: WorstCase) -> dict[str, Any]:
         "accuracy": accuracy,
         "cumulative": result.config.skip_broken,
         "trials": _trials(result),
+        "defence": result.config.defence,
+        "cost": _cost(result),
         "robust_accuracy": accuracy["union"]["deployed"] if result.attempts else None,
         "red_flags": [dataclasses.asdict(flag) for flag in flags],
         "early_state": result.early_state,
@@ -49,6 +52,12 @@ def _trials(result: WorstCase) -> dict[str, Any]:
         }
         for trial in (*result.config.trials, *result.config.extra_trials)
     }
+
+
+def _cost(result: WorstCase) -> dict[str, float | None]:
+    evaluations = float(np.mean(result.cost.evaluations))
+    seconds = float(np.median(result.cost.seconds))
+    return {"evaluations": None if np.isnan(evaluations) else evaluations, "seconds": seconds}
 
 
 def headline(report: dict[str, Any]) -> str:

@@ -38,6 +38,18 @@ class Probe(NamedTuple):
     other_key: np.ndarray
 
 
+class Cost(NamedTuple):
+    """What a prediction costs.
+
+    Attributes:
+      evaluations: [n], applications of the cell to each of the first images; NaN for an explicit network.
+      seconds: [repeats], of each image of a batch, on one device, compilation excluded.
+    """
+
+    evaluations: np.ndarray
+    seconds: np.ndarray
+
+
 @dataclass(frozen=True)
 class WorstCase:
     """What all trials found.
@@ -47,7 +59,7 @@ class WorstCase:
       y: [N], the true labels.
       clean: of the images as they are.
       zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes.
-      probe: of the deployed predictor.
+      probe, cost: of the deployed predictor.
       attempts: by the names of trials and diagnostics, in the order in which they ran.
       x_adv: [N, H, W, C], for each image the worst one within the ball: one that is misclassified before any other,
         then the one of highest margin. The image itself if none is worse.
@@ -60,6 +72,7 @@ class WorstCase:
     clean: Measured
     zero_gradient: np.ndarray
     probe: Probe
+    cost: Cost
     attempts: dict[str, Attempt]
     x_adv: np.ndarray
     worst: Measured

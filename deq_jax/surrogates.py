@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.combine import surrogate as gradient_from
 from deq_jax.attacks.oracle import classifier_oracle, oracle_of
 from deq_jax.classifiers import Equilibrium
@@ -55,10 +56,18 @@ class Surrogate(Protocol):
     def __call__(self, classifier: Any, variables: Variables) -> Oracle: ...
 
 
-def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables) -> Oracle:
-    """Gradients of the surrogate; loss and success of the classifier itself, as deployed."""
-    judge = classifier_oracle(classifier, variables)
-    return judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)
+def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, draws: int | None = None) -> Oracle:
+    """Gradients of the surrogate; loss and success of the classifier itself, as deployed.
+
+    Args:
+      surrogate: gives the gradients.
+      classifier: as deployed.
+      variables: of the classifier.
+      draws: of a random classifier, over which every answer is the mean (EOT); None for a deterministic one.
+    """
+    judge = classifier_oracle(classifier, variables, random=draws is not None)
+    oracle = judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)
+    return oracle if draws is None else expectation(oracle, draws)
 
 
 def deployed(classifier: Classifier, readout: Readout) -> Equilibrium:

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deq_jax.cli import add_set_option, command_line, console, fail
+from deq_jax.cli import add_process_options, add_set_option, command_line, console, fail, join
 from deq_jax.config import load_config, set_fields
-from deq_jax.processes import agreed, connect, is_primary
+from deq_jax.processes import agreed
 from deq_jax.training import Interrupted, NonFiniteLoss, train
 
 EPILOG = """\
@@ -49,14 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser,
         "replace a scalar field of the config, by dotted name, e.g. objective.attack.steps=7; repeatable",
     )
-    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and in SLURM steps")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
-    several.add_argument("--processes", type=int, metavar="N", help="their number; 1 looks for no others")
-    several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    add_process_options(parser)
     options = parser.parse_args(arguments)
     with command_line():
-        connect(options.coordinator, options.processes, options.process)
-        console.quiet = not is_primary()
+        join(options)
         with agreed():
             config = set_fields(load_config(options.config), options.assignments)
         with _Display() as display:

@@ -14,6 +14,7 @@ from deq_jax.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Linf, Square, Targ
 from deq_jax.attacks.threat import Threat
 from deq_jax.config import TrainConfig
 from deq_jax.data import Images
+from deq_jax.records import read_json
 from deq_jax.surrogates import Direct, Surrogate
 from deq_jax.types import Array, Attack, Classifier, InputError, Keys, Oracle, require
 
@@ -197,6 +198,9 @@ class EvalConfig:
       trials: their worst case for each image is the accuracy that is reported; in the order in which they run.
       diagnostics: for the red flags. What they find within the ball counts, too. None for none.
       predictor: what is deployed and judged, with the variables of the training; None for the classifier as trained.
+      defence: what the predictor is called in reports.
+      draws: of a random predictor, over which every answer to an attack is the mean (EOT); it is itself judged by one
+        more draw. None: the predictor is asked without keys, and deterministic.
       batch_size: images at a time, over all devices.
       seed: of the attacks' randomness; each image draws from it and from its number alone.
       max_images: evaluates only the first ones of the split; None for all.
@@ -208,6 +212,8 @@ class EvalConfig:
     trials: tuple[Trial, ...]
     diagnostics: Diagnostics | None = None
     predictor: Classifier | EarlyState | None = None
+    defence: str = "none"
+    draws: int | None = None
     batch_size: int = 128
     seed: int = 0
     max_images: int | None = None
@@ -216,6 +222,8 @@ class EvalConfig:
     def __post_init__(self):
         require(self.batch_size >= 1, f"EvalConfig: batch_size must be positive, got {self.batch_size!r}")
         require(self.seed >= 0, f"EvalConfig: seed must be >= 0, got {self.seed!r}")
+        counted = self.draws is None or self.draws >= 1
+        require(counted, f"EvalConfig: draws must be positive or None, got {self.draws!r}")
         few = self.max_images is None or self.max_images >= 1
         require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
         names = [trial.name for trial in (*self.trials, *self.extra_trials)]
@@ -235,6 +243,25 @@ class EvalConfig:
         if self.diagnostics is None:
             return ()
         return tuple(getattr(self.diagnostics, f.name) for f in dataclasses.fields(self.diagnostics))
+
+
+def transferred(suite: str, folder: Path) -> tuple[Trial, ...]:
+    """The final images of all trials of another evaluation, as trials of a suite; those beyond its radius excepted.
+
+    Args:
+      suite: its name; "reference" if they were made against the undefended predictor of the same training.
+      folder: of the other evaluation.
+
+    Raises:
+      InputError: there is no finished evaluation.
+    """
+    finished = (folder / "evaluation.json").exists()
+    require(finished, f"{folder}: expected the folder of a finished evaluation, found no evaluation.json")
+    config = read_json(folder / "manifest.json")["config"]
+    extra = config["diagnostics"] or {}
+    trials = [*config["trials"], *(trial for name, trial in extra.items() if name not in ("class", "far"))]
+    names = [trial["name"] for trial in trials]
+    return tuple(Trial(f"{suite}.{name}", Transfer(str(folder / "trials" / name)), suite=suite) for name in names)
 
 
 def auto_attack(threat: Threat) -> tuple[Trial, ...]:

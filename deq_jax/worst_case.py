@@ -27,11 +27,12 @@ from deq_jax.parallel import check_batch_size, replicate_and_split
 from deq_jax.processes import agreed, from_primary, is_primary
 from deq_jax.readouts import IntermediateState
 from deq_jax.records import make_folder, read_json, write_json, write_npz
-from deq_jax.results import Attempt, Probe, WorstCase, worst_of
+from deq_jax.results import Attempt, Cost, Probe, WorstCase, worst_of
 from deq_jax.surrogates import Direct, Surrogate, deployed, judged
 from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, check_radius, is_within, read_npz
 from deq_jax.types import Array, Attack, Classifier, InputError, Keys, PyTree, Variables, require
 
+TIMED = 5  # predictions that are timed
 PROBED = 16  # images on which the predictor is asked in several ways
 Report = Callable[[str, float], None]
 """``(name of the trial, share of the whole evaluation that is done)``."""
@@ -113,7 +114,8 @@ class _Run:
         for trial in self.config.extra_trials:
             attempts[trial.name] = self._attempt(trial, every, clean)
         x_adv, worst = worst_of(self.x, y, clean, attempts)
-        return WorstCase(self.config, y, clean, stage["zero_gradient"], self._probe(), attempts, x_adv, worst)
+        zero = stage["zero_gradient"]
+        return WorstCase(self.config, y, clean, zero, self._probe(), self._cost(), attempts, x_adv, worst)
 
     def _attempt(self, trial: Trial, rows: np.ndarray, clean: Measured) -> Attempt:
         x_adv, measured, seconds = self.x.copy(), Measured(*(part.copy() for part in clean)), 0.0
@@ -151,16 +153,17 @@ class _Run:
     def _clean_stage(self) -> Callable[[EvaluationBatch], dict]:
         def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Array]:
             x, keys = to_unit(batch.x), Keys(jax.random.key(self.config.seed), batch.number)
-            oracle = judged(Direct(), self.predictor, variables)
+            oracle = judged(Direct(), self.predictor, variables, self.config.draws)
             gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
-            measured = measure(self.predictor, variables, x, batch.y)
+            measured = measure(self.predictor, variables, x, batch.y, self._draw_from(keys))
             return {**measured._asdict(), "zero_gradient": jnp.all(gradient == 0, axis=(1, 2, 3))}
 
         return partial(replicate_and_split(on_device, joint=False), self.variables)
 
     def _transfer_stage(self, trial: Trial) -> Callable[[EvaluationBatch], dict]:
         def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Array]:
-            return {"x_adv": batch.x, **measure(self.predictor, variables, batch.x, batch.y)._asdict()}
+            keys = self._draw_from(Keys(jax.random.key(self.config.seed), batch.number))
+            return {"x_adv": batch.x, **measure(self.predictor, variables, batch.x, batch.y, keys)._asdict()}
 
         run, x_adv = replicate_and_split(on_device, joint=False), self.transfers[trial.name]
         return lambda batch: run(self.variables, batch._replace(x=x_adv[batch.number]))
@@ -170,9 +173,8 @@ class _Run:
 
         def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Array]:
             variables, surrogate = state
-            x_adv, measured = attack_batch(
-                self.predictor, variables, attack, batch, seed=self.config.seed, surrogate=surrogate
-            )
+            options = {"seed": self.config.seed, "surrogate": surrogate, "draws": self.config.draws}
+            x_adv, measured = attack_batch(self.predictor, variables, attack, batch, **options)
             return {"x_adv": x_adv, **measured._asdict()}
 
         if attack not in self.attackers:
@@ -182,7 +184,8 @@ class _Run:
     def _probe(self) -> Probe:
         @jax.jit
         def ask(variables: Variables, x: Array, number: Array, seed: int) -> Array:
-            return judged(Direct(), self.predictor, variables).logits(x, Keys(jax.random.key(seed), number))
+            keys = self._draw_from(Keys(jax.random.key(seed), number))
+            return self.predictor(variables, x, keys=keys).logits
 
         def answers() -> dict[str, np.ndarray]:
             x, number = self.x[:PROBED], np.arange(len(self.x[:PROBED]), dtype=np.int32)
@@ -195,6 +198,30 @@ class _Run:
             }
 
         return Probe(**_stored(self.out / "probe.npz", answers))
+
+    def _cost(self) -> Cost:
+        @jax.jit
+        def predict(variables: Variables, x: Array, keys: Keys | None) -> tuple[Array, Array]:
+            logits, _, solution, *_ = self.predictor(variables, x, keys=keys)
+            unknown = jnp.full(len(x), jnp.nan)
+            return logits, unknown if solution is None else solution.evaluations.astype(float)
+
+        def timed() -> dict[str, np.ndarray]:
+            number = np.resize(np.arange(len(self.x), dtype=np.int32), self.config.batch_size)
+            query = self.x[number], self._draw_from(Keys(jax.random.key(self.config.seed), number))
+            _, evaluations = predict(self.variables, *query)
+            seconds = []
+            for _ in range(TIMED):
+                started = time.perf_counter()
+                jax.block_until_ready(predict(self.variables, *query))
+                seconds.append((time.perf_counter() - started) / len(number))
+            return {"evaluations": np.asarray(evaluations)[:PROBED], "seconds": np.array(seconds)}
+
+        return Cost(**_stored(self.out / "cost.npz", timed))
+
+    def _draw_from(self, keys: Keys) -> Keys | None:
+        """What the deployed predictor draws from; nothing unless it is random."""
+        return None if self.config.draws is None else keys
 
 
 def _stored(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache, partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,44 +12,16 @@ import pytest
 
 from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage, SmoothSign
 from deq_jax.attacks import PGD, classifier_oracle, expectation, surrogate
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.entropy import EntropyGradient, EntropyReduced, RandomDirection, reduce_entropy
-from deq_jax.gradients import Phantom
+from deq_jax.entropy import EntropyGradient, RandomDirection, reduce_entropy
 from deq_jax.losses import cross_entropy, entropy
 from deq_jax.solvers import Anderson, Broyden, FixedPoint
 from deq_jax.surrogates import Direct, Intermediate
-from deq_jax.types import Injection, InputError, Keys
+from deq_jax.types import InputError, Keys
+from tests.dense import WIDTH, defence_of
 
-WIDTH = 6
 X = 0.3 + 0.4 * jax.random.uniform(jax.random.key(0), (2, 3, 3, 1))
 Y = jnp.array([1, 2])
 KEYS = Keys.of(jax.random.key(1), 2)
-
-
-class Encoder(nn.Module):
-    """Smooth dense layers, here and below: they compile in no time and have second derivatives."""
-
-    @nn.compact
-    def __call__(self, x, train=False, keys=None, axis_name=None):
-        return Injection(3 * nn.Dense(WIDTH)(x.reshape(len(x), -1)))
-
-
-class Cell(nn.Module):
-    @nn.compact
-    def __call__(self, z, u):
-        return jnp.tanh(nn.Dense(WIDTH, use_bias=False)(z) + u.features)
-
-
-class Decoder(nn.Module):
-    @nn.compact
-    def __call__(self, z, train=False, axis_name=None):
-        return nn.Dense(4)(2 * z)
-
-
-def defence_of(solver=Broyden(4, tolerance=0), **changes):
-    base = Equilibrium(Encoder(), Cell(), Decoder(), Dynamics(solver, gradient=Phantom(2, 0.5)))
-    return EntropyReduced(base, **{"steps": 3, "step_size": 0.02, "epsilon": 0.03, **changes})
-
 
 DEFENCE = defence_of()
 VARIABLES = DEFENCE.init(jax.random.key(0), X)

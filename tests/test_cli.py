@@ -357,7 +357,7 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
     evaluate.main(["--workdir", str(run), "--out", str(out), *few])
     assert "robust accuracy: " in capfd.readouterr().out
     figures = {"images.png", "states.png", "trials.png"}
-    records = {"manifest.json", "probe.npz", "trials", "evaluation.json", "evaluation.npz"}
+    records = {"manifest.json", "probe.npz", "cost.npz", "trials", "evaluation.json", "evaluation.npz"}
     assert {path.name for path in out.iterdir()} == figures | records
     assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in figures)
     with np.load(tmp_path / "good.npz") as given, np.load(out / "evaluation.npz") as arrays:

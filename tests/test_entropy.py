@@ -165,7 +165,7 @@ def test_controls():
     np.testing.assert_allclose(distance, 0, atol=1e-6)
     second = run(random, X[1:], Keys(KEYS.shared, KEYS.images[1:]))
     np.testing.assert_allclose(second.x, drawn.x[1:], atol=1e-6)
-    with pytest.raises(InputError, match="the defence is random, expected keys, got none"):
+    with pytest.raises(InputError, match="the defence is random, expected keys"):
         random(VARIABLES, X)
 
 

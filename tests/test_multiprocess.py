@@ -74,16 +74,18 @@ def python(folder, *arguments, devices=2, **environment):
     return process
 
 
+def launch(folder, *commands):
+    """Starts a command in one process with four devices, or one each in two processes with two devices."""
+    if len(commands) == 1:
+        return [python(folder, "-m", *commands[0], devices=4)]
+    job = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process"]
+    return [python(folder, "-m", *command, *job, number) for number, command in enumerate(commands)]
+
+
 def start(folder, workdir, *extra, processes=1, configs=("config.py", "config.py")):
-    """The training command: one process with four devices, or two with two each."""
-    command = ["-m", "deq_jax.train", "--workdir", workdir, *extra]
-    if processes == 1:
-        return [python(folder, *command, "--config", folder / "config.py", devices=4)]
-    job = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2]
-    return [
-        python(folder, *command, "--config", folder / config, *job, "--process", number)
-        for number, config in enumerate(configs)
-    ]
+    """The training command, in one process or two."""
+    command = ["deq_jax.train", "--workdir", workdir, *extra, "--config"]
+    return launch(folder, *([*command, folder / config] for config in configs[:processes]))
 
 
 def end(job, *codes):
@@ -145,6 +147,18 @@ def test_two_processes_compute_what_one_does(folder, whole):
     assert "devices: 4 x cpu, 2 processes" in first and "trained: 34 steps" in first
     # Gloo's threads report their connections, sometimes into each other's lines.
     assert [line for line in second.splitlines() if "[Gloo]" not in line and "peer ranks" not in line] == []
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(folder, whole):
+    command = ["deq_jax.evaluate", "--workdir", folder / "whole", "--set", "steps=2", "--set", "restarts=1", "--out"]
+    outs = [folder / "one", folder / "both"]
+    end(launch(folder, [*command, outs[0]]), 0)
+    first, second = end(launch(folder, *[[*command, outs[1]]] * 2), 0, 0)
+    assert "robust accuracy" in first and "robust accuracy" not in second
+    one, both = (np.load(out / "evaluation.npz") for out in outs)
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], both[name], err_msg=name)
 
 
 @pytest.mark.slow

@@ -1,0 +1,21 @@
+"""A control of input entropy reduction: updates of the same size in random directions.
+
+    python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_random.py
+
+The predictor is random: every answer to an attack is the mean over 20 draws, which makes this 20 times as slow.
+"""
+
+from dataclasses import replace
+
+from configs import eval_entropy_reduced
+from deq_jax.config import TrainConfig
+from deq_jax.entropy import RandomDirection
+from deq_jax.trials import EvalConfig
+
+
+def get_config(train: TrainConfig) -> EvalConfig:
+    config = eval_entropy_reduced.get_config(train)
+    predictor = replace(eval_entropy_reduced.defence(train), direction=RandomDirection())
+    kept = ("apgd.bpda-identity", "apgd.end-to-end", "apgd.base")
+    trials = tuple(trial for trial in config.trials if trial.name in kept)
+    return replace(config, trials=trials, diagnostics=None, predictor=predictor, defence="random direction", draws=20)

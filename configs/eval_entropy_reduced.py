@@ -1,0 +1,61 @@
+"""Input entropy reduction [Yang et al. 2023], under attacks that know of it.
+
+    python -m deq_jax.evaluate --workdir RUN --config configs/eval_white_box.py
+    python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_reduced.py \\
+        --transfer reference=RUN/evaluation/test-eval_white_box
+
+The first evaluation attacks the undefended predictor. The second one judges its final images on the defended one:
+that is the papers' protocol, row "reference". What the defence is worth is the row "union", which adds the attacks
+below: through the defence, around it, and without gradients.
+"""
+
+from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage
+from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted
+from deq_jax.classifiers import Equilibrium
+from deq_jax.config import TrainConfig
+from deq_jax.entropy import EntropyReduced
+from deq_jax.gradients import Implicit, Phantom
+from deq_jax.solvers import Broyden
+from deq_jax.surrogates import Direct, Intermediate, Surrogate, WithGradient
+from deq_jax.trials import EvalConfig, Trial, diagnostics, threat_of
+from deq_jax.types import Attack, InputError
+
+
+def defence(train: TrainConfig) -> EntropyReduced:
+    """The papers' settings: the ball of the attacks, and updates of a quarter of its radius."""
+    base, epsilon = train.classifier, threat_of(train).epsilon
+    if not isinstance(base, Equilibrium) or base.dynamics.solver is None:
+        raise InputError("input entropy reduction is for a DEQ with a solver; see configs/eval_auto_attack.py")
+    return EntropyReduced(base, step_size=max(epsilon / 4, 1e-6), epsilon=epsilon)
+
+
+def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
+    """The adaptive attacks on a defended DEQ of this many states."""
+    many, few = APGD(threat, steps=50), APGD(threat, steps=20)
+    confident = PGD(threat.epsilon, max(threat.epsilon / 4, 1e-6), steps=20, loss=LowEntropy())
+    attempts: list[tuple[str, Attack, Surrogate]] = [
+        ("apgd.bpda-identity", many, BPDAIdentity()),
+        ("apgd.bpda-head", many, BPDAHead(Phantom(5, 0.5))),
+        ("apgd.end-to-end", few, EndToEnd()),
+        ("apgd.path", few, PathAverage(BPDAHead())),
+        ("low-entropy", Targeted(confident, classes=3), BPDAIdentity()),
+        ("apgd.base", many, OnBase(Direct())),
+        ("apgd.base-exact", few, OnBase(WithGradient(Implicit(Broyden(30))))),
+        *((f"apgd.base-z_{t}", few, OnBase(Intermediate(t))) for t in range(1, states + 1)),
+        ("spsa", SPSA(threat, steps=10, samples=16), Direct()),
+        ("square", Square(threat, 5000), Direct()),
+    ]
+    return tuple(Trial(name, attack, surrogate, suite="adaptive") for name, attack, surrogate in attempts)
+
+
+def get_config(train: TrainConfig) -> EvalConfig:
+    predictor, threat = defence(train), threat_of(train)
+    return EvalConfig(
+        threat,
+        trials=trials(threat, predictor.solver.steps),
+        diagnostics=diagnostics(threat, steps=200),
+        predictor=predictor,
+        defence="entropy reduction",
+        batch_size=train.batch_size,
+        skip_broken=False,
+    )

@@ -1,0 +1,161 @@
+"""The engine of evaluations on a defended predictor: adaptive attacks, transfers, random predictors, cost."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits_cnn_pgd_at, digits_pgd_at
+from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage
+from deq_jax.attacks import PGD, Linf
+from deq_jax.config import from_tree, load_config, to_tree
+from deq_jax.data import Images
+from deq_jax.entropy import EntropyReduced, RandomDirection, reduce_entropy
+from deq_jax.red_flags import red_flags
+from deq_jax.reports import report_of, write_report
+from deq_jax.surrogates import Direct, Intermediate
+from deq_jax.trials import Diagnostics, EvalConfig, Noise, Trial, transferred
+from deq_jax.types import InputError, Keys
+from deq_jax.worst_case import worst_case
+from tests.dense import defence_of
+
+THREAT = Linf(0.1)
+ATTACK = PGD(0.1, 0.05, steps=2)
+DEFENCE = defence_of()
+X = np.asarray(jax.random.uniform(jax.random.key(0), (10, 3, 3, 1)))
+VARIABLES = jax.device_get(DEFENCE.init(jax.random.key(0), X))
+IMAGES = Images(X, np.asarray(np.argmax(jax.jit(DEFENCE)(VARIABLES, X).logits, axis=1), np.int32))
+SURROGATES = {
+    "direct": Direct(),
+    "identity": BPDAIdentity(),
+    "head": BPDAHead(),
+    "path": PathAverage(),
+    "end": EndToEnd(),
+    "base": OnBase(Direct()),
+    "base-z": OnBase(Intermediate(2)),
+}
+TRIALS = tuple(Trial(name, ATTACK, surrogate, suite="adaptive") for name, surrogate in SURROGATES.items())
+CONFIG = EvalConfig(
+    THREAT,
+    (*TRIALS, Trial("low", replace(ATTACK, loss=LowEntropy()), BPDAIdentity())),
+    predictor=DEFENCE,
+    defence="entropy reduction",
+    batch_size=8,
+    skip_broken=False,
+)
+FAR = Diagnostics(
+    *(Trial(name, Noise(THREAT)) for name in ("noise", "fgsm", "pgd", "half", "long")),
+    far=Trial("far", PGD(0.8, 0.4, 2)),
+)
+
+
+def evaluate(config, out, classifier=DEFENCE.base):
+    return worst_case(config, classifier, VARIABLES, IMAGES, out)
+
+
+@pytest.fixture(scope="module")
+def undefended(tmp_path_factory):
+    """A finished evaluation of the base."""
+    out = tmp_path_factory.mktemp("undefended")
+    result = evaluate(EvalConfig(THREAT, (Trial("direct", ATTACK),), FAR, batch_size=8), out)
+    write_report(out, report_of(result), result, X)
+    return result, out
+
+
+@pytest.fixture(scope="module")
+def defended(undefended, tmp_path_factory):
+    config = replace(CONFIG, trials=(*CONFIG.trials, *transferred("reference", undefended[1])))
+    return evaluate(config, tmp_path_factory.mktemp("defended"))
+
+
+def test_the_defended_predictor_is_judged(defended):
+    assert defended.accuracies()["clean"]["deployed"] == 1.0
+    logits = jax.jit(DEFENCE)(VARIABLES, defended.attempts["base"].x_adv).logits
+    np.testing.assert_array_equal(defended.attempts["base"].measured.label[:, -1], np.argmax(logits, axis=1))
+    lowest = min(defended.accuracies()[name]["deployed"] for name in defended.attempts)
+    assert defended.accuracies()["union"]["deployed"] <= lowest
+
+
+def test_the_states_are_those_of_the_regulated_dynamics(defended):
+    states = reduce_entropy(DEFENCE, VARIABLES, X).solution.states
+    for t in range(4):
+        logits = DEFENCE.decode(VARIABLES, states[t])
+        np.testing.assert_array_equal(defended.clean.label[:, t], np.argmax(logits, axis=1))
+
+
+def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefended, defended):
+    result, _ = undefended
+    np.testing.assert_array_equal(defended.attempts["reference.direct"].x_adv, result.attempts["direct"].x_adv)
+    assert {"reference.noise", "reference.long"} <= set(defended.attempts)
+    assert "reference.far" not in defended.attempts  # beyond the radius
+    assert "reference" in defended.accuracies()
+
+
+def test_transfers_need_a_finished_evaluation(tmp_path):
+    with pytest.raises(InputError, match="expected the folder of a finished evaluation"):
+        transferred("reference", tmp_path)
+
+
+def test_cost_counts_applications_of_the_cell(defended, undefended):
+    expected = reduce_entropy(DEFENCE, VARIABLES, X).solution.evaluations
+    np.testing.assert_array_equal(defended.cost.evaluations, expected[:8])
+    report = report_of(defended)
+    assert report["defence"] == "entropy reduction"
+    assert report["cost"]["evaluations"] == 1 + 4 + 2 * (3 + 1)  # two blocks, three updates and one correction each
+    assert report["cost"]["seconds"] > 0
+    assert report_of(undefended[0])["cost"]["evaluations"] == 1 + 4
+
+
+RANDOM = replace(DEFENCE, direction=RandomDirection())
+RANDOM_CONFIG = replace(CONFIG, trials=TRIALS[:1], predictor=RANDOM, defence="random direction")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The evaluation of a random predictor, whose attacks average over two draws."""
+    return evaluate(replace(RANDOM_CONFIG, draws=2), tmp_path_factory.mktemp("few"))
+
+
+class TestRandomPredictor:
+    def test_it_is_judged_by_a_draw_that_attacks_have_not_seen(self, few):
+        keys = Keys.of(jax.random.key(0), len(X)).fold(1 << 30)
+        logits = RANDOM(VARIABLES, few.attempts["direct"].x_adv, keys=keys).logits
+        np.testing.assert_array_equal(few.attempts["direct"].measured.label[:, -1], np.argmax(logits, axis=1))
+
+    @pytest.mark.parametrize(("draws", "raised"), [(2, True), (20, False)])
+    def test_too_few_draws_raise_a_flag(self, draws, raised, few):
+        config = replace(few.config, draws=draws)
+        flags = {flag.name: flag.raised for flag in red_flags(replace(few, config=config))}
+        assert flags["randomness"] is raised
+
+    def test_attacks_average_over_the_draws(self, few, tmp_path):
+        other = evaluate(replace(RANDOM_CONFIG, draws=3), tmp_path)
+        assert not np.array_equal(other.attempts["direct"].x_adv, few.attempts["direct"].x_adv)
+
+    def test_without_draws_it_cannot_be_asked(self, tmp_path):
+        with pytest.raises(InputError, match="RandomDirection: the defence is random, expected keys"):
+            evaluate(RANDOM_CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reduced", "raised", "random", "half_radius"])
+def test_configs_of_the_defence(name):
+    config = load_config(f"configs/eval_entropy_{name}.py", EvalConfig, digits_pgd_at.get_config())
+    assert from_tree(json.loads(json.dumps(to_tree(config)))) == config
+    assert isinstance(config.predictor, EntropyReduced) and config.predictor.step_size == 0.1 / 4
+    assert (config.draws, config.predictor.epsilon) == (
+        20 if name == "random" else None,
+        0.05 if "half" in name else 0.1,
+    )
+    assert config.defence != "none"
+
+
+def test_config_of_the_same_compute_without_the_defence():
+    config = load_config("configs/eval_more_steps.py", EvalConfig, digits_pgd_at.get_config())
+    assert config.predictor.dynamics.solver.steps == 8 + 4 * 21
+
+
+def test_the_defence_is_for_deqs():
+    with pytest.raises(InputError, match="input entropy reduction is for a DEQ"):
+        load_config("configs/eval_entropy_reduced.py", EvalConfig, digits_cnn_pgd_at.get_config())
