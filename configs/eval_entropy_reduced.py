@@ -14,9 +14,8 @@ from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.entropy import EntropyReduced
-from deq_jax.gradients import Implicit, Phantom
-from deq_jax.solvers import Broyden
-from deq_jax.surrogates import Direct, Intermediate, Surrogate, WithGradient
+from deq_jax.gradients import Phantom
+from deq_jax.surrogates import Direct, Intermediate, Surrogate, ThroughSolver
 from deq_jax.trials import EvalConfig, Trial, diagnostics, threat_of
 from deq_jax.types import Attack, InputError
 
@@ -40,7 +39,7 @@ def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
         ("apgd.path", few, PathAverage(BPDAHead())),
         ("low-entropy", Targeted(confident, classes=3), BPDAIdentity()),
         ("apgd.base", many, OnBase(Direct())),
-        ("apgd.base-exact", few, OnBase(WithGradient(Implicit(Broyden(30))))),
+        ("apgd.base-through-solver", many, OnBase(ThroughSolver())),
         *((f"apgd.base-z_{t}", few, OnBase(Intermediate(t))) for t in range(1, states + 1)),
         ("spsa", SPSA(threat, steps=10, samples=16), Direct()),
         ("square", Square(threat, 5000), Direct()),

@@ -3,16 +3,17 @@
     python -m deq_jax.evaluate --workdir runs/digits_pgd_at --config configs/eval_white_box.py
 
 PGD-10 takes its gradients from every intermediate state (unrolled for K steps of each damping), from the mean over
-the states, from the simultaneous adjoint, and exactly. Every trial attacks every image, so that each row of the
-table has an accuracy of its own.
+the states, from the simultaneous adjoint, and exactly; APGD differentiates the solver's own steps, too, which finds
+more than any gradient of the equilibrium where eight steps do not reach it. Every trial attacks every image, so that
+each row of the table has an accuracy of its own.
 """
 
-from deq_jax.attacks import PGD
+from deq_jax.attacks import APGD, PGD, Targeted, targeted_dlr
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.gradients import Implicit
 from deq_jax.solvers import Broyden
-from deq_jax.surrogates import Intermediate, MeanOverStates, SimultaneousAdjoint, Surrogate, WithGradient
+from deq_jax.surrogates import Intermediate, MeanOverStates, SimultaneousAdjoint, Surrogate, ThroughSolver, WithGradient
 from deq_jax.trials import EvalConfig, Trial, auto_attack, diagnostics, threat_of, with_surrogates
 from deq_jax.types import InputError
 
@@ -37,6 +38,8 @@ def get_config(train: TrainConfig) -> EvalConfig:
         trials=(
             *with_surrogates("pgd-10", pgd, surrogates(solver.steps, isinstance(solver, Broyden))),
             Trial("pgd-10.exact", pgd, WithGradient(Implicit(Broyden(30)))),
+            Trial("apgd-ce.through-solver", APGD(threat), ThroughSolver()),
+            Trial("apgd-t.through-solver", Targeted(APGD(threat, 50, loss=targeted_dlr)), ThroughSolver()),
             *auto_attack(threat),
         ),
         diagnostics=diagnostics(threat),

@@ -23,8 +23,8 @@ from deq_jax.attacks.oracle import oracle_of
 from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy, straight_through
 from deq_jax.gradients import Phantom
 from deq_jax.losses import cross_entropy, entropy
-from deq_jax.solvers import Broyden, BroydenMemory
-from deq_jax.types import Array, Gradient, Keys, Loss, Oracle, PyTree, Solver, Variables, require
+from deq_jax.solvers import differentiable
+from deq_jax.types import Array, Gradient, Keys, Loss, Oracle, PyTree, Variables, require
 
 
 def defended(classifier: Any) -> EntropyReduced:
@@ -135,7 +135,7 @@ class EndToEnd:
         """
         defence = defended(classifier)
         base = defence.base
-        dynamics = replace(base.dynamics, solver=_differentiable(defence.solver))
+        dynamics = replace(base.dynamics, solver=differentiable(defence.solver))
         direction = defence.direction
         known = isinstance(direction, EntropyGradient | RandomDirection)
         require(known, f"EndToEnd: expected EntropyGradient or RandomDirection, got {direction!r}")
@@ -237,18 +237,6 @@ class LowEntropy:
         else:
             wrong = target[:, 1]
         return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
-
-
-class _DifferentiableBroyden(Broyden):
-    """Broyden with loops over all places for pairs: those not filled change nothing, and the length is static."""
-
-    def count(self, memory: BroydenMemory) -> int:
-        return len(memory.steps) - 1
-
-
-def _differentiable(solver: Solver) -> Solver:
-    kept = type(solver) is not Broyden
-    return solver if kept else _DifferentiableBroyden(**vars(solver))
 
 
 def _purified(defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Purified:

@@ -105,7 +105,7 @@ def evaluate(
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     report = {**report_of(result), "workdir": str(workdir), **about, "versions": versions, "config": to_tree(train)}
     if is_primary():
-        write_report(out, report, result, np.asarray(to_unit(images.x)))
+        write_report(out, report, result, np.asarray(to_unit(images.x[: config.max_images])))
     return report
 
 

@@ -350,6 +350,18 @@ class Broyden(_Settings):
         return memory.steps.at[memory.taken % len(memory.steps)].set(memory.step.astype(memory.steps.dtype))
 
 
+def differentiable(solver: Solver) -> Solver:
+    """The same solver, with loops of static length, so that its own steps can be differentiated backwards."""
+    return _DifferentiableBroyden(**vars(solver)) if type(solver) is Broyden else solver
+
+
+class _DifferentiableBroyden(Broyden):
+    """Loops over all places for pairs: those not filled change nothing."""
+
+    def count(self, memory: BroydenMemory) -> int:
+        return len(memory.steps) - 1
+
+
 def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:
     """A step, the one after it, and the step's weight [B, 1]; at age 1 the one after it is the next step."""
     size, dtype = len(steps), memory.z.dtype

@@ -24,9 +24,9 @@ from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.combine import surrogate as gradient_from
 from deq_jax.attacks.oracle import classifier_oracle, oracle_of
 from deq_jax.classifiers import Equilibrium
-from deq_jax.gradients import AtState, PhantomUpTo, simultaneous_adjoint
+from deq_jax.gradients import AtState, Phantom, PhantomUpTo, simultaneous_adjoint
 from deq_jax.readouts import FinalState
-from deq_jax.solvers import Broyden
+from deq_jax.solvers import Broyden, differentiable, solve
 from deq_jax.types import (
     Array,
     Classifier,
@@ -106,6 +106,35 @@ class WithGradient:
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
         model, _ = _deq(classifier)
         return classifier_oracle(_run_as(model, model.dynamics.readout, self.gradient), variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ThroughSolver:
+    """The gradient of what is computed: the solver's own steps are differentiated, converged or not.
+
+    Where the equilibrium is not reached within the solver's steps, estimators of its gradient, exact ones included,
+    can miss how the prediction depends on the image. Costs a backward pass through all steps.
+    """
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, solver = _deq(classifier)
+        params, readout = variables["params"]["cell"], model.dynamics.readout
+
+        def logits(x: Array, keys: Keys) -> Array:
+            u = model.encode(variables, x)
+            solution = solve(differentiable(solver), model.apply_cell, params, _start(u), u)
+            return model.decode(variables, self._lead_on(model, params, u, readout(solution)))
+
+        return oracle_of(logits)
+
+    def _lead_on(self, model: Equilibrium, params: PyTree, u: Injection, z: PyTree) -> PyTree:
+        """The value of the model's estimator, differentiated as it is computed."""
+        gradient = model.dynamics.gradient
+        if isinstance(gradient, AtState):
+            return z
+        advance = gradient if isinstance(gradient, Phantom) else Phantom(0)
+        return advance(model.apply_cell, params, u, z)
 
 
 @jax.tree_util.register_dataclass

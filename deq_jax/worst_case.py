@@ -173,8 +173,8 @@ class _Run:
 
         def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Array]:
             variables, surrogate = state
-            options = {"seed": self.config.seed, "surrogate": surrogate, "draws": self.config.draws}
-            x_adv, measured = attack_batch(self.predictor, variables, attack, batch, **options)
+            attacked = partial(attack_batch, seed=self.config.seed, surrogate=surrogate, draws=self.config.draws)
+            x_adv, measured = attacked(self.predictor, variables, attack, batch)
             return {"x_adv": x_adv, **measured._asdict()}
 
         if attack not in self.attackers:
@@ -208,7 +208,7 @@ class _Run:
 
         def timed() -> dict[str, np.ndarray]:
             number = np.resize(np.arange(len(self.x), dtype=np.int32), self.config.batch_size)
-            query = self.x[number], self._draw_from(Keys(jax.random.key(self.config.seed), number))
+            query = self.x[number], self._draw_from(Keys(jax.random.key(self.config.seed), jnp.asarray(number)))
             _, evaluations = predict(self.variables, *query)
             seconds = []
             for _ in range(TIMED):

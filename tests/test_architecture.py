@@ -17,10 +17,13 @@ LAYERS = [
     ["objectives", "parallel", "state_dicts", "surrogates", "adaptive"],
     ["config", "checkpoints"],
     ["evaluation", "trials"],
-    ["training", "plots", "cli", "results"],
-    ["worst_case", "red_flags"],
-    ["reports"],
-    ["train", "evaluate", "convert"],
+    ["training", "plots", "cli", "results", "comparisons"],
+    ["worst_case", "red_flags", "tables"],
+    ["reports", "finished"],
+    ["studies"],
+    ["summaries"],
+    ["pages"],
+    ["train", "evaluate", "convert", "report"],
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -415,6 +415,13 @@ def test_an_early_state_is_chosen_on_held_out_images(folder, tmp_path):
     assert report["rows"]["deployed"]["clean"]["accuracy"] == report["rows"][chosen]["clean"]["accuracy"]
 
 
+def test_the_first_images_of_a_split(folder, tmp_path):
+    few = ["--config", f"{folder}/eval.py", "--set", "max_images=5", "--batch-size", "8"]
+    assert evaluate_tiny(folder, tmp_path / "out", *few)["images"] == 5
+    with np.load(tmp_path / "out" / "evaluation.npz") as arrays:
+        assert len(arrays["x_adv"]) == 5
+
+
 def test_clean_images_alone(folder, tmp_path, capfd):
     report = evaluate_tiny(folder, tmp_path / "out", "--attack", "none")
     assert (list(report["accuracy"]), report["robust_accuracy"], report["red_flags"]) == (["clean"], None, [])
@@ -429,7 +436,7 @@ def test_evaluation_configs_of_the_project(name):
     assert from_tree(to_tree(config)) == config
     assert config.threat == Linf(0.1)
     names = [trial.name for trial in config.trials]
-    assert len(names) == (4 if name == "eval_auto_attack" else 8 * 3 * 2 + 1 + 8 + 1 + 4)
+    assert len(names) == (4 if name == "eval_auto_attack" else 8 * 3 * 2 + 1 + 8 + 1 + 2 + 4)
     assert {"apgd-ce", "apgd-t", "fab-t", "square"} <= set(names)
 
 

@@ -25,6 +25,7 @@ from deq_jax.surrogates import (
     Intermediate,
     MeanOverStates,
     SimultaneousAdjoint,
+    ThroughSolver,
     WithGradient,
     deployed,
     judged,
@@ -41,6 +42,7 @@ SURROGATES = [
     Intermediate(2, 5, 1),
     MeanOverStates(),
     SimultaneousAdjoint(3),
+    ThroughSolver(),
 ]
 EVERY = pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda surrogate: type(surrogate).__name__)
 
@@ -117,6 +119,29 @@ def test_one_compilation_serves_a_whole_family():
     traced = jax.jit(chex.assert_max_traces(query, n=1))
     one, four = (traced(SimultaneousAdjoint(step))[2] for step in (1, 4))
     assert not np.array_equal(one, four)
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        run_as(solver=Broyden(T, tolerance=0)),
+        run_as(solver=Broyden(T, tolerance=0), gradient=Implicit(Broyden(7))),
+        run_as(solver=Anderson(T, tolerance=0), readout=IntermediateState(3)),
+        deployed(run_as(solver=Broyden(T, tolerance=0)), EnsembleState()),
+    ],
+    ids=["phantom", "exact", "anderson", "ensemble"],
+)
+def test_through_solver_is_the_derivative_of_what_is_computed(predictor, x64):
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables())
+    x = X.astype(jnp.float64)
+    _, logits, gradient = jax.jit(partial(ThroughSolver()(predictor, wide).grad, cross_entropy))(x, Y, None)
+    assert_close(logits, predictor(wide, x).logits, 1e-9)
+    total = jax.jit(lambda x: cross_entropy(predictor(wide, x).logits, Y).sum())
+    pixels = np.eye(X.size).reshape(X.size, *X.shape)
+    differences = np.array([(total(x + 1e-6 * e) - total(x - 1e-6 * e)) / 2e-6 for e in pixels])
+    np.testing.assert_allclose(np.ravel(gradient), differences, rtol=1e-4, atol=1e-7)
+    own = classifier_oracle(predictor, wide).grad(cross_entropy, x, Y, None)[2]
+    assert not np.allclose(own, gradient, rtol=0.05)  # the estimators do not see the solver's steps
 
 
 def test_mean_over_states_is_the_gradient_of_mean_logits():

@@ -1,0 +1,140 @@
+"""What random states, entropy reduction, the early and the ensemble state are worth on digits, honestly attacked.
+
+    python benchmarks/defences.py --seeds 3 --out runs/defences
+
+Trains what is missing, evaluates each training with each defence under the attacks of configs/eval_*.py, and makes
+the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. To save time
+FAB is left out and Square has --queries; `python -m deq_jax.evaluate` runs the configs as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from configs import (
+    eval_auto_attack,
+    eval_entropy_half_radius,
+    eval_entropy_raised,
+    eval_entropy_random,
+    eval_entropy_reduced,
+    eval_more_steps,
+    eval_white_box,
+)
+from deq_jax import report, train
+from deq_jax.attacks import FAB, PGD, Square, Targeted
+from deq_jax.cli import command_line, console
+from deq_jax.config import TrainConfig
+from deq_jax.evaluate import evaluate
+from deq_jax.readouts import EnsembleState
+from deq_jax.surrogates import deployed
+from deq_jax.trials import EarlyState, EvalConfig, Trial, threat_of, transferred
+
+DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
+CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
+OBSERVED = ("digits_standard",)  # as trained only
+Choose = Callable[[TrainConfig], EvalConfig]
+
+
+def early(config: TrainConfig) -> EvalConfig:
+    """The state that is best on held-out training images."""
+    epsilon = threat_of(config).epsilon
+    predictor = EarlyState(PGD(epsilon, epsilon / 4, steps=10))
+    return replace(eval_white_box.get_config(config), predictor=predictor, defence="early state")
+
+
+def ensemble(config: TrainConfig) -> EvalConfig:
+    """The mean of the states."""
+    predictor = deployed(config.classifier, EnsembleState())
+    return replace(eval_white_box.get_config(config), predictor=predictor, defence="ensemble state")
+
+
+DEFENCES: dict[str, Choose] = {
+    "entropy": eval_entropy_reduced.get_config,
+    "early": early,
+    "ensemble": ensemble,
+}
+CONTROLS: dict[str, Choose] = {
+    "raised": eval_entropy_raised.get_config,
+    "random": eval_entropy_random.get_config,
+    "half": eval_entropy_half_radius.get_config,
+    "steps": eval_more_steps.get_config,
+}
+
+
+def main() -> None:
+    """Runs what is missing, then makes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1; default: 3")
+    parser.add_argument("--images", type=int, default=120, metavar="N", help="the first N test images; default: 120")
+    parser.add_argument("--queries", type=int, default=1000, metavar="N", help="of Square; default: 1000")
+    parser.add_argument("--controls", type=int, default=1, metavar="N", help="seeds with controls; default: 1")
+    parser.add_argument("--out", type=Path, default=Path("runs/defences"), metavar="DIR", help="default: runs/defences")
+    options = parser.parse_args()
+    with command_line():
+        lighter = partial(lightened, images=options.images, queries=options.queries)
+        for seed in range(options.seeds):
+            for name in (*OBSERVED, *CNNS.values(), *DEQS):
+                where = ["--config", f"configs/{name}.py", "--workdir", str(options.out / f"{name}-{seed}")]
+                train.main([*where, "--set", f"seed={seed}"])
+            for workdir, name, choose, suites in plan(options.out, seed, controls=seed < options.controls):
+                run(workdir, name, lambda config, choose=choose: lighter(choose(config)), suites)  # type: ignore[misc]
+        report.main([*map(str, sorted(options.out.glob("*-[0-9]*"))), "--out", str(options.out / "report")])
+
+
+def plan(out: Path, seed: int, controls: bool) -> Iterator[tuple[Path, str, Choose, dict[str, Path]]]:
+    """The evaluations of one seed: workdir, name, what it is, and whose images are transferred, by suite."""
+    for name in OBSERVED:
+        yield out / f"{name}-{seed}", "none", eval_white_box.get_config, {}
+    for name in CNNS.values():
+        yield out / f"{name}-{seed}", "none", eval_auto_attack.get_config, {}
+    for name in DEQS:
+        workdir = out / f"{name}-{seed}"
+        cnn = out / f"{CNNS[name.removesuffix('_random')]}-{seed}"
+        baseline = {"cnn": cnn / "evaluation" / "none"}
+        yield workdir, "none", eval_white_box.get_config, baseline
+        for defence, choose in (DEFENCES | (CONTROLS if controls else {})).items():
+            yield workdir, defence, choose, baseline | {"reference": workdir / "evaluation" / "none"}
+
+
+def run(workdir: Path, name: str, choose: Choose, suites: dict[str, Path]) -> None:
+    """One evaluation, unless it is done already."""
+    out = workdir / "evaluation" / name
+    if (out / "evaluation.json").exists():
+        return
+
+    def with_transfers(config: TrainConfig) -> EvalConfig:
+        evaluation = choose(config)
+        others = [trial for suite, folder in suites.items() for trial in transferred(suite, folder)]
+        return replace(evaluation, trials=(*evaluation.trials, *others))
+
+    console.print(f"{workdir.name}: {name}")
+    found = evaluate(workdir, with_transfers, out)
+    console.print(f"  robust accuracy {100 * found['robust_accuracy']:.1f} %")
+    jax.clear_caches()
+    gc.collect()
+
+
+def lightened(config: EvalConfig, images: int, queries: int) -> EvalConfig:
+    """The evaluation on the first images, in one batch, without FAB and with fewer queries of Square."""
+
+    def fewer(trial: Trial) -> Trial:
+        return (
+            replace(trial, attack=replace(trial.attack, queries=queries)) if isinstance(trial.attack, Square) else trial
+        )
+
+    def is_fab(trial: Trial) -> bool:
+        return isinstance(trial.attack, Targeted) and isinstance(trial.attack.attack, FAB)
+
+    trials = tuple(fewer(trial) for trial in config.trials if not is_fab(trial))
+    return replace(config, trials=trials, max_images=images, batch_size=images, skip_broken=False)
+
+
+if __name__ == "__main__":
+    main()

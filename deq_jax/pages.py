@@ -1,0 +1,221 @@
+"""One self-contained HTML page on many evaluations, and the files with the same figures and tables."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deq_jax.comparisons import Mean
+from deq_jax.finished import Evaluation, protocol_text
+from deq_jax.studies import Curve, Group, by_training, clean, defence_pairs, groups_of, labels, radius_curves, robust
+from deq_jax.studies import training_pairs as pairs_of_trainings
+from deq_jax.summaries import (
+    CONDITIONS,
+    DEFENCE,
+    FORMS,
+    TRAINING,
+    accuracy_table,
+    cost_table,
+    flags_table,
+    headline_table,
+    measured,
+    pair_table,
+    radius_table,
+    section_of,
+    sentences,
+    states_table,
+)
+from deq_jax.tables import Table, mean_of
+
+COLORS = ("#2a6f97", "#c8553d", "#3d8b5f", "#8a5aa3", "#b9851f", "#5c677d")
+STYLES = {"clean": "-", "attacked": "--"}
+TITLES = {"accuracy": "accuracy (%)", "entropy": "prediction entropy (nats)", "residual": "relative residual"}
+SHORT = {"deployed": "dep.", "ensemble": "ens."}
+PIXELS_PER_INCH = 160
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure.
+
+    Attributes:
+      name: of its PNG file.
+      alt: what it shows, for those who do not see it.
+      png: the file.
+    """
+
+    name: str
+    alt: str
+    png: bytes
+
+    @property
+    def uri(self) -> str:
+        """The file itself as an address."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with a table.
+
+    Attributes:
+      title, note: its heading, and under which conditions.
+      table: what it tells.
+      pictures: that show the same.
+      is_open: whether the table is shown at once.
+    """
+
+    title: str
+    note: str
+    table: Table
+    pictures: tuple[Picture, ...] = ()
+    is_open: bool = False
+
+
+def report_files(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
+    """The page, as index.html, and the PNG and CSV files of its figures and tables: name -> content.
+
+    Args:
+      evaluations: as `read_evaluations` gives them.
+    """
+    groups = groups_of(evaluations)
+    defences = pair_table("defences", "Every defence minus the undefended predictor", defence_pairs(groups), DEFENCE)
+    trainings = pair_table("trainings", "Pairs of trainings", pairs_of_trainings(groups), TRAINING)
+    names = [(i, group.training, group.defence) for i, group in enumerate(groups, 1)]
+    accuracies = [
+        _section(group, accuracy_table(_name("accuracy", *name), group))
+        for name, group in zip(names, groups, strict=True)
+    ]
+    flags = [
+        _section(group, flags_table(_name("flags", *name), group), is_open=bool(group.raised))
+        for name, group in zip(names, groups, strict=True)
+        if group.values(robust)
+    ]
+    dynamics, radii, cost, headline = _dynamics(groups), _radii(groups), cost_table(groups), headline_table(groups)
+    page = _template().render(
+        evaluations=evaluations,
+        headline=headline,
+        defences=defences,
+        defence_sentences=[sentences(pair, DEFENCE) for pair in defence_pairs(groups)],
+        trainings=trainings,
+        training_sentences=[sentences(pair, TRAINING) for pair in pairs_of_trainings(groups)],
+        accuracies=accuracies,
+        dynamics=dynamics,
+        radii=radii,
+        flags=flags,
+        cost=cost,
+        protocols=[(f"{g.training}, {g.defence}", one, protocol_text(one)) for g in groups for one in g.evaluations],
+    )
+    sections = [*accuracies, *dynamics, *radii, *flags]
+    tables = [headline, defences, trainings, *(section.table for section in sections), cost]
+    files = {f"{table.name}.csv": table.csv().encode() for table in tables if table.sections}
+    files |= {f"{picture.name}.png": picture.png for section in sections for picture in section.pictures}
+    return files | {"index.html": page.encode()}
+
+
+def _template():
+    loader = PackageLoader("deq_jax")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html")
+
+
+def _name(kind: str, place: int, *names: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([kind, str(place), *names])).strip("-")
+
+
+def _section(group: Group, table: Table, is_open: bool = False) -> Section:
+    note = f"{section_of(group)}; attacks: {group.trials}"
+    return Section(f"{group.training}, {group.defence}", note, table, is_open=is_open)
+
+
+def _dynamics(groups: Sequence[Group]) -> list[Section]:
+    """Of the trainings whose predictors have states."""
+    sections: list[Section] = []
+    for (training, _), alike in by_training(groups).items():
+        known = [group for group in alike if len(group.evaluations[0].rows) > 1]
+        if known:
+            name = _name("dynamics", len(sections) + 1, training)
+            pictures = tuple(_dynamics_picture(name, quantity, known) for quantity in FORMS)
+            sections.append(Section(training, section_of(known[0]), states_table(name, known), pictures))
+    return sections
+
+
+def _dynamics_picture(name: str, quantity: str, groups: Sequence[Group]) -> Picture:
+    figure, axis = _figure(len(groups))
+    states = list(dict.fromkeys(state for group in groups for state in group.evaluations[0].rows))
+    states.sort(key=lambda state: state in SHORT)
+    for color, label, group in zip(_colors(groups), labels(groups), groups, strict=True):
+        for condition in CONDITIONS:
+            means = [mean_of(measured(group, state, condition, quantity)) for state in states]
+            if any(means):
+                raw = sum(state not in SHORT for state in states)
+                look = {"color": color, "linestyle": STYLES[condition]}
+                _plot(axis, range(raw), means[:raw], marker="o", label=f"{label}, {condition}", **look)
+                _plot(axis, range(raw, len(states)), means[raw:], marker="D", **(look | {"linestyle": "none"}))
+    every = max(1, len(states) // 12)
+    shown = [i for i, state in enumerate(states) if state in SHORT or i % every == 0]
+    axis.set_xticks(shown, [SHORT.get(states[i], states[i]) for i in shown], fontsize=7)
+    axis.set_title(TITLES[quantity], fontsize=9)
+    if quantity == "residual":
+        axis.set_yscale("log")
+    what = f"{TITLES[quantity]} of the states of {groups[0].training}, clean and attacked"
+    alt = f"{what}; defences: {', '.join(labels(groups))}. The numbers are in the table below."
+    return Picture(f"{name}-{quantity}", alt, _png(figure))
+
+
+def _radii(groups: Sequence[Group]) -> list[Section]:
+    sections: list[Section] = []
+    for (training, setting), curves in radius_curves(groups).items():
+        name = _name("radius", len(sections) + 1, training)
+        images = f"{setting.dataset}, {setting.split} split, {setting.checkpoint} checkpoint, {setting.norm}"
+        picture = _radius_picture(name, training, curves)
+        sections.append(Section(training, images, radius_table(name, curves), (picture,)))
+    return sections
+
+
+def _radius_picture(name: str, training: str, curves: Sequence[Curve]) -> Picture:
+    figure, axis = _figure(len(curves))
+    for color, curve in zip(_colors(curves), curves, strict=True):
+        radii = [0.0, *(group.setting.epsilon for group in curve.groups)]
+        means = [mean_of(curve.groups[0].values(clean)), *(mean_of(group.values(robust)) for group in curve.groups)]
+        _plot(axis, radii, means, color=color, linestyle="-", marker="o", label=curve.label)
+    axis.set_title("accuracy (%) under the adaptive worst case", fontsize=9)
+    axis.set_xlabel("epsilon", fontsize=8)
+    axis.set_ylim(bottom=0)
+    alt = f"Robust accuracy of {training} against the radius epsilon; defences: "
+    return Picture(name, alt + ", ".join(curve.label for curve in curves) + ".", _png(figure))
+
+
+def _plot(axis: Axes, x, means: Sequence[Mean | None], **look) -> None:
+    y = [np.nan if mean is None else mean.value for mean in means]
+    errors = [0.0 if mean is None or mean.standard_error is None else mean.standard_error for mean in means]
+    axis.errorbar(list(x), y, errors, markersize=3.5, linewidth=1.3, elinewidth=0.8, capsize=2, **look)
+
+
+def _figure(labels: int) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.7, 2.9 + 0.19 * labels), layout="constrained")
+    axis = figure.subplots()
+    axis.grid(alpha=0.3)
+    axis.tick_params(which="both", labelsize=8)
+    return figure, axis
+
+
+def _png(figure: Figure) -> bytes:
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=PIXELS_PER_INCH, format="png")
+    return file.getvalue()
+
+
+def _colors(things: Sequence) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(things))]

@@ -1,0 +1,56 @@
+"""One page on many evaluations: what is robust, what a defence changes, and whether the numbers can be trusted.
+
+python -m deq_jax.report runs/a-0 runs/a-1 runs/a-2 --out report
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from deq_jax.cli import command_line, console
+from deq_jax.finished import read_evaluations
+from deq_jax.pages import report_files
+from deq_jax.records import make_folder
+
+EPILOG = """\
+Writes index.html, one page that needs no network, no script and no other file, and the figures and tables on it as
+PNG and CSV files. Trainings that differ in their seed alone become one row, with mean and standard error; defences
+and trainings are compared seed by seed, with 95 % confidence intervals. A robust accuracy is marked as not
+trustworthy where an evaluation has raised a red flag.
+
+examples:
+  python -m deq_jax.report runs/a --out report
+  python -m deq_jax.report runs/a-* runs/b-* --out report
+  python -m deq_jax.report runs/a-*/evaluation/test-eval_auto_attack --out report
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = parse(arguments)
+    with command_line():
+        files = report_files(read_evaluations(options.runs))
+        out = make_folder(options.out)
+        for name, content in files.items():
+            (out / name).write_bytes(content)
+        console.print(f"report: {out / 'index.html'}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deq_jax.report",
+        description="One HTML page on the finished evaluations of one or several trainings.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    help = "folder of a training, all of whose finished evaluations are taken, or of one evaluation"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the page and its files")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Evaluations of one training and defence, put together over the training's seeds, and compared with others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from deq_jax.comparisons import Difference, Mean, paired_difference
+from deq_jax.finished import UNDEFENDED, Evaluation, Setting
+
+MOST_NAMES = 4  # of attacks, in a table
+
+
+@dataclass(frozen=True)
+class Group:
+    """Evaluations that differ in the seed of the training alone, in its order.
+
+    Attributes:
+      training, defence: what they are called; no two different ones are called the same.
+      evaluations: one per seed.
+    """
+
+    training: str
+    defence: str
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def setting(self) -> Setting:
+        """Of all its evaluations."""
+        return self.evaluations[0].setting
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """Of all its evaluations."""
+        return self.evaluations[0].attacks
+
+    @property
+    def is_defended(self) -> bool:
+        """Whether anything else is deployed than the classifier as trained."""
+        return self.evaluations[0].defence != UNDEFENDED
+
+    @property
+    def trials(self) -> str:
+        """The attacks in a few words: their suites, or the first parts of their names, and how many there are."""
+        evaluation = self.evaluations[0].evaluation
+        trials = evaluation["trials"]
+        heads = list(dict.fromkeys(trial["suite"] or trial["name"].split(".")[0] for trial in trials))
+        names = ", ".join(heads[:MOST_NAMES]) + (", …" if len(heads) > MOST_NAMES else "")
+        count = f" ({len(trials)} trials)" if len(trials) > 1 else ""
+        extra = " and diagnostics" if evaluation["diagnostics"] else ""
+        return (names or "none") + count + extra
+
+    @property
+    def raised(self) -> Counter[str]:
+        """Names of the flags that are raised, and for how many seeds."""
+        return Counter(flag.name for one in self.evaluations for flag in one.flags if flag.raised)
+
+    @property
+    def unchecked(self) -> list[str]:
+        """Names of the checks that were not made for some seed."""
+        flags = [flag.name for one in self.evaluations for flag in one.flags if flag.raised is None]
+        return list(dict.fromkeys(flags))
+
+    def values(self, quantity: Callable[[Evaluation], float | None]) -> dict[int, float]:
+        """Seed -> value, of the evaluations that have one."""
+        found = {one.seed: quantity(one) for one in self.evaluations}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two groups that are compared seed by seed: the first one minus the second one."""
+
+    first: Group
+    second: Group
+
+    def difference(self, quantity: Callable[[Evaluation], float | None]) -> Difference | None:
+        """Over the seeds for which both have the quantity; None if there is no such seed."""
+        return paired_difference(self.first.values(quantity), self.second.values(quantity))
+
+
+def groups_of(evaluations: Sequence[Evaluation]) -> list[Group]:
+    """Groups in the order in which settings and trainings first appear, undefended predictors before others."""
+    parts: dict[Any, list[Evaluation]] = {}
+    for one in evaluations:
+        parts.setdefault(one.identity, []).append(one)
+    trainings, defences = _training_names(evaluations), _defence_names(evaluations)
+    settings = list(dict.fromkeys(one.setting for one in evaluations))
+    groups = []
+    for part in parts.values():
+        first, seeds = part[0], sorted(part, key=lambda one: one.seed)
+        defence = defences[first.training, first.setting, first.predictor]
+        groups.append(Group(trainings[first.training], defence, tuple(seeds)))
+    names = list(trainings.values())
+    return sorted(
+        groups, key=lambda group: (settings.index(group.setting), names.index(group.training), group.is_defended)
+    )
+
+
+def _training_names(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """Training -> names of its workdirs, without their seeds."""
+    stems: dict[str, list[str]] = {}
+    for one in evaluations:
+        name = Path(one.workdir).name or "training"
+        stem = re.sub(rf"([-_.]|[-_.]?seed[-_.=]?){one.seed}$", "", name) or name
+        stems.setdefault(one.training, []).append(stem)
+    return _numbered({training: ", ".join(dict.fromkeys(names)) for training, names in stems.items()})
+
+
+def _defence_names(evaluations: Sequence[Evaluation]) -> dict[tuple[str, Setting, str], str]:
+    """Training, setting and predictor -> name of the defence."""
+    names: dict[tuple[str, Setting], dict[str, str]] = {}
+    for one in evaluations:
+        names.setdefault((one.training, one.setting), {})[one.predictor] = one.defence
+    return {
+        (*where, predictor): name
+        for where, predictors in names.items()
+        for predictor, name in _numbered(predictors).items()
+    }
+
+
+def _numbered(names: dict[str, str]) -> dict[str, str]:
+    seen: Counter[str] = Counter()
+    unique = {}
+    for key, name in names.items():
+        seen[name] += 1
+        unique[key] = name if seen[name] == 1 else f"{name} #{seen[name]}"
+    return unique
+
+
+def undefended(group: Group, groups: Sequence[Group]) -> Group | None:
+    """The undefended predictor of the same training and setting; of several evaluations the one that has most attacks
+    in common."""
+    alike = [
+        other
+        for other in groups
+        if not other.is_defended and (other.training, other.setting) == (group.training, group.setting)
+    ]
+    return max(alike, key=lambda other: len(set(other.attacks) & set(group.attacks)), default=None)
+
+
+def defence_pairs(groups: Sequence[Group]) -> list[Pair]:
+    """Every defence against the undefended predictor of the same training and setting."""
+    found = [(group, undefended(group, groups)) for group in groups if group.is_defended]
+    return [Pair(group, base) for group, base in found if base is not None]
+
+
+def training_pairs(groups: Sequence[Group]) -> list[Pair]:
+    """All pairs of trainings with the same defence, setting and attacks."""
+    pairs = [Pair(later, earlier) for earlier, later in combinations(groups, 2)]
+    return [pair for pair in pairs if _differ_in_training(pair.first, pair.second)]
+
+
+def _differ_in_training(a: Group, b: Group) -> bool:
+    same = (a.defence, a.setting, a.attacks) == (b.defence, b.setting, b.attacks)
+    return same and a.training != b.training
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Evaluations of one training and defence by the same trials at several radii.
+
+    Attributes:
+      label: of the defence, and of the trials where that is not enough.
+      groups: one per radius, in increasing order.
+    """
+
+    label: str
+    groups: tuple[Group, ...]
+
+
+def by_training(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Group]]:
+    """The groups of each training in each setting."""
+    parts: dict[tuple[str, Setting], list[Group]] = {}
+    for group in groups:
+        parts.setdefault((group.training, group.setting), []).append(group)
+    return parts
+
+
+def labels(groups: Sequence[Group]) -> list[str]:
+    """The defences of a training's groups, with their trials where one occurs more than once."""
+    count = Counter(group.defence for group in groups)
+    return [group.defence if count[group.defence] == 1 else f"{group.defence}: {group.trials}" for group in groups]
+
+
+def radius_curves(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Curve]]:
+    """Training and setting (of radius 0) -> curves of at least two radii.
+
+    Where two evaluations by trials of the same names have the same radius, the stronger one counts.
+    """
+    parts: dict[tuple[str, Setting], dict[Any, dict[float, Group]]] = {}
+    for group in groups:
+        if group.values(robust):
+            names = tuple(trial["name"] for trial in group.evaluations[0].trials)
+            curves = parts.setdefault((group.training, replace(group.setting, epsilon=0.0)), {})
+            radii = curves.setdefault((group.defence, names), {})
+            radii[group.setting.epsilon] = min(radii.get(group.setting.epsilon, group), group, key=_mean_robust)
+    found = {where: [radii for radii in curves.values() if len(radii) > 1] for where, curves in parts.items()}
+    return {where: _curves(several) for where, several in found.items() if several}
+
+
+def _curves(several: list[dict[float, Group]]) -> list[Curve]:
+    ordered = [tuple(radii[epsilon] for epsilon in sorted(radii)) for radii in several]
+    return [Curve(label, part) for label, part in zip(labels([part[0] for part in ordered]), ordered, strict=True)]
+
+
+def _mean_robust(group: Group) -> float:
+    return Mean.of(list(group.values(robust).values())).value
+
+
+def clean(evaluation: Evaluation) -> float | None:
+    """Accuracy of the deployed predictor in percent, on the images as they are."""
+    return 100 * evaluation.clean
+
+
+def reference(evaluation: Evaluation) -> float | None:
+    """Accuracy in percent under the reference protocol: attacks on the undefended predictor."""
+    return None if evaluation.reference is None else 100 * evaluation.reference
+
+
+def robust(evaluation: Evaluation) -> float | None:
+    """Accuracy in percent under the worst case of all attacks for each image."""
+    return None if evaluation.robust is None else 100 * evaluation.robust
+
+
+def overestimate(evaluation: Evaluation) -> float | None:
+    """By how many points the reference protocol lies above the worst case of all attacks."""
+    upper, lower = reference(evaluation), robust(evaluation)
+    return None if upper is None or lower is None else upper - lower
