@@ -4,7 +4,8 @@
 
 Trains what is missing, evaluates each training with each defence under the attacks of configs/eval_*.py, and makes
 the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. To save time
-FAB is left out and Square has --queries; `python -m deq_jax.evaluate` runs the configs as they are.
+FAB is left out, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and damping 0.5
+only, and Square has --queries; `python -m deq_jax.evaluate` runs the configs as they are.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from configs import (
     eval_white_box,
 )
 from deq_jax import report, train
-from deq_jax.attacks import FAB, PGD, Square, Targeted
+from deq_jax.attacks import FAB, PGD, Linf, Square, Targeted
 from deq_jax.cli import command_line, console
 from deq_jax.config import TrainConfig
 from deq_jax.evaluate import evaluate
 from deq_jax.readouts import EnsembleState
-from deq_jax.surrogates import deployed
-from deq_jax.trials import EarlyState, EvalConfig, Trial, threat_of, transferred
+from deq_jax.surrogates import Intermediate, deployed
+from deq_jax.trials import EarlyState, EvalConfig, Trial, diagnostics, threat_of, transferred
 
 DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
@@ -75,28 +76,32 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=120, metavar="N", help="the first N test images; default: 120")
     parser.add_argument("--queries", type=int, default=1000, metavar="N", help="of Square; default: 1000")
     parser.add_argument("--controls", type=int, default=1, metavar="N", help="seeds with controls; default: 1")
+    parser.add_argument(
+        "--trainings", nargs="+", default=DEQS, choices=DEQS, metavar="NAME", help=f"default: {' '.join(DEQS)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/defences"), metavar="DIR", help="default: runs/defences")
     options = parser.parse_args()
     with command_line():
         lighter = partial(lightened, images=options.images, queries=options.queries)
         for seed in range(options.seeds):
-            for name in (*OBSERVED, *CNNS.values(), *DEQS):
+            cnns = {CNNS[name.removesuffix("_random")] for name in options.trainings}
+            for name in (*OBSERVED, *sorted(cnns), *options.trainings):
                 where = ["--config", f"configs/{name}.py", "--workdir", str(options.out / f"{name}-{seed}")]
                 train.main([*where, "--set", f"seed={seed}"])
-            for workdir, name, choose, suites in plan(options.out, seed, controls=seed < options.controls):
+            for workdir, name, choose, suites in plan(options, seed):
                 run(workdir, name, lambda config, choose=choose: lighter(choose(config)), suites)  # type: ignore[misc]
         report.main([*map(str, sorted(options.out.glob("*-[0-9]*"))), "--out", str(options.out / "report")])
 
 
-def plan(out: Path, seed: int, controls: bool) -> Iterator[tuple[Path, str, Choose, dict[str, Path]]]:
+def plan(options: argparse.Namespace, seed: int) -> Iterator[tuple[Path, str, Choose, dict[str, Path]]]:
     """The evaluations of one seed: workdir, name, what it is, and whose images are transferred, by suite."""
+    out, controls = options.out, seed < options.controls
     for name in OBSERVED:
         yield out / f"{name}-{seed}", "none", eval_white_box.get_config, {}
-    for name in CNNS.values():
-        yield out / f"{name}-{seed}", "none", eval_auto_attack.get_config, {}
-    for name in DEQS:
+    for name in options.trainings:
         workdir = out / f"{name}-{seed}"
         cnn = out / f"{CNNS[name.removesuffix('_random')]}-{seed}"
+        yield cnn, "none", eval_auto_attack.get_config, {}
         baseline = {"cnn": cnn / "evaluation" / "none"}
         yield workdir, "none", eval_white_box.get_config, baseline
         for defence, choose in (DEFENCES | (CONTROLS if controls else {})).items():
@@ -122,18 +127,25 @@ def run(workdir: Path, name: str, choose: Choose, suites: dict[str, Path]) -> No
 
 
 def lightened(config: EvalConfig, images: int, queries: int) -> EvalConfig:
-    """The evaluation on the first images, in one batch, without FAB and with fewer queries of Square."""
+    """The evaluation on the first images, in one batch, with its costliest attacks cut short or left out."""
+    trials = tuple(lighter for trial in config.trials for lighter in _lighter(trial, queries))
+    extra = config.diagnostics and diagnostics(Linf(config.threat.epsilon), steps=200)
+    return replace(config, trials=trials, diagnostics=extra, max_images=images, batch_size=images, skip_broken=False)
 
-    def fewer(trial: Trial) -> Trial:
-        return (
-            replace(trial, attack=replace(trial.attack, queries=queries)) if isinstance(trial.attack, Square) else trial
-        )
 
-    def is_fab(trial: Trial) -> bool:
-        return isinstance(trial.attack, Targeted) and isinstance(trial.attack.attack, FAB)
-
-    trials = tuple(fewer(trial) for trial in config.trials if not is_fab(trial))
-    return replace(config, trials=trials, max_images=images, batch_size=images, skip_broken=False)
+def _lighter(trial: Trial, queries: int) -> Iterator[Trial]:
+    """The trial with less to do, or nothing."""
+    match trial:
+        case Trial(surrogate=Intermediate() as surrogate) if (surrogate.steps, surrogate.damping) != (5, 0.5):
+            return
+        case Trial(attack=Targeted(attack=FAB())):
+            return
+        case Trial(attack=Targeted() as attack):
+            yield replace(trial, attack=replace(attack, classes=3))
+        case Trial(attack=Square() as attack):
+            yield replace(trial, attack=replace(attack, queries=queries))
+        case _:
+            yield trial
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,18 @@ from matplotlib.figure import Figure
 
 from deq_jax.comparisons import Mean
 from deq_jax.finished import Evaluation, protocol_text
-from deq_jax.studies import Curve, Group, by_training, clean, defence_pairs, groups_of, labels, radius_curves, robust
+from deq_jax.studies import (
+    Curve,
+    Group,
+    by_training,
+    clean,
+    defence_pairs,
+    groups_of,
+    labels,
+    radius_curves,
+    robust,
+    undefended_trainings,
+)
 from deq_jax.studies import training_pairs as pairs_of_trainings
 from deq_jax.summaries import (
     CONDITIONS,
@@ -139,22 +150,26 @@ def _section(group: Group, table: Table, is_open: bool = False) -> Section:
 
 
 def _dynamics(groups: Sequence[Group]) -> list[Section]:
-    """Of the trainings whose predictors have states."""
+    """Of the defences of each training, and of all trainings without a defence, whose predictors have states."""
+    known = [group for group in groups if len(group.evaluations[0].rows) > 1]
+    shown = [
+        (training, dict(zip(labels(alike), alike, strict=True))) for (training, _), alike in by_training(known).items()
+    ]
+    shown += [("trainings without a defence", trainings) for trainings in undefended_trainings(known)]
     sections: list[Section] = []
-    for (training, _), alike in by_training(groups).items():
-        known = [group for group in alike if len(group.evaluations[0].rows) > 1]
-        if known:
-            name = _name("dynamics", len(sections) + 1, training)
-            pictures = tuple(_dynamics_picture(name, quantity, known) for quantity in FORMS)
-            sections.append(Section(training, section_of(known[0]), states_table(name, known), pictures))
+    for title, labelled in shown:
+        name = _name("dynamics", len(sections) + 1, title)
+        pictures = tuple(_dynamics_picture(name, title, quantity, labelled) for quantity in FORMS)
+        note = section_of(next(iter(labelled.values())))
+        sections.append(Section(title, note, states_table(name, labelled), pictures))
     return sections
 
 
-def _dynamics_picture(name: str, quantity: str, groups: Sequence[Group]) -> Picture:
+def _dynamics_picture(name: str, title: str, quantity: str, groups: Mapping[str, Group]) -> Picture:
     figure, axis = _figure(len(groups))
-    states = list(dict.fromkeys(state for group in groups for state in group.evaluations[0].rows))
+    states = list(dict.fromkeys(state for group in groups.values() for state in group.evaluations[0].rows))
     states.sort(key=lambda state: state in SHORT)
-    for color, label, group in zip(_colors(groups), labels(groups), groups, strict=True):
+    for color, (label, group) in zip(_colors(groups), groups.items(), strict=True):
         for condition in CONDITIONS:
             means = [mean_of(measured(group, state, condition, quantity)) for state in states]
             if any(means):
@@ -168,8 +183,8 @@ def _dynamics_picture(name: str, quantity: str, groups: Sequence[Group]) -> Pict
     axis.set_title(TITLES[quantity], fontsize=9)
     if quantity == "residual":
         axis.set_yscale("log")
-    what = f"{TITLES[quantity]} of the states of {groups[0].training}, clean and attacked"
-    alt = f"{what}; defences: {', '.join(labels(groups))}. The numbers are in the table below."
+    what = f"{TITLES[quantity]} of the states, clean and attacked; {title}: {', '.join(groups)}"
+    alt = f"{what}. The numbers are in the table below."
     return Picture(f"{name}-{quantity}", alt, _png(figure))
 
 
@@ -217,5 +232,5 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _colors(things: Sequence) -> list[str]:
+def _colors(things: Sized) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(things))]

@@ -182,6 +182,15 @@ def by_training(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Group
     return parts
 
 
+def undefended_trainings(groups: Sequence[Group]) -> list[dict[str, Group]]:
+    """For each setting with several trainings: training -> its undefended predictor, under the most attacks."""
+    parts: dict[Setting, dict[str, Group]] = {}
+    for group in sorted(groups, key=lambda group: len(group.attacks)):
+        if not group.is_defended:
+            parts.setdefault(group.setting, {})[group.training] = group
+    return [trainings for trainings in parts.values() if len(trainings) > 1]
+
+
 def labels(groups: Sequence[Group]) -> list[str]:
     """The defences of a training's groups, with their trials where one occurs more than once."""
     count = Counter(group.defence for group in groups)

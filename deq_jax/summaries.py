@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from deq_jax.comparisons import Difference, Mean, paired_quotient
 from deq_jax.finished import Evaluation, number
-from deq_jax.studies import Curve, Group, Pair, clean, labels, overestimate, reference, robust, undefended
+from deq_jax.studies import Curve, Group, Pair, clean, overestimate, reference, robust, undefended
 from deq_jax.tables import ERROR, INTERVAL, Cell, Column, Form, Table, difference_cell, mean_cell, mean_of, text_cell
 
 NOT_TRUSTWORTHY = "NOT TRUSTWORTHY, an upper bound only"
@@ -157,19 +157,19 @@ def accuracy_table(name: str, group: Group) -> Table:
     return Table(name, caption, "", (Column("images of", kind="text"), *columns), {"": rows})
 
 
-def states_table(name: str, groups: Sequence[Group]) -> Table:
-    """What was measured in every state of the dynamics, clean and attacked; a section for each defence."""
+def states_table(name: str, groups: Mapping[str, Group]) -> Table:
+    """What was measured in every state of the dynamics, clean and attacked; a section for each labelled group."""
     shown = [(quantity, condition) for quantity in FORMS for condition in CONDITIONS]
     columns = [Column(f"{quantity}, {condition}", ERROR) for quantity, condition in shown]
     sections = {}
-    for label, group in zip(labels(groups), groups, strict=True):
+    for label, group in groups.items():
         rows = []
         for state in group.evaluations[0].rows:
             means = [(mean_of(measured(group, state, c, quantity)), FORMS[quantity]) for quantity, c in shown]
             rows.append((text_cell(state), *(mean_cell(mean, form) for mean, form in means)))
         sections[label] = rows
     caption = "Accuracy (%), prediction entropy (nats) and relative residual; attacked: the worst case of each image"
-    return Table(name, caption, "defence", (Column("state", kind="text"), *columns), sections)
+    return Table(name, caption, "predictor", (Column("state", kind="text"), *columns), sections)
 
 
 def measured(group: Group, state: str, condition: str, quantity: str) -> dict[int, float]:

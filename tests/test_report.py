@@ -301,6 +301,12 @@ class TestNumbers:
         assert row[2] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2:.2f}"
         assert page.tables["dynamics-1-tiny.csv"][4][5:] == ["–", "–"]  # the residual of the mean of the states
 
+    def test_undefended_trainings_are_shown_side_by_side(self, page):
+        shown = [row for row in page.tables["dynamics-4-trainings-without-a-defence.csv"] if row[0] == "z_1"]
+        own = [page.tables[f"dynamics-{name}.csv"][1] for name in ("1-tiny", "2-longer")]
+        assert own[0] != own[1]
+        assert shown == own
+
     def test_flags_are_listed_with_value_and_threshold(self, page):
         rows = {row[0]: row for row in page.tables["flags-3-longer-none.csv"]}
         assert rows["zero gradients"][1:3] == ["1", "0.01"]
@@ -347,11 +353,10 @@ class TestPage:
 
     def test_figures_are_those_of_the_png_files(self, page, out):
         shown = [base64.b64decode(picture["src"].partition(",")[2]) for picture in page.all("img")]
-        names = [
-            f"dynamics-{i}-{run}-{what}" for i, run in ((1, "tiny"), (2, "longer"), (3, "tiny")) for what in QUANTITIES
-        ]
+        titles = ["1-tiny", "2-longer", "3-tiny", "4-trainings-without-a-defence"]
+        names = [f"dynamics-{title}-{what}" for title in titles for what in QUANTITIES]
         assert sorted(shown) == sorted((out / f"{name}.png").read_bytes() for name in [*names, "radius-1-tiny"])
-        assert len(list(out.glob("*.png"))) == 10
+        assert len(list(out.glob("*.png"))) == 13
         assert all(picture.startswith(b"\x89PNG") for picture in shown)
 
 
