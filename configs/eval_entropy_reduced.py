@@ -14,7 +14,6 @@ from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.entropy import EntropyReduced
-from deq_jax.gradients import Phantom
 from deq_jax.surrogates import Direct, Intermediate, Surrogate, ThroughSolver
 from deq_jax.trials import EvalConfig, Trial, diagnostics, threat_of
 from deq_jax.types import Attack, InputError
@@ -33,8 +32,9 @@ def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
     many, few = APGD(threat, steps=50), APGD(threat, steps=20)
     confident = PGD(threat.epsilon, max(threat.epsilon / 4, 1e-6), steps=20, loss=LowEntropy())
     attempts: list[tuple[str, Attack, Surrogate]] = [
+        ("apgd", many, Direct()),
         ("apgd.bpda-identity", many, BPDAIdentity()),
-        ("apgd.bpda-head", many, BPDAHead(Phantom(5, 0.5))),
+        ("apgd.bpda-head", many, BPDAHead()),
         ("apgd.end-to-end", few, EndToEnd()),
         ("apgd.path", few, PathAverage(BPDAHead())),
         ("low-entropy", Targeted(confident, classes=3), BPDAIdentity()),
