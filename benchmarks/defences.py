@@ -1,6 +1,6 @@
 """What random states, entropy reduction, the early and the ensemble state are worth on digits, honestly attacked.
 
-    python benchmarks/defences.py --seeds 3 --out runs/defences
+    python -m benchmarks.defences --seeds 3 --out runs/defences
 
 Trains what is missing, evaluates each training with each defence under the attacks of configs/eval_*.py, and makes
 the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. To save time
