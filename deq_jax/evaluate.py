@@ -31,10 +31,10 @@ from deq_jax.worst_case import worst_case
 
 EPILOG = """\
 Writes into the output folder: evaluation.json (means, red flags, and what was run), evaluation.npz (per image:
-labels, predictions, entropies and residuals of every state, worst adversarial images), trials/ (all adversarial
-images), and figures. Every finished batch is kept: the same command goes on after any interruption, and another
-one in the same folder is refused. With several processes the same command starts each of them, with its own
---process; the images are split over the devices of all, and all must see the workdir.
+labels, what was classified correctly, predictions, entropies and residuals of every state, worst adversarial images),
+trials/ (all adversarial images), and figures. Every finished batch is kept: the same command goes on after any
+interruption, and another one in the same folder is refused. With several processes the same command starts each of
+them, with its own --process; the images are split over the devices of all, and all must see the workdir.
 
 Success is judged on the deployed predictor. An image counts as correct under attack only if it is also correct
 without. Row "union" is the worst case of all trials for each image. Red flags are signs that the attacks have

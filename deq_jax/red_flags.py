@@ -5,8 +5,10 @@ References: Athalye et al. 2018; Carlini et al. 2019, "On Evaluating Adversarial
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -47,11 +49,10 @@ class Flag:
 
 def red_flags(result: WorstCase) -> list[Flag]:
     """All checks of an evaluation."""
-    accuracy = {name: row["deployed"] for name, row in result.accuracies().items()}
+    correct = {name: row[:, -1] for name, row in result.robust().items()}
     extra = result.config.diagnostics
-    ladder = _strength(result, accuracy)
-    far = None if extra is None else accuracy[extra.far.name]
-    gain = None if extra is None else accuracy[extra.half.name] - accuracy[extra.long.name]
+    far = None if extra is None else float(np.mean(correct[extra.far.name]))
+    gain = None if extra is None else float(np.mean(correct[extra.half.name]) - np.mean(correct[extra.long.name]))
     return [
         better("black box beats white box", result, _is_black_box),
         better("transfer beats direct attacks", result, lambda trial: isinstance(trial.attack, Transfer)),
@@ -60,7 +61,7 @@ def red_flags(result: WorstCase) -> list[Flag]:
         randomness(result.probe, result.config.draws),
         no_collapse(far, result.probe.whole.shape[1]),
         no_plateau(gain),
-        order_of_strength(ladder),
+        order_of_strength(_strength(result, correct)),
     ]
 
 
@@ -116,18 +117,31 @@ def no_plateau(gain: float | None) -> Flag:
     return Flag.of("no plateau", gain, PLATEAU, "more steps would lower the accuracy further")
 
 
-def order_of_strength(accuracies: Sequence[float] | None) -> Flag:
-    """By how much a stronger attack leaves a higher accuracy than a weaker one; from the weakest to the strongest."""
-    worst = None if accuracies is None else float(np.max(np.diff(accuracies), initial=0.0))
+def order_of_strength(correct: Sequence[np.ndarray] | None) -> Flag:
+    """By how much a stronger attack leaves a higher accuracy than the next weaker one, beyond what chance explains.
+
+    Attacks are random: of the images that only one of two equally strong attacks breaks, either breaks about half. So
+    the excess counts from two standard errors of the paired difference (McNemar's test).
+
+    Args:
+      correct: [N] bool each, the images that withstood an attack; from the weakest to the strongest.
+    """
+    worst = None if correct is None else max(_excess(*pair) for pair in pairwise(correct))
     return Flag.of("order of strength", worst, POINTS, "expected noise >= FGSM >= PGD-10 >= AutoAttack's first attack")
 
 
-def _strength(result: WorstCase, accuracy: dict[str, float]) -> list[float] | None:
+def _excess(weaker: np.ndarray, stronger: np.ndarray) -> float:
+    """The accuracy under the stronger attack minus that under the weaker one and two standard errors; 0 if negative."""
+    gain = float(np.mean(stronger) - np.mean(weaker))
+    return max(gain - 2 * math.sqrt(np.mean(stronger != weaker) / len(weaker)), 0.0)
+
+
+def _strength(result: WorstCase, correct: dict[str, np.ndarray]) -> list[np.ndarray] | None:
     extra = result.config.diagnostics
     if extra is None:
         return None
     suite = [t for t in result.config.trials if t.suite is not None and not isinstance(t.attack, Transfer)]
-    return [accuracy[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
+    return [correct[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
 
 
 def _is_black_box(trial: Trial) -> bool:

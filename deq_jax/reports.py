@@ -85,12 +85,12 @@ def write_report(out: Path, report: dict[str, Any], result: WorstCase, x: np.nda
       x: the images [N, H, W, C] in [0, 1].
     """
     outcomes = result.outcomes
-    arrays = {"y": outcomes.y} | {f"clean_{name}": value for name, value in outcomes.clean._asdict().items()}
+    correct = {name: row[:, -1] for name, row in result.robust().items()}
+    arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
+    arrays |= {f"clean_{name}": value for name, value in outcomes.clean._asdict().items()}
     if outcomes.attacked is not None:
         arrays |= {f"attacked_{name}": value for name, value in outcomes.attacked._asdict().items()}
         arrays["x_adv"] = outcomes.x_adv
-        arrays["trials"] = np.array(list(result.attempts))
-        arrays["broken"] = np.stack([result.broken(name) for name in result.attempts])
         plot_images(outcomes, x, out / "images.png")
         plot_accuracies(report["accuracy"], out / "trials.png")
     plot_states(outcomes, out / "states.png")

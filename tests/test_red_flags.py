@@ -96,6 +96,11 @@ def probe(**changes):
     return Probe(**{name: logits + changes.get(name, 0.0) for name in Probe._fields})
 
 
+def withstood(*counts, of=1000):
+    """For each attack so many images that withstood it, the first ones."""
+    return [np.arange(of) < count for count in counts]
+
+
 @pytest.mark.parametrize(
     ("flag", "expected"),
     [
@@ -115,8 +120,12 @@ def probe(**changes):
         (no_plateau(0.005), False),
         (no_plateau(0.006), True),
         (no_plateau(None), None),
-        (order_of_strength([0.9, 0.8, 0.8, 0.7]), False),
-        (order_of_strength([0.9, 0.8, 0.81, 0.7]), True),
+        (order_of_strength(withstood(900, 800, 800, 700)), False),
+        (order_of_strength(withstood(900, 800, 808, 700)), True),  # 0.008 - 2 sqrt(0.008 / 1000) = 0.0023
+        (order_of_strength(withstood(900, 800, 806, 700)), False),  # 0.006 - 2 sqrt(0.006 / 1000) = 0.0011
+        (order_of_strength(withstood(900, 800, 801)), False),
+        (order_of_strength(withstood(5, 9, of=20)), False),  # four more: 0.2 - 2 sqrt(0.2 / 20) = 0
+        (order_of_strength(withstood(5, 10, of=20)), True),
         (order_of_strength(None), None),
         (only_by("", [np.arange(1000) < 5], [np.arange(1000) < 3]), False),
         (only_by("", [np.arange(1000) < 5], [np.arange(1000) < 2]), True),
@@ -126,6 +135,13 @@ def probe(**changes):
 )
 def test_thresholds(flag, expected):
     assert flag.raised is expected
+
+
+def test_the_excess_of_a_stronger_attack_is_beyond_two_standard_errors():
+    """Of 100 images 10 withstood the weaker attack alone and 40 the stronger one alone: 0.3 - 2 sqrt(0.5 / 100)."""
+    weaker, stronger = np.arange(100) < 10, np.arange(100) >= 60
+    assert order_of_strength([weaker, stronger]).value == pytest.approx(0.1585786)
+    assert order_of_strength([stronger, weaker]).value == 0
 
 
 def test_the_order_of_strength_and_the_plateau_are_taken_from_the_diagnostics(honest):
