@@ -1,4 +1,4 @@
-"""Means and paired differences over the seeds of trainings."""
+"""Means and paired differences over the seeds of trainings, and over images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from deq_jax.types import require
@@ -36,17 +37,17 @@ class Mean:
           InputError: there is none.
         """
         require(len(values) > 0, "Mean: expected at least one value, got none")
-        return cls(float(np.mean(values)), _standard_error(values), len(values))
+        error = None if len(values) < 2 else _standard_error(values)
+        return cls(float(np.mean(values)), error, len(values))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference between two conditions that share their seeds.
+    """A mean difference between two conditions that share their seeds and their images.
 
     Attributes:
-      value: the mean over the seeds.
-      interval: lower and upper end of its 95 % confidence interval by Student's t distribution with seeds - 1 degrees
-        of freedom; None for a single seed.
+      value: the mean over seeds and images.
+      interval: lower and upper end of its 95 % confidence interval; None for a single seed or image.
       seeds: how many there are.
     """
 
@@ -55,17 +56,27 @@ class Difference:
     seeds: int
 
     @classmethod
-    def of(cls, differences: Sequence[float]) -> Difference:
-        """The mean of one difference per seed.
+    def of(cls, differences: ArrayLike) -> Difference:
+        """The mean difference, for what other seeds and other images would give.
+
+        The half-width is the root of the sum of two squares: the half-widths of Student's intervals for the mean over
+        the seeds and for the mean over the images. So it is narrower than neither; what varies with both is counted
+        twice (as in Owen 2007, "The pigeonhole bootstrap").
+
+        Args:
+          differences: [S, N], of N images with each of S seeds.
 
         Raises:
-          InputError: there is none.
+          InputError: there are none, or they are not of that shape.
         """
-        mean = Mean.of(differences)
-        if mean.standard_error is None:
-            return cls(mean.value, None, mean.seeds)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, mean.seeds - 1)) * mean.standard_error
-        return cls(mean.value, (mean.value - half, mean.value + half), mean.seeds)
+        table = np.asarray(differences, float)
+        expected = "expected differences [seeds, images], at least one"
+        require(table.ndim == 2 and table.size > 0, f"Difference: {expected}, got shape {table.shape}")
+        value, seeds = float(np.mean(table)), len(table)
+        if min(table.shape) < 2:
+            return cls(value, None, seeds)
+        half = math.hypot(_half_width(table.mean(axis=1)), _half_width(table.mean(axis=0)))
+        return cls(value, (value - half, value + half), seeds)
 
     @property
     def sign(self) -> int | None:
@@ -76,11 +87,11 @@ class Difference:
         return int(low > 0) - int(high < 0)
 
 
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
+def paired_difference(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) -> Difference | None:
     """The mean of a - b over the seeds that both have; None if they share none.
 
     Args:
-      a, b: seed -> value.
+      a, b: seed -> values [N] of the same images.
     """
     common = sorted(set(a) & set(b))
     return Difference.of([a[seed] - b[seed] for seed in common]) if common else None
@@ -96,5 +107,10 @@ def paired_quotient(a: Mapping[int, float], b: Mapping[int, float]) -> Mean | No
     return Mean.of([a[seed] / b[seed] for seed in common]) if common else None
 
 
-def _standard_error(values: Sequence[float]) -> float | None:
-    return None if len(values) < 2 else float(np.std(values, ddof=1)) / math.sqrt(len(values))
+def _standard_error(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Of Student's confidence interval for the mean."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * _standard_error(values)

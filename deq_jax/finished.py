@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
 
 from deq_jax.records import read_json
 from deq_jax.red_flags import Flag
@@ -49,7 +52,7 @@ class Evaluation:
       images: how many were evaluated.
       rows: state -> "clean" or "attacked" -> accuracy, entropy or residual.
       accuracy: name of the images -> predictor -> accuracy.
-      robust: worst case over all attacks, of the deployed predictor; None without attack.
+      correct: name of the images -> [N] bool, which the deployed predictor classifies correctly.
       flags: of `red_flags`.
       defence: what the deployed predictor is called.
       cost: of a prediction for an image: "evaluations" of the cell, "seconds"; those that are known.
@@ -63,7 +66,7 @@ class Evaluation:
     images: int
     rows: dict[str, dict[str, dict[str, float | None]]]
     accuracy: dict[str, dict[str, float]]
-    robust: float | None
+    correct: dict[str, np.ndarray] = field(compare=False)  # arrays have no single truth value
     flags: tuple[Flag, ...]
     defence: str
     cost: dict[str, float]
@@ -111,17 +114,20 @@ class Evaluation:
         return self.training, self.predictor, self.setting, self.attacks
 
     @property
-    def clean(self) -> float:
-        """Accuracy of the deployed predictor on the images as they are."""
-        return self.accuracy["clean"]["deployed"]
+    def clean(self) -> np.ndarray:
+        """[N] bool, which images are classified correctly as they are."""
+        return self.correct["clean"]
 
     @property
-    def reference(self) -> float | None:
-        """Accuracy under the reference protocol: attacks on the undefended predictor; None if that was not run."""
-        row = self.accuracy.get("reference")
-        if row is None and self.defence == UNDEFENDED:
-            row = self.accuracy.get("AutoAttack")
-        return None if row is None else row["deployed"]
+    def reference(self) -> np.ndarray | None:
+        """[N] bool, of the reference protocol: attacks on the undefended predictor; None if that was not run."""
+        row = self.correct.get("reference")
+        return self.correct.get("AutoAttack") if row is None and self.defence == UNDEFENDED else row
+
+    @property
+    def robust(self) -> np.ndarray | None:
+        """[N] bool, which withstand all attacks; None without attack."""
+        return self.correct.get("union")
 
 
 def read_evaluations(runs: Iterable[Path]) -> list[Evaluation]:
@@ -177,7 +183,7 @@ def _parsed(folder: Path, report: dict[str, Any]) -> Evaluation:
         images=int(report["images"]),
         rows=rows,
         accuracy={name: {key: float(value) for key, value in row.items()} for name, row in report["accuracy"].items()},
-        robust=None if report["robust_accuracy"] is None else float(report["robust_accuracy"]),
+        correct=_correct(folder / "evaluation.npz"),
         flags=tuple(Flag(**flag) for flag in report["red_flags"]),
         defence=report.get("defence", UNDEFENDED if predictor is None else brief(predictor)),
         cost={name: float(value) for name, value in report.get("cost", {}).items() if value is not None},
@@ -187,11 +193,22 @@ def _parsed(folder: Path, report: dict[str, Any]) -> Evaluation:
     )
 
 
+def _correct(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(zip(map(str, arrays["rows"]), arrays["correct"], strict=True))
+    except (OSError, BadZipFile) as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
 def _check_accuracy(evaluation: Evaluation) -> None:
     expected = ["clean", *(trial["name"] for trial in evaluation.trials)]
     rows = [evaluation.accuracy[name] for name in expected] + list(evaluation.accuracy.values())
     if any(row.keys() != rows[0].keys() for row in rows) or "deployed" not in rows[0]:
         raise ValueError("rows of accuracy are of different predictors")
+    means = {name: float(np.mean(row)) for name, row in evaluation.correct.items()}
+    if means != {name: row["deployed"] for name, row in evaluation.accuracy.items()}:
+        raise ValueError("evaluation.npz is of another evaluation")
 
 
 def _check_images(evaluations: list[Evaluation]) -> None:

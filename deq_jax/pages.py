@@ -202,7 +202,7 @@ def _radius_picture(name: str, training: str, curves: Sequence[Curve]) -> Pictur
     figure, axis = _figure(len(curves))
     for color, curve in zip(_colors(curves), curves, strict=True):
         radii = [0.0, *(group.setting.epsilon for group in curve.groups)]
-        means = [mean_of(curve.groups[0].values(clean)), *(mean_of(group.values(robust)) for group in curve.groups)]
+        means = [mean_of(curve.groups[0].means(clean)), *(mean_of(group.means(robust)) for group in curve.groups)]
         _plot(axis, radii, means, color=color, linestyle="-", marker="o", label=curve.label)
     axis.set_title("accuracy (%) under the adaptive worst case", fontsize=9)
     axis.set_xlabel("epsilon", fontsize=8)

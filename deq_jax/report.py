@@ -17,8 +17,8 @@ from deq_jax.records import make_folder
 EPILOG = """\
 Writes index.html, one page that needs no network, no script and no other file, and the figures and tables on it as
 PNG and CSV files. Trainings that differ in their seed alone become one row, with mean and standard error; defences
-and trainings are compared seed by seed, with 95 % confidence intervals. A robust accuracy is marked as not
-trustworthy where an evaluation has raised a red flag.
+and trainings are compared seed by seed and image by image, with 95 % confidence intervals. A robust accuracy is
+marked as not trustworthy where an evaluation has raised a red flag.
 
 examples:
   python -m deq_jax.report runs/a --out report

@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from deq_jax.comparisons import Difference, Mean, paired_difference
 from deq_jax.finished import UNDEFENDED, Evaluation, Setting
 
+T = TypeVar("T")
+Quantity = Callable[[Evaluation], np.ndarray | None]  # of each image
 MOST_NAMES = 4  # of attacks, in a table
 
 
@@ -66,20 +70,24 @@ class Group:
         flags = [flag.name for one in self.evaluations for flag in one.flags if flag.raised is None]
         return list(dict.fromkeys(flags))
 
-    def values(self, quantity: Callable[[Evaluation], float | None]) -> dict[int, float]:
+    def values(self, quantity: Callable[[Evaluation], T | None]) -> dict[int, T]:
         """Seed -> value, of the evaluations that have one."""
         found = {one.seed: quantity(one) for one in self.evaluations}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def means(self, quantity: Quantity) -> dict[int, float]:
+        """Seed -> mean over the images."""
+        return {seed: float(np.mean(value)) for seed, value in self.values(quantity).items()}
+
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups that are compared seed by seed: the first one minus the second one."""
+    """Two groups that are compared seed by seed and image by image: the first one minus the second one."""
 
     first: Group
     second: Group
 
-    def difference(self, quantity: Callable[[Evaluation], float | None]) -> Difference | None:
+    def difference(self, quantity: Quantity) -> Difference | None:
         """Over the seeds for which both have the quantity; None if there is no such seed."""
         return paired_difference(self.first.values(quantity), self.second.values(quantity))
 
@@ -219,25 +227,29 @@ def _curves(several: list[dict[float, Group]]) -> list[Curve]:
 
 
 def _mean_robust(group: Group) -> float:
-    return Mean.of(list(group.values(robust).values())).value
+    return Mean.of(list(group.means(robust).values())).value
 
 
-def clean(evaluation: Evaluation) -> float | None:
-    """Accuracy of the deployed predictor in percent, on the images as they are."""
-    return 100 * evaluation.clean
+def clean(evaluation: Evaluation) -> np.ndarray | None:
+    """Of the deployed predictor, 100 or 0 for each image as it is: the mean is the accuracy in percent."""
+    return _percent(evaluation.clean)
 
 
-def reference(evaluation: Evaluation) -> float | None:
-    """Accuracy in percent under the reference protocol: attacks on the undefended predictor."""
-    return None if evaluation.reference is None else 100 * evaluation.reference
+def reference(evaluation: Evaluation) -> np.ndarray | None:
+    """The same under the reference protocol: attacks on the undefended predictor."""
+    return _percent(evaluation.reference)
 
 
-def robust(evaluation: Evaluation) -> float | None:
-    """Accuracy in percent under the worst case of all attacks for each image."""
-    return None if evaluation.robust is None else 100 * evaluation.robust
+def robust(evaluation: Evaluation) -> np.ndarray | None:
+    """The same under the worst case of all attacks."""
+    return _percent(evaluation.robust)
 
 
-def overestimate(evaluation: Evaluation) -> float | None:
-    """By how many points the reference protocol lies above the worst case of all attacks."""
+def overestimate(evaluation: Evaluation) -> np.ndarray | None:
+    """The reference protocol minus the worst case of all attacks."""
     upper, lower = reference(evaluation), robust(evaluation)
     return None if upper is None or lower is None else upper - lower
+
+
+def _percent(correct: np.ndarray | None) -> np.ndarray | None:
+    return None if correct is None else 100.0 * correct

@@ -40,13 +40,13 @@ def section_of(group: Group) -> str:
 
 
 def _headline_row(group: Group) -> tuple[Cell, ...]:
-    worst = mean_cell(mean_of(group.values(robust)))._replace(warning="not trustworthy" if group.raised else "")
+    worst = mean_cell(mean_of(group.means(robust)))._replace(warning="not trustworthy" if group.raised else "")
     return (
         text_cell(group.training),
         text_cell(group.defence),
         text_cell(str(len(group.evaluations))),
-        mean_cell(mean_of(group.values(clean))),
-        mean_cell(mean_of(group.values(reference))),
+        mean_cell(mean_of(group.means(clean))),
+        mean_cell(mean_of(group.means(reference))),
         worst,
         text_cell(_flags(group)),
         text_cell(group.trials),
@@ -193,9 +193,9 @@ def radius_table(name: str, curves: Sequence[Curve]) -> Table:
 
 
 def _radius_row(group: Group) -> tuple[Cell, ...]:
-    worst = mean_cell(mean_of(group.values(robust)))._replace(warning="not trustworthy" if group.raised else "")
+    worst = mean_cell(mean_of(group.means(robust)))._replace(warning="not trustworthy" if group.raised else "")
     seeds = str(len(group.evaluations))
-    return text_cell(number(group.setting.epsilon)), text_cell(seeds), mean_cell(mean_of(group.values(clean))), worst
+    return text_cell(number(group.setting.epsilon)), text_cell(seeds), mean_cell(mean_of(group.means(clean))), worst
 
 
 def flags_table(name: str, group: Group) -> Table:

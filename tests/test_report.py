@@ -17,9 +17,9 @@ from deq_jax.config import to_tree
 from deq_jax.evaluation import Measured
 from deq_jax.finished import brief, number, protocol_text, read_evaluations
 from deq_jax.readouts import EnsembleState
-from deq_jax.reports import report_of
+from deq_jax.reports import report_of, write_report
 from deq_jax.results import Attempt, Cost, Probe, WorstCase
-from deq_jax.studies import Group, defence_pairs, groups_of, radius_curves, training_pairs, undefended
+from deq_jax.studies import Group, defence_pairs, groups_of, radius_curves, robust, training_pairs, undefended
 from deq_jax.summaries import DEFENCE, TRAINING, headline_table, pair_table, sentences
 from deq_jax.surrogates import deployed
 from deq_jax.tables import Cell, Column, Table
@@ -66,12 +66,13 @@ def found(config, seed, wrong, *, masked=False):
 
 
 def write(folder, config, seed, wrong, *, train=None, workdir="runs/tiny", **options):
-    """An evaluation.json as `evaluate` writes it."""
+    """What `evaluate` writes."""
     train = tiny.get_config(seed=seed) if train is None else replace(train, seed=seed)
     about = {"checkpoint": "best, step 17", "split": "test", "versions": {"deq_jax": "0.1.0", "jax": "0.10"}}
-    result = {**report_of(found(config, seed, wrong, **options)), "workdir": f"{workdir}-{seed}", **about}
+    result = found(config, seed, wrong, **options)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps({**result, "config": to_tree(train)}))
+    report = {**report_of(result), "workdir": f"{workdir}-{seed}", **about, "config": to_tree(train)}
+    write_report(folder, report, result, result.x_adv)
     return folder
 
 
@@ -206,7 +207,7 @@ class TestGroups:
         longer = replace(config_of(0.05, "none", 0), trials=(trials[0], Trial("pgd", PGD(0.05, 0.01, 99))))
         folders = [write(tmp_path / str(seed), longer, seed, {"clean": 2, "apgd": 4, "pgd": 9}) for seed in (0, 1)]
         (curves,) = radius_curves(groups_of(read_evaluations([*folders, *runs]))).values()
-        assert [group.evaluations[0].robust for group in curves[0].groups] == [31 / 40, 30 / 40]
+        assert [group.means(robust)[0] for group in curves[0].groups] == [77.5, 75.0]
 
 
 class TestNumbers:
@@ -233,36 +234,37 @@ class TestNumbers:
         assert flags[0].startswith("none raised; not checked: black box beats white box, ")
 
     def test_defences_are_compared_seed_by_seed(self, groups):
-        """-3 images each: no spread; reference: +2 images each."""
+        """-3 images for each seed, others than for the other: 6 of 40 lose 50 points on average, so the standard error
+        is 2.859, and t(39) = 2.0227; reference: 4 of 40 gain 50 points, with a standard error of 2.402."""
         table = pair_table("defences", "", defence_pairs(groups), DEFENCE)
         assert rows_of(table) == [
             [
                 "tiny: ensemble state against none",
                 "2",
                 "+0.00 [0.00, 0.00]",
-                "+5.00 [5.00, 5.00]",
+                "+5.00 [0.14, 9.86]",
                 "helps",
-                "-7.50 [-7.50, -7.50]",
+                "-7.50 [-13.28, -1.72]",
                 "hurts",
             ]
         ]
 
     def test_trainings_are_compared_seed_by_seed(self, groups):
-        """20 and 25 + 2.5 points: 22.5 on average, and the half-width is 12.706 times 5."""
+        """17.5 and 27.5 points: half-widths are 12.706 times 5 over the seeds, 2.0227 times 6.1888 over the images."""
         row = rows_of(pair_table("trainings", "", training_pairs(groups), TRAINING))[0]
         assert row[0] == "longer against tiny"
-        assert row[5:] == ["+22.50 [-41.03, 86.03]", "no difference shown"]
+        assert row[5:] == ["+22.50 [-42.25, 87.25]", "no difference shown"]
 
     def test_sentences(self, groups):
         (text,) = [sentences(pair, DEFENCE) for pair in defence_pairs(groups)]
         assert text == (
             "tiny: ensemble state against none: hurts under the adaptive worst case, -7.50 points (95 % interval "
-            "[-7.50, -7.50], 2 seeds); helps under the reference protocol, +5.00 points (95 % interval [5.00, 5.00], "
-            "2 seeds). The adaptive attacks take away 17.50 points (95 % interval [17.50, 17.50], 2 seeds) of what the "
+            "[-13.28, -1.72], 2 seeds); helps under the reference protocol, +5.00 points (95 % interval [0.14, 9.86], "
+            "2 seeds). The adaptive attacks take away 17.50 points (95 % interval [7.55, 27.45], 2 seeds) of what the "
             "reference protocol gives it."
         )
         (text,) = [sentences(pair, TRAINING) for pair in training_pairs(groups)]
-        assert "no difference shown under the adaptive worst case, +22.50 points (95 % interval [-41.03, 86.03]" in text
+        assert "no difference shown under the adaptive worst case, +22.50 points (95 % interval [-42.25, 87.25]" in text
         assert text.endswith(". Red flags are raised, so this is not trustworthy.")
 
     def test_one_seed_has_neither_error_nor_interval(self, groups):
@@ -456,6 +458,17 @@ class TestMistakes:
         edit(copies[1], change)
         line = self.refused(capsys, tmp_path / "out", *copies)
         assert line.startswith(f"error: {copies[1]}/evaluation.json: not an evaluation as this version writes it (")
+
+    def test_other_outcomes(self, capsys, tmp_path, copies):
+        """evaluation.npz is another evaluation's, damaged, or missing."""
+        shutil.copy(copies[0] / "evaluation.npz", copies[1])
+        spoils = [None, lambda path: path.write_bytes(path.read_bytes()[:500]), lambda path: path.unlink()]
+        for spoil in spoils:
+            if spoil:
+                spoil(copies[1] / "evaluation.npz")
+            line = self.refused(capsys, tmp_path / "out", *copies)
+            assert line.startswith(f"error: {copies[1]}/evaluation.json: not an evaluation as this version writes it (")
+            assert "evaluation.npz" in line
 
     def test_other_images(self, capsys, tmp_path, copies):
         edit(copies[1], lambda content: content.update(images=20))
