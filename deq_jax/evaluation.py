@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deq_jax.classifiers import Equilibrium
 from deq_jax.data import EvaluationBatch, Images, evaluation_batches, to_unit
 from deq_jax.losses import entropy, margin
 from deq_jax.parallel import check_batch_size, replicate_and_split
 from deq_jax.readouts import EnsembleState
+from deq_jax.regularizers import gaussian_probes, spectral_radius
 from deq_jax.surrogates import Direct, Surrogate, deployed, judged
 from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, PyTree, Solution, Variables
 
 DEPLOYED = 1 << 30  # the keys that a random predictor draws from are folded with it; attacks never see those
+POWER_STEPS = 30
 
 
 class Measured(NamedTuple):
@@ -73,6 +76,23 @@ def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, ke
         residual = jnp.concatenate([solution.residuals, unknown, lowest])
     margins = jax.vmap(margin, (0, None))(logits, y)
     return Measured(jnp.argmax(logits, axis=-1).T, margins.T, jax.vmap(entropy)(logits).T, residual.T)
+
+
+def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys: Keys) -> Array:
+    """The spectral radius of the cell's Jacobian at the equilibrium of each image [B, H, W, C]: [B].
+
+    Near the equilibrium plain iteration of the cell converges if it is below 1. It is the last of `POWER_STEPS`
+    estimates of `regularizers.spectral_radius`; NaN for an explicit network, and without a solver.
+    """
+    if not isinstance(classifier, Equilibrium):
+        return jnp.full(len(x), jnp.nan)
+    solution = classifier(variables, x).solution
+    if solution is None:
+        return jnp.full(len(x), jnp.nan)
+    params, u, z = variables["params"]["cell"], classifier.encode(variables, x), solution.z
+    start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys, z, 1))
+    estimates, _ = spectral_radius(classifier.apply_cell, params, u, z, start, POWER_STEPS)
+    return estimates[-1]
 
 
 def attack_batch(

@@ -23,8 +23,9 @@ def report_of(result: WorstCase) -> dict[str, Any]:
 
     rows: what was measured in each state, clean and on the worst case of each image; accuracy: of each predictor,
     on the images of each trial, and under all of them; trials: what they did and cost; defence: what the predictor is
-    called; cost: of a prediction, in applications of the cell and in seconds per image; robust_accuracy: of the
-    deployed predictor, under all trials, not to be trusted while a red flag is raised.
+    called; cost: of a prediction, in applications of the cell and in seconds per image; spectral_radius: mean and
+    largest one of the trained cell at the equilibria of the images as they are; robust_accuracy: of the deployed
+    predictor, under all trials, not to be trusted while a red flag is raised.
     """
     flags = red_flags(result) if result.attempts else []
     accuracy = result.accuracies()
@@ -35,6 +36,7 @@ def report_of(result: WorstCase) -> dict[str, Any]:
         "trials": _trials(result),
         "defence": result.config.defence,
         "cost": _cost(result),
+        "spectral_radius": _spectral_radius(result),
         "robust_accuracy": accuracy["union"]["deployed"] if result.attempts else None,
         "red_flags": [dataclasses.asdict(flag) for flag in flags],
         "early_state": result.early_state,
@@ -58,6 +60,11 @@ def _cost(result: WorstCase) -> dict[str, float | None]:
     evaluations = float(np.mean(result.cost.evaluations))
     seconds = float(np.median(result.cost.seconds))
     return {"evaluations": None if np.isnan(evaluations) else evaluations, "seconds": seconds}
+
+
+def _spectral_radius(result: WorstCase) -> dict[str, float | None]:
+    found = {"mean": float(np.mean(result.spectral_radius)), "largest": float(np.max(result.spectral_radius))}
+    return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -87,6 +94,7 @@ def write_report(out: Path, report: dict[str, Any], result: WorstCase, x: np.nda
     outcomes = result.outcomes
     correct = {name: row[:, -1] for name, row in result.robust().items()}
     arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
+    arrays["spectral_radius"] = result.spectral_radius
     arrays |= {f"clean_{name}": value for name, value in outcomes.clean._asdict().items()}
     if outcomes.attacked is not None:
         arrays |= {f"attacked_{name}": value for name, value in outcomes.attacked._asdict().items()}
@@ -120,9 +128,10 @@ def _caption(report: dict[str, Any]) -> str:
 
 def states_table(report: dict[str, Any]) -> Table:
     """Accuracy, entropy and residual of every state, clean and on the worst case of each image, for the terminal."""
-    grid = Table(
-        title="accuracy (%), entropy (nats), relative residual", caption="attacked: the worst case of each image"
-    )
+    radius = report["spectral_radius"]
+    known = "" if radius["mean"] is None else "; spectral radius of the cell: mean {mean:.2f}, largest {largest:.2f}"
+    caption = "attacked: the worst case of each image" + known.format(**radius)
+    grid = Table(title="accuracy (%), entropy (nats), relative residual", caption=caption)
     conditions = list(report["rows"]["deployed"])
     grid.add_column("state")
     for condition in conditions:

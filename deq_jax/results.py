@@ -60,6 +60,7 @@ class WorstCase:
       y: [N], the true labels.
       clean: of the images as they are.
       zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes.
+      spectral_radius: [N], of the trained cell at the image's equilibrium; NaN for an explicit network.
       probe, cost: of the deployed predictor.
       attempts: by the names of trials and diagnostics, in the order in which they ran.
       x_adv: [N, H, W, C], for each image the worst one within the ball: one that is misclassified before any other,
@@ -72,6 +73,7 @@ class WorstCase:
     y: np.ndarray
     clean: Measured
     zero_gradient: np.ndarray
+    spectral_radius: np.ndarray
     probe: Probe
     cost: Cost
     attempts: dict[str, Attempt]

@@ -21,7 +21,7 @@ import numpy as np
 
 from deq_jax.config import first_difference, to_tree
 from deq_jax.data import EvaluationBatch, Images, to_unit
-from deq_jax.evaluation import Measured, attack_batch, choose_early_state, is_correct, measure
+from deq_jax.evaluation import Measured, attack_batch, choose_early_state, is_correct, measure, spectral_radii
 from deq_jax.losses import cross_entropy
 from deq_jax.parallel import check_batch_size, replicate_and_split
 from deq_jax.processes import agreed, from_primary, is_primary
@@ -78,15 +78,16 @@ def worst_case(
     versions = {name: version(name) for name in ("deq_jax", "jax")}
     _claim(out, {"class": "evaluation", **(about or {}), "config": to_tree(config), **digests, **versions})
     predictor, early_state = _predictor(config, classifier, variables, validation, out)
-    run = _Run(config, predictor, variables, images, x, transfers, out, report)
+    run = _Run(config, classifier, predictor, variables, images, x, transfers, out, report)
     return replace(run.all(), early_state=early_state)
 
 
 class _Run:
     """One evaluation: what it asks of the devices, unless it is on disk already."""
 
-    def __init__(self, config, predictor, variables, images, x, transfers, out, report):
+    def __init__(self, config, trained, predictor, variables, images, x, transfers, out, report):
         self.config: EvalConfig = config
+        self.trained: Classifier = trained
         self.predictor: Classifier = predictor
         self.variables: Variables = variables
         self.images: Images = images
@@ -114,8 +115,8 @@ class _Run:
         for trial in self.config.extra_trials:
             attempts[trial.name] = self._attempt(trial, every, clean)
         x_adv, worst = worst_of(self.x, y, clean, attempts)
-        zero = stage["zero_gradient"]
-        return WorstCase(self.config, y, clean, zero, self._probe(), self._cost(), attempts, x_adv, worst)
+        zero, radius = stage["zero_gradient"], stage["spectral_radius"]
+        return WorstCase(self.config, y, clean, zero, radius, self._probe(), self._cost(), attempts, x_adv, worst)
 
     def _attempt(self, trial: Trial, rows: np.ndarray, clean: Measured) -> Attempt:
         x_adv, measured, seconds = self.x.copy(), Measured(*(part.copy() for part in clean)), 0.0
@@ -156,7 +157,9 @@ class _Run:
             oracle = judged(Direct(), self.predictor, variables, self.config.draws)
             gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
             measured = measure(self.predictor, variables, x, batch.y, self._draw_from(keys))
-            return {**measured._asdict(), "zero_gradient": jnp.all(gradient == 0, axis=(1, 2, 3))}
+            radius = spectral_radii(self.trained, variables, x, keys)
+            is_zero = jnp.all(gradient == 0, axis=(1, 2, 3))
+            return {**measured._asdict(), "zero_gradient": is_zero, "spectral_radius": radius}
 
         return partial(replicate_and_split(on_device, joint=False), self.variables)
 

@@ -376,6 +376,9 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
     np.testing.assert_allclose([row["clean"]["accuracy"] for row in rows], correct.mean(axis=0))
     np.testing.assert_allclose([row["attacked"]["accuracy"] for row in rows], robust.mean(axis=0))
     assert result["robust_accuracy"] == pytest.approx(robust[:, -1].mean())
+    radii = found["spectral_radius"]
+    assert result["spectral_radius"] == {"mean": pytest.approx(radii.mean()), "largest": radii.max()}
+    assert radii.shape == (20,) and radii.min() > 0
     assert list(found["rows"]) == list(result["accuracy"]) == ["clean", "pgd", "union"]
     np.testing.assert_array_equal(found["correct"][[0, 2]], [correct[:, -1], robust[:, -1]])
 

@@ -64,6 +64,7 @@ def test_an_honest_model_raises_no_flag(honest):
     assert set(raised(honest).values()) == {False, None}
     assert raised(honest)["transfer beats direct attacks"] is None
     report = report_of(honest)
+    assert report["spectral_radius"] == {"mean": None, "largest": None}
     assert 0 < report["robust_accuracy"] < 0.8 < report["rows"]["deployed"]["clean"]["accuracy"]
     assert "no flags raised; not checked: transfer beats direct attacks" in headline(report)
 

@@ -62,7 +62,9 @@ def found(config, seed, wrong, *, masked=False):
     defended = config.predictor is not None
     cost = Cost(np.full(4, 21.0 if defended else 7.0), np.full(3, 0.004 if defended else 0.001))
     probe = Probe(LOGITS, LOGITS, LOGITS, LOGITS)
-    return WorstCase(config, Y, clean, np.full(IMAGES, masked), probe, cost, attempts, x_adv, worst)
+    return WorstCase(
+        config, Y, clean, np.full(IMAGES, masked), np.full(IMAGES, 0.9), probe, cost, attempts, x_adv, worst
+    )
 
 
 def write(folder, config, seed, wrong, *, train=None, workdir="runs/tiny", **options):

@@ -17,7 +17,16 @@ from deq_jax.attacks import PGD, Linf
 from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.config import from_tree, to_tree
 from deq_jax.data import Images, evaluation_batches
-from deq_jax.evaluation import attack_batch, choose_early_state, correctness, evaluator, is_correct, measure, row_names
+from deq_jax.evaluation import (
+    attack_batch,
+    choose_early_state,
+    correctness,
+    evaluator,
+    is_correct,
+    measure,
+    row_names,
+    spectral_radii,
+)
 from deq_jax.gradients import Implicit, Phantom
 from deq_jax.losses import margin
 from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
@@ -38,9 +47,9 @@ from deq_jax.trials import (
     threat_of,
     with_surrogates,
 )
-from deq_jax.types import InputError
+from deq_jax.types import Injection, InputError, Keys
 from deq_jax.worst_case import worst_case
-from tests import tiny
+from tests import dense, tiny
 from tests.linear import DATA, Linear, trained
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +109,26 @@ def test_measured_states_are_decoded_as_they_are(deq):
         logits = jax.jit(lambda x, p=predictor: p(variables, x).logits)(images.x)
         np.testing.assert_array_equal(measured.label[:, row], jnp.argmax(logits, axis=1))
         np.testing.assert_allclose(measured.margin[:, row], margin(logits, images.y), rtol=1e-4, atol=1e-5)
+
+
+def test_spectral_radii_are_those_of_dense_jacobians():
+    """A symmetric weight, scaled by the slope of tanh, has real eigenvalues, on which power iteration settles."""
+    base = dense.defence_of(Broyden(20)).base
+    x = jnp.asarray(DATA.test.x[:3])
+    variables = base.init(jax.random.key(0), x)
+    weight = variables["params"]["cell"]["Dense_0"]["kernel"]
+    variables["params"]["cell"]["Dense_0"]["kernel"] = weight @ weight.T
+    z, u = base(variables, x).solution.z, base.encode(variables, x)
+
+    def cell(z, u):
+        return base.apply_cell(variables["params"]["cell"], z[None], Injection(u[None]))[0]
+
+    jacobians = jax.vmap(jax.jacobian(cell))(z, u.features)
+    expected = np.abs(np.linalg.eigvals(jacobians)).max(axis=1)
+    found = spectral_radii(base, variables, x, Keys.of(jax.random.key(1), 3))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert len(set(np.round(expected, 3))) == 3
+    assert np.isnan(spectral_radii(CLASSIFIER, trained(), x, Keys.of(jax.random.key(1), 3))).all()
 
 
 class TestWorstCase:
