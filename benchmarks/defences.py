@@ -5,7 +5,8 @@
 Trains what is missing, evaluates each training with each defence under the attacks of configs/eval_*.py, and makes
 the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. To save time
 FAB is left out, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and damping 0.5
-only, and Square has --queries; `python -m deq_jax.evaluate` runs the configs as they are.
+only, the longest PGD has 200 steps, and Square has --queries; `python -m deq_jax.evaluate` runs the configs as they
+are.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ from configs import (
     eval_white_box,
 )
 from deq_jax import report, train
-from deq_jax.attacks import FAB, PGD, Linf, Square, Targeted
+from deq_jax.attacks import FAB, Linf, Square, Targeted
 from deq_jax.cli import command_line, console
 from deq_jax.config import TrainConfig
-from deq_jax.evaluate import evaluate
-from deq_jax.readouts import EnsembleState
-from deq_jax.surrogates import Intermediate, deployed
-from deq_jax.trials import EarlyState, EvalConfig, Trial, diagnostics, threat_of, transferred
+from deq_jax.evaluate import evaluate, with_deployed
+from deq_jax.surrogates import Intermediate
+from deq_jax.trials import EvalConfig, Trial, diagnostics, with_transfers
 
 DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
@@ -43,23 +43,15 @@ OBSERVED = ("digits_standard",)  # as trained only
 Choose = Callable[[TrainConfig], EvalConfig]
 
 
-def early(config: TrainConfig) -> EvalConfig:
-    """The state that is best on held-out training images."""
-    epsilon = threat_of(config).epsilon
-    predictor = EarlyState(PGD(epsilon, epsilon / 4, steps=10))
-    return replace(eval_white_box.get_config(config), predictor=predictor, defence="early state")
-
-
-def ensemble(config: TrainConfig) -> EvalConfig:
-    """The mean of the states."""
-    predictor = deployed(config.classifier, EnsembleState())
-    return replace(eval_white_box.get_config(config), predictor=predictor, defence="ensemble state")
+def white_box(readout: str) -> Choose:
+    """The attacks made for DEQs on a predictor as `evaluate --readout` deploys it."""
+    return lambda config: with_deployed(eval_white_box.get_config(config), config, readout)
 
 
 DEFENCES: dict[str, Choose] = {
     "entropy": eval_entropy_reduced.get_config,
-    "early": early,
-    "ensemble": ensemble,
+    "early": white_box("early"),
+    "ensemble": white_box("ensemble"),
 }
 CONTROLS: dict[str, Choose] = {
     "raised": eval_entropy_raised.get_config,
@@ -83,6 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     with command_line():
         lighter = partial(lightened, images=options.images, queries=options.queries)
+        evaluated: list[Path] = []
         for seed in range(options.seeds):
             cnns = {CNNS[name.removesuffix("_random")] for name in options.trainings}
             for name in (*OBSERVED, *sorted(cnns), *options.trainings):
@@ -90,7 +83,8 @@ def main() -> None:
                 train.main([*where, "--set", f"seed={seed}"])
             for workdir, name, choose, suites in plan(options, seed):
                 run(workdir, name, lambda config, choose=choose: lighter(choose(config)), suites)  # type: ignore[misc]
-        report.main([*map(str, sorted(options.out.glob("*-[0-9]*"))), "--out", str(options.out / "report")])
+                evaluated.append(workdir)
+        report.main([*map(str, sorted(set(evaluated))), "--out", str(options.out / "report")])
 
 
 def plan(options: argparse.Namespace, seed: int) -> Iterator[tuple[Path, str, Choose, dict[str, Path]]]:
@@ -109,18 +103,10 @@ def plan(options: argparse.Namespace, seed: int) -> Iterator[tuple[Path, str, Ch
 
 
 def run(workdir: Path, name: str, choose: Choose, suites: dict[str, Path]) -> None:
-    """One evaluation, unless it is done already."""
-    out = workdir / "evaluation" / name
-    if (out / "evaluation.json").exists():
-        return
-
-    def with_transfers(config: TrainConfig) -> EvalConfig:
-        evaluation = choose(config)
-        others = [trial for suite, folder in suites.items() for trial in transferred(suite, folder)]
-        return replace(evaluation, trials=(*evaluation.trials, *others))
-
+    """One evaluation; what is on disk of it is not computed again."""
     console.print(f"{workdir.name}: {name}")
-    found = evaluate(workdir, with_transfers, out)
+    out = workdir / "evaluation" / name
+    found = evaluate(workdir, lambda config: with_transfers(choose(config), suites.items()), out)
     console.print(f"  robust accuracy {100 * found['robust_accuracy']:.1f} %")
     jax.clear_caches()
     gc.collect()

@@ -25,7 +25,7 @@ from deq_jax.readouts import EnsembleState
 from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
 from deq_jax.surrogates import deployed
 from deq_jax.training import load_run
-from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of, transferred
+from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of, with_transfers
 from deq_jax.types import require
 from deq_jax.worst_case import worst_case
 
@@ -182,13 +182,16 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
         config = dataclasses.replace(attack_config(options, train), batch_size=train.batch_size)
     given = {"batch_size": options.batch_size, "seed": options.seed}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-    suites = [trial for suite, folder in options.transfer for trial in transferred(suite, folder)]
-    config = dataclasses.replace(config, trials=(*config.trials, *suites))
-    if options.readout == "early":
+    return with_transfers(with_deployed(config, train, options.readout), options.transfer)
+
+
+def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalConfig:
+    """The evaluation of another predictor of the same training: one of `READOUTS`."""
+    if readout == "early":
         epsilon = threat_of(train).epsilon
         early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10))
         return dataclasses.replace(config, predictor=early, defence="early state")
-    if options.readout == "ensemble":
+    if readout == "ensemble":
         ensemble = deployed(train.classifier, EnsembleState())
         return dataclasses.replace(config, predictor=ensemble, defence="ensemble state")
     return config

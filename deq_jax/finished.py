@@ -13,9 +13,9 @@ import numpy as np
 
 from deq_jax.records import read_json
 from deq_jax.red_flags import Flag
+from deq_jax.trials import UNDEFENDED
 from deq_jax.types import InputError, require
 
-UNDEFENDED = "none"
 QUANTITIES = ("accuracy", "entropy", "residual")
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
 
@@ -120,9 +120,11 @@ class Evaluation:
 
     @property
     def reference(self) -> np.ndarray | None:
-        """[N] bool, of the reference protocol: attacks on the undefended predictor; None if that was not run."""
-        row = self.correct.get("reference")
-        return self.correct.get("AutoAttack") if row is None and self.defence == UNDEFENDED else row
+        """[N] bool, of the reference protocol: attacks on the undefended predictor; None if that was not run.
+
+        Of the undefended predictor these are all attacks, as their images are what is shown to the defended ones.
+        """
+        return self.robust if self.defence == UNDEFENDED else self.correct.get("reference")
 
     @property
     def robust(self) -> np.ndarray | None:

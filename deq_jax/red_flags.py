@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from deq_jax.adaptive import OnBase
 from deq_jax.attacks import SPSA, Square
 from deq_jax.results import Probe, WorstCase
 from deq_jax.trials import Noise, Transfer, Trial
@@ -55,8 +56,9 @@ def red_flags(result: WorstCase) -> list[Flag]:
     gain = None if extra is None else float(np.mean(correct[extra.half.name]) - np.mean(correct[extra.long.name]))
     return [
         better("black box beats white box", result, _is_black_box),
-        better("transfer beats direct attacks", result, lambda trial: isinstance(trial.attack, Transfer)),
+        better("transfer beats direct attacks", result, _is_transferred),
         zero_gradients(result.zero_gradient),
+        not_finite(result),
         batch_dependence(result.probe),
         randomness(result.probe, result.config.draws),
         no_collapse(far, result.probe.whole.shape[1]),
@@ -70,7 +72,7 @@ def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool]) ->
     trials = [*result.config.trials, *result.config.extra_trials]
     counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
     suspects = [counted[trial.name] for trial in trials if is_suspect(trial)]
-    others = [counted[t.name] for t in trials if not _is_black_box(t) and not isinstance(t.attack, Transfer)]
+    others = [counted[t.name] for t in trials if not _is_black_box(t) and not _is_transferred(t)]
     return only_by(name, suspects, others)
 
 
@@ -92,6 +94,13 @@ def zero_gradients(is_zero: np.ndarray) -> Flag:
     """The share of images at which the gradient vanishes, given which do, [N] bool."""
     share = float(np.mean(is_zero))
     return Flag.of("zero gradients", share, ZERO_GRADIENTS, "gradient attacks cannot move from these images")
+
+
+def not_finite(result: WorstCase) -> Flag:
+    """The share of images at which some attack met logits that are not finite; such logits count as correct."""
+    met = [~np.isfinite(attempt.measured.margin[:, -1]) & attempt.inside for attempt in result.attempts.values()]
+    share = float(np.mean(np.logical_or.reduce(met))) if met else None
+    return Flag.of("logits not finite", share, 0.0, "attacked images whose logits are NaN or infinite count as correct")
 
 
 def batch_dependence(probe: Probe) -> Flag:
@@ -142,6 +151,11 @@ def _strength(result: WorstCase, correct: dict[str, np.ndarray]) -> list[np.ndar
         return None
     suite = [t for t in result.config.trials if t.suite is not None and not isinstance(t.attack, Transfer)]
     return [correct[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
+
+
+def _is_transferred(trial: Trial) -> bool:
+    """Whether its images are made against another predictor than the deployed one."""
+    return isinstance(trial.attack, Transfer) or isinstance(trial.surrogate, OnBase)
 
 
 def _is_black_box(trial: Trial) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deq_jax.comparisons import Difference, Mean, paired_difference
-from deq_jax.finished import UNDEFENDED, Evaluation, Setting
+from deq_jax.finished import Evaluation, Setting
+from deq_jax.trials import UNDEFENDED
 
 T = TypeVar("T")
+K = TypeVar("K")
 Quantity = Callable[[Evaluation], np.ndarray | None]  # of each image
 MOST_NAMES = 4  # of attacks, in a table
 
@@ -132,7 +134,7 @@ def _defence_names(evaluations: Sequence[Evaluation]) -> dict[tuple[str, Setting
     }
 
 
-def _numbered(names: dict[str, str]) -> dict[str, str]:
+def _numbered(names: Mapping[K, str]) -> dict[K, str]:
     seen: Counter[str] = Counter()
     unique = {}
     for key, name in names.items():
@@ -200,9 +202,10 @@ def undefended_trainings(groups: Sequence[Group]) -> list[dict[str, Group]]:
 
 
 def labels(groups: Sequence[Group]) -> list[str]:
-    """The defences of a training's groups, with their trials where one occurs more than once."""
+    """The defences of a training's groups, with their trials where one occurs more than once; no two are the same."""
     count = Counter(group.defence for group in groups)
-    return [group.defence if count[group.defence] == 1 else f"{group.defence}: {group.trials}" for group in groups]
+    names = [group.defence if count[group.defence] == 1 else f"{group.defence}: {group.trials}" for group in groups]
+    return list(_numbered(dict(enumerate(names))).values())
 
 
 def radius_curves(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Curve]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +12,14 @@ import numpy as np
 
 from deq_jax.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Linf, Square, Targeted, clean_start
 from deq_jax.attacks.threat import Threat
-from deq_jax.config import TrainConfig
+from deq_jax.config import TrainConfig, first_difference, to_tree
 from deq_jax.data import Images
 from deq_jax.records import read_json
 from deq_jax.surrogates import Direct, Surrogate
 from deq_jax.types import Array, Attack, Classifier, InputError, Keys, Oracle, require
 
 RESERVED = ("clean", "union")  # names of other rows
+UNDEFENDED = "none"  # name of the classifier as trained
 TOLERANCE = 1e-6  # of a perturbation's length, for rounding
 
 
@@ -80,15 +81,21 @@ def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _read_folder(path: Path, x: np.ndarray) -> tuple[np.ndarray, None]:
-    x_adv, files = x.copy(), sorted(path.glob("batch-*.npz"))
-    require(len(files) > 0, f"{path}: expected a trial's files batch-*.npz, found none")
-    for file in files:
-        arrays = read_npz(file)
+    x_adv = x.copy()
+    for file, arrays in _read_batches(path):
         known = {"x_adv", "number"} <= set(arrays) and arrays["number"].max(initial=0) < len(x)
         known = known and arrays["x_adv"].shape[1:] == x.shape[1:]
         require(known, f"{file}: expected x_adv of images of shape {x.shape[1:]}, numbered below {len(x)}")
         x_adv[arrays["number"]] = arrays["x_adv"]
+    evaluated = sum(len(arrays.get("number", ())) for _, arrays in _read_batches(path.parent / "clean"))
+    require(evaluated == len(x), f"{path}: its evaluation is of {evaluated} images, expected the {len(x)} of this one")
     return x_adv, None
+
+
+def _read_batches(path: Path) -> list[tuple[Path, dict[str, np.ndarray]]]:
+    files = sorted(path.glob("batch-*.npz"))
+    require(len(files) > 0, f"{path}: expected a trial's files batch-*.npz, found none")
+    return [(file, read_npz(file)) for file in files]
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -198,21 +205,22 @@ class EvalConfig:
       trials: their worst case for each image is the accuracy that is reported; in the order in which they run.
       diagnostics: for the red flags. What they find within the ball counts, too. None for none.
       predictor: what is deployed and judged, with the variables of the training; None for the classifier as trained.
-      defence: what the predictor is called in reports.
+      defence: what the predictor is called in reports; "none" for the classifier as trained, and for no other.
       draws: of a random predictor, over which every answer to an attack is the mean (EOT); it is itself judged by one
         more draw. None: the predictor is asked without keys, and deterministic.
       batch_size: images at a time, over all devices.
       seed: of the attacks' randomness; each image draws from it and from its number alone.
       max_images: evaluates only the first ones of the split; None for all.
       skip_broken: a trial leaves alone the images that are misclassified already, clean or by an earlier trial; its
-        accuracy is then cumulative. Otherwise every trial attacks every image and has an accuracy of its own.
+        accuracy is then cumulative. Otherwise every trial attacks every image and has an accuracy of its own, as
+        suites of transferred images need it.
     """
 
     threat: Threat
     trials: tuple[Trial, ...]
     diagnostics: Diagnostics | None = None
     predictor: Classifier | EarlyState | None = None
-    defence: str = "none"
+    defence: str = UNDEFENDED
     draws: int | None = None
     batch_size: int = 128
     seed: int = 0
@@ -226,10 +234,17 @@ class EvalConfig:
         require(counted, f"EvalConfig: draws must be positive or None, got {self.draws!r}")
         few = self.max_images is None or self.max_images >= 1
         require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
-        names = [trial.name for trial in (*self.trials, *self.extra_trials)]
+        named = (self.predictor is None) == (self.defence == UNDEFENDED)
+        rule = f"a name for what is deployed if that is a predictor of its own, and {UNDEFENDED!r} otherwise"
+        require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {self.predictor!r}")
+        names = [*RESERVED, *(trial.name for trial in (*self.trials, *self.extra_trials))]
         names += sorted({trial.suite for trial in self.trials if trial.suite})
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"EvalConfig: trials and suites need names of their own, found twice: {', '.join(twice)}")
+        suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
+        whole = not (self.skip_broken and suites)
+        wanted = "expected skip_broken=False, without which its row would count what other trials broke"
+        require(whole, f"EvalConfig: suite {', '.join(sorted(suites))} of transferred images: {wanted}")
         for trial in self.trials:
             radius = radius_of(trial.attack)
             same = radius is None or radius == self.threat.epsilon
@@ -245,23 +260,37 @@ class EvalConfig:
         return tuple(getattr(self.diagnostics, f.name) for f in dataclasses.fields(self.diagnostics))
 
 
-def transferred(suite: str, folder: Path) -> tuple[Trial, ...]:
-    """The final images of all trials of another evaluation, as trials of a suite; those beyond its radius excepted.
+def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> EvalConfig:
+    """The evaluation that also judges the final images of all trials of other evaluations, as suites.
+
+    Images beyond the radius and trials that found nothing left to attack are excepted. Every trial then attacks every
+    image, so that the suites count what they break themselves.
 
     Args:
-      suite: its name; "reference" if they were made against the undefended predictor of the same training.
-      folder: of the other evaluation.
+      config: of the evaluation.
+      suites: of each the name, "reference" if its images were made against the undefended predictor of the same
+        training, and the folder of the other evaluation.
 
     Raises:
-      InputError: there is no finished evaluation.
+      InputError: there is no finished evaluation, or it is of another threat model.
     """
+    transfers = [trial for suite, folder in suites for trial in _transferred(suite, folder, config.threat)]
+    skip = config.skip_broken and not transfers
+    return dataclasses.replace(config, trials=(*config.trials, *transfers), skip_broken=skip)
+
+
+def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:
     finished = (folder / "evaluation.json").exists()
     require(finished, f"{folder}: expected the folder of a finished evaluation, found no evaluation.json")
     config = read_json(folder / "manifest.json")["config"]
+    difference = first_difference(config["threat"], to_tree(threat))
+    require(difference is None, f"{folder}: its images are of another threat model: {difference}, expected the same")
     extra = config["diagnostics"] or {}
     trials = [*config["trials"], *(trial for name, trial in extra.items() if name not in ("class", "far"))]
-    names = [trial["name"] for trial in trials]
-    return tuple(Trial(f"{suite}.{name}", Transfer(str(folder / "trials" / name)), suite=suite) for name in names)
+    folders = {trial["name"]: folder / "trials" / trial["name"] for trial in trials}
+    return [
+        Trial(f"{suite}.{name}", Transfer(str(path)), suite=suite) for name, path in folders.items() if path.is_dir()
+    ]
 
 
 def auto_attack(threat: Threat) -> tuple[Trial, ...]:

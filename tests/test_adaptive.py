@@ -116,6 +116,22 @@ def test_path_average_is_the_mean_loss_of_all_states():
     np.testing.assert_allclose(mean, logits.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
+def test_path_average_leads_on_from_each_state_with_the_input_of_its_block():
+    found = reduce_entropy(DEFENCE, VARIABLES, X)
+
+    def loss_and_logits(t, x):
+        u, params = DEFENCE.base.encode(VARIABLES, x), VARIABLES["params"]["cell"]
+        logits = DEFENCE.decode(VARIABLES, DEFENCE.base.apply_cell(params, found.solution.states[t], u))
+        return cross_entropy(logits, Y).sum(), logits
+
+    inputs = jnp.repeat(found.inputs, DEFENCE.every, axis=0)
+    assert not np.allclose(inputs[0], inputs[-1], atol=1e-3)
+    parts = [jax.grad(partial(loss_and_logits, t), has_aux=True)(x) for t, x in enumerate(inputs)]
+    _, mean, gradient = ask(PathAverage(BPDAHead()))
+    np.testing.assert_allclose(mean, np.mean([logits for _, logits in parts], axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient, np.mean([one for one, _ in parts], axis=0), rtol=1e-3, atol=1e-5)
+
+
 def test_low_entropy_loss():
     logits = jnp.array([[3.0, 1.0, 2.0, 0.0], [0.0, 3.0, 1.0, 2.0]])
     labels, aimed = jnp.array([0, 2]), jnp.array([[0, 1], [2, 0]])

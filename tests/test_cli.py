@@ -405,6 +405,11 @@ def test_an_evaluation_config_is_run_resumed_and_never_mixed(folder, tmp_path, c
     line = refusal(evaluate.main, ["--workdir", f"{folder}/run", "--out", str(out)], tmp_path, capfd)
     assert "holds another evaluation: config." in line
 
+    both = evaluate_tiny(folder, tmp_path / "both", *arguments, "--transfer", f"reference={out}")
+    attacked = [f"reference.{name}" for name, trial in report["trials"].items() if trial["attacked"]]
+    assert list(both["accuracy"]) == [*names[:-1], *attacked, "reference", "union"]
+    assert both["accuracy"]["reference"] == report["accuracy"]["union"] and not both["cumulative"]
+
     images = evaluate_tiny(folder, tmp_path / "again", "--attack", f"transfer:{out}/evaluation.npz", "--epsilon", "0.2")
     assert images["accuracy"]["transfer"].keys() == images["accuracy"]["clean"].keys()
     line = f"--workdir {folder}/run --out {tmp_path}/near --attack transfer:{out}/evaluation.npz".split()

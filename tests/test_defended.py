@@ -16,7 +16,7 @@ from deq_jax.entropy import EntropyReduced, RandomDirection, reduce_entropy
 from deq_jax.red_flags import red_flags
 from deq_jax.reports import report_of, write_report
 from deq_jax.surrogates import Direct, Intermediate
-from deq_jax.trials import Diagnostics, EvalConfig, Noise, Trial, transferred
+from deq_jax.trials import Diagnostics, EvalConfig, Noise, Trial, with_transfers
 from deq_jax.types import InputError, Keys
 from deq_jax.worst_case import worst_case
 from tests.dense import defence_of
@@ -66,7 +66,7 @@ def undefended(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def defended(undefended, tmp_path_factory):
-    config = replace(CONFIG, trials=(*CONFIG.trials, *transferred("reference", undefended[1])))
+    config = with_transfers(CONFIG, [("reference", undefended[1])])
     return evaluate(config, tmp_path_factory.mktemp("defended"))
 
 
@@ -95,7 +95,35 @@ def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefende
 
 def test_transfers_need_a_finished_evaluation(tmp_path):
     with pytest.raises(InputError, match="expected the folder of a finished evaluation"):
-        transferred("reference", tmp_path)
+        with_transfers(CONFIG, [("reference", tmp_path)])
+
+
+def test_transfers_need_the_same_threat_model(undefended):
+    other = EvalConfig(Linf(0.2), ())
+    with pytest.raises(InputError, match=r"another threat model: epsilon was 0\.1, now 0\.2"):
+        with_transfers(other, [("reference", undefended[1])])
+
+
+def test_transfers_need_the_same_images(undefended, tmp_path):
+    """The other evaluation must not have left out any, or these would count as robust."""
+    images = Images(np.concatenate([X, X]), np.concatenate([IMAGES.y, IMAGES.y]))
+    config = with_transfers(EvalConfig(THREAT, (), batch_size=8), [("reference", undefended[1])])
+    with pytest.raises(InputError, match="its evaluation is of 10 images, expected the 20 of this one"):
+        worst_case(config, DEFENCE.base, VARIABLES, images, tmp_path)
+
+
+def test_a_suite_of_transfers_counts_what_it_breaks_itself(undefended, tmp_path):
+    """Not what trials before it broke; and a trial that found nothing left to attack has no images to transfer."""
+    config = EvalConfig(THREAT, (Trial("direct", ATTACK),), batch_size=8)
+    both = with_transfers(config, [("reference", undefended[1])])
+    assert config.skip_broken and not both.skip_broken
+    with pytest.raises(InputError, match="suite reference of transferred images: expected skip_broken=False"):
+        replace(both, skip_broken=True)
+    wrong = Images(X, 1 - np.minimum(IMAGES.y, 1))
+    result = worst_case(config, DEFENCE.base, VARIABLES, wrong, tmp_path)
+    write_report(tmp_path, report_of(result), result, X)
+    assert not (tmp_path / "trials" / "direct").exists()
+    assert with_transfers(config, [("reference", tmp_path)]).trials == config.trials
 
 
 def test_cost_counts_applications_of_the_cell(defended, undefended):
@@ -106,6 +134,22 @@ def test_cost_counts_applications_of_the_cell(defended, undefended):
     assert report["cost"]["evaluations"] == 1 + 4 + 2 * (3 + 1)  # two blocks, three updates and one correction each
     assert report["cost"]["seconds"] > 0
     assert report_of(undefended[0])["cost"]["evaluations"] == 1 + 4
+
+
+def test_attacks_on_the_base_are_transfers(defended):
+    """What they alone break raises the flag, as it does where the images come from another evaluation."""
+
+    def with_broken(names):
+        right, wrong = defended.clean, defended.clean._replace(label=(defended.clean.label + 1) % 10)
+        found = {
+            name: attempt._replace(measured=wrong if name in names else right)
+            for name, attempt in defended.attempts.items()
+        }
+        flags = {flag.name: flag.raised for flag in red_flags(replace(defended, attempts=found))}
+        return flags["transfer beats direct attacks"]
+
+    assert with_broken({"base-z"}) and with_broken({"reference.direct"})
+    assert not with_broken({"base-z", "head"}) and not with_broken({"head"})
 
 
 RANDOM = replace(DEFENCE, direction=RandomDirection())

@@ -13,6 +13,7 @@ from deq_jax.red_flags import (
     batch_dependence,
     no_collapse,
     no_plateau,
+    not_finite,
     only_by,
     order_of_strength,
     randomness,
@@ -90,6 +91,19 @@ def test_transfer_that_beats_direct_attacks_is_flagged(honest, tmp_path):
 def test_batch_dependence_is_flagged(tmp_path):
     result = worst_case(EvalConfig(THREAT, (), batch_size=64), Joint(Explicit(Linear())), trained(), TEST, tmp_path)
     assert raised(result)["batch dependence"]
+
+
+def test_logits_that_are_not_finite_under_attack_are_flagged(honest):
+    """They count as correct, whatever they are; beyond the ball they do not matter."""
+    assert not_finite(honest).raised is False
+    extra = honest.config.diagnostics
+    for name, expected in (("apgd", True), (extra.far.name, False)):
+        margin = honest.attempts[name].measured.margin.copy()
+        margin[3, -1] = np.inf
+        measured = honest.attempts[name].measured._replace(margin=margin)
+        changed = replace(honest, attempts=honest.attempts | {name: honest.attempts[name]._replace(measured=measured)})
+        assert raised(changed)["logits not finite"] is expected
+        assert not expected or not_finite(changed).value == 1 / 64
 
 
 def probe(**changes):

@@ -157,6 +157,12 @@ class TestWorstCase:
         margins = np.max([attempt.measured.margin[:, -1] for attempt in inside], axis=0)
         assert (result.worst.margin[:, -1] >= margins - 1e-5).all()
 
+    def test_noise_goes_to_the_surface_of_the_ball(self, own):
+        """But for a pixel that [0, 1] stops."""
+        moved = own[0].attempts["uniform"].x_adv - IMAGES.x
+        np.testing.assert_allclose(THREAT.length(moved), THREAT.epsilon, rtol=0.1)
+        assert 0.2 < np.mean(moved > 0) < 0.8
+
     def test_what_lies_outside_the_ball_does_not_count(self, own):
         result, _ = own
         far = result.attempts["far"]
@@ -378,7 +384,7 @@ class TestEarlyState:
     def test_the_best_one_is_deployed_and_recorded(self, deq, tmp_path, monkeypatch):
         accuracies = iter([[0.1, 0.3, 0.2]])
         monkeypatch.setattr("deq_jax.worst_case.choose_early_state", lambda *_, **__: next(accuracies))
-        config = EvalConfig(THREAT, (), predictor=EarlyState(ATTACK), batch_size=16)
+        config = EvalConfig(THREAT, (), predictor=EarlyState(ATTACK), defence="early", batch_size=16)
         with pytest.raises(InputError, match="held-out training images"):
             worst_case(config, *deq, tmp_path)
         for _ in range(2):  # it is chosen once
@@ -396,6 +402,9 @@ class TestConfig:
             (lambda: EvalConfig(THREAT, (), seed=-1), "seed must be >= 0, got -1"),
             (lambda: EvalConfig(THREAT, (), max_images=0), "max_images must be positive or None, got 0"),
             (lambda: EvalConfig(THREAT, (TRIALS[0], TRIALS[0])), "found twice: uniform"),
+            (lambda: EvalConfig(THREAT, (replace(TRIALS[0], suite="clean"),)), "found twice: clean"),
+            (lambda: EvalConfig(THREAT, (), predictor=CLASSIFIER), "defence must be a name .* got 'none' for Explicit"),
+            (lambda: EvalConfig(THREAT, (), defence="x"), "'none' otherwise, got 'x' for None"),
             (lambda: EvalConfig(Linf(0.1), auto_attack(THREAT)[1:2]), "trial apgd-t attacks with radius 0.05, but"),
             (lambda: Trial("a/b", ATTACK), "a name consists of .* got 'a/b'"),
             (lambda: Trial("union", ATTACK), "not one of clean, union, got 'union'"),
@@ -408,7 +417,9 @@ class TestConfig:
 
     def test_it_can_be_written_and_read_again(self):
         trials = (*TRIALS, *auto_attack(THREAT), Trial("exact", ATTACK, WithGradient(Implicit(Broyden(3)))))
-        config = EvalConfig(THREAT, trials, diagnostics(THREAT), predictor=tiny.classifier(EnsembleState()))
+        config = EvalConfig(
+            THREAT, trials, diagnostics(THREAT), predictor=tiny.classifier(EnsembleState()), defence="mean"
+        )
         assert from_tree(to_tree(config)) == config
 
     def test_diagnostics_are_ordered_and_stay_within_the_ball_but_for_one(self):
