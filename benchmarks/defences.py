@@ -3,10 +3,13 @@
     python -m benchmarks.defences --seeds 3 --out runs/defences
 
 Trains what is missing, evaluates each training with each defence under the attacks of configs/eval_*.py, and makes
-the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. To save time
-FAB is left out, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and damping 0.5
-only, the longest PGD has 200 steps, and Square has --queries; `python -m deq_jax.evaluate` runs the configs as they
-are.
+the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. Processes may
+share the work: one with `--trainings digits_standard digits_pgd_at digits_pgd_at_random`, one with the others; the
+whole command then makes the report of all.
+
+To save time FAB is left out, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and
+damping 0.5 only, the longest PGD has 200 steps, and Square has --queries; `python -m deq_jax.evaluate` runs the
+configs as they are.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from deq_jax.trials import EvalConfig, Trial, diagnostics, with_transfers
 DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
 OBSERVED = ("digits_standard",)  # as trained only
+TRAININGS = (*OBSERVED, *DEQS)
 Choose = Callable[[TrainConfig], EvalConfig]
 
 
@@ -69,7 +73,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=1000, metavar="N", help="of Square; default: 1000")
     parser.add_argument("--controls", type=int, default=1, metavar="N", help="seeds with controls; default: 1")
     parser.add_argument(
-        "--trainings", nargs="+", default=DEQS, choices=DEQS, metavar="NAME", help=f"default: {' '.join(DEQS)}"
+        "--trainings",
+        nargs="+",
+        default=TRAININGS,
+        choices=TRAININGS,
+        metavar="NAME",
+        help=f"of {', '.join(TRAININGS)}",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/defences"), metavar="DIR", help="default: runs/defences")
     options = parser.parse_args()
@@ -77,8 +86,8 @@ def main() -> None:
         lighter = partial(lightened, images=options.images, queries=options.queries)
         evaluated: list[Path] = []
         for seed in range(options.seeds):
-            cnns = {CNNS[name.removesuffix("_random")] for name in options.trainings}
-            for name in (*OBSERVED, *sorted(cnns), *options.trainings):
+            cnns = {CNNS[name.removesuffix("_random")] for name in options.trainings if name in DEQS}
+            for name in (*sorted(cnns), *options.trainings):
                 where = ["--config", f"configs/{name}.py", "--workdir", str(options.out / f"{name}-{seed}")]
                 train.main([*where, "--set", f"seed={seed}"])
             for workdir, name, choose, suites in plan(options, seed):
@@ -90,10 +99,11 @@ def main() -> None:
 def plan(options: argparse.Namespace, seed: int) -> Iterator[tuple[Path, str, Choose, dict[str, Path]]]:
     """The evaluations of one seed: workdir, name, what it is, and whose images are transferred, by suite."""
     out, controls = options.out, seed < options.controls
-    for name in OBSERVED:
-        yield out / f"{name}-{seed}", "none", eval_white_box.get_config, {}
     for name in options.trainings:
         workdir = out / f"{name}-{seed}"
+        if name in OBSERVED:
+            yield workdir, "none", eval_white_box.get_config, {}
+            continue
         cnn = out / f"{CNNS[name.removesuffix('_random')]}-{seed}"
         yield cnn, "none", eval_auto_attack.get_config, {}
         baseline = {"cnn": cnn / "evaluation" / "none"}

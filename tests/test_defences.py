@@ -21,11 +21,11 @@ def planned(**changes):
 def test_every_defence_meets_the_images_of_the_undefended_network_and_of_the_explicit_one():
     both = ["cnn", "reference"]
     assert planned() == [
-        ("digits_standard-1", "none", []),
         ("digits_cnn_pgd_at-1", "none", []),
         ("digits_pgd_at_random-1", "none", ["cnn"]),
         *(("digits_pgd_at_random-1", name, both) for name in DEFENCES),
     ]
+    assert planned(trainings=["digits_standard"]) == [("digits_standard-1", "none", [])]
     assert planned(controls=2)[-len(CONTROLS) :] == [("digits_pgd_at_random-1", name, both) for name in CONTROLS]
 
 
