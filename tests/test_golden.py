@@ -199,6 +199,31 @@ def test_spectral_radius(case):
     case.state_close("power/evector_50", v, floor="power/evector_50_sub")
 
 
+def stepped(case, key, x_adv, gradient, step):
+    """The images after a step along the sign of `gradient`, compared with the golden ones where those are recorded.
+
+    Rounding can carry a pixel across the sign's jump, and every later gradient is then that of another image: in
+    float32 a comparison leaves out the pixels whose gradient is within rounding of 0, and goes on from the golden
+    images. Those are of steps 1, 2 and 10, so that float32 can be followed for two steps.
+    """
+    x_adv = Linf(EPSILON).project(x_adv + STEP_SIZE * jnp.sign(gradient), case.x)
+    expected = case.attacked(key, step)
+    if expected is None:
+        return x_adv
+    if case.dtype == "float32":
+        size = jnp.abs(gradient)
+        settled = size > 1e-3 * jnp.mean(size, axis=(1, 2, 3), keepdims=True)
+        assert jnp.mean(settled) > 0.99
+        x_adv = jnp.where(settled, x_adv, expected)
+    # The rounding of images in which no pixel has crossed.
+    case.close(f"{key}_{step}", x_adv, expected, floor="pgd/Funroll-3-5/x_adv")
+    return expected if case.dtype == "float32" else x_adv
+
+
+def steps_to_follow(case):
+    return range(1, 11 if case.dtype == "float64" else 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, estimator, readout",
@@ -208,23 +233,24 @@ def test_spectral_radius(case):
     ],
 )
 def test_pgd_trajectory(case, name, estimator, readout):
-    """The images after steps 1, 2 and 10; the start is not clipped to [0, 1], as in the reference."""
-    key, trajectory = f"pgd/{name}", []
+    """The start is not clipped to [0, 1], as in the reference."""
+    key = f"pgd/{name}"
     x_adv = case.x + case.image(case.golden["pgd/noise"])
-    for step in range(10):
+    for step in steps_to_follow(case):
         gradient, (loss, _) = case.gradient(estimator)(x_adv, readout(case.solve(x_adv)))
-        if step == 0:
+        if step == 1:
             case.close(f"{key}/loss_start", loss)
             case.image_close(f"{key}/grad_start", gradient)
-        x_adv = jnp.clip(x_adv + STEP_SIZE * jnp.sign(gradient), case.x - EPSILON, case.x + EPSILON).clip(0, 1)
-        trajectory.append(np.asarray(x_adv))
-    case.image_close(f"{key}/x_adv", np.stack(trajectory)[[0, 1, 9]])
+        x_adv = stepped(case, f"{key}/x_adv", x_adv, gradient, step)
+    x_adv = case.attacked(f"{key}/x_adv", 10)
     _, (_, logits) = case.gradient(Phantom(9, 0.5))(x_adv, case.solve(x_adv).z)
     case.close(f"{key}/final_logits", logits)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["float64"], indirect=True)
 def test_attack_of_pgd_at(case):
+    """In float64, as no image but the last is recorded; see `stepped`."""
     noise = case.image(case.golden["pgd/noise"])
     attack = PGD(EPSILON, STEP_SIZE, 10, start=lambda keys, x, epsilon: x + noise, best_of=False)
     oracle = classifier_oracle(case.classifier, case.variables)
@@ -234,16 +260,13 @@ def test_attack_of_pgd_at(case):
 
 @pytest.mark.slow
 def test_attack_of_trades(case):
-    """Step by step, as the reference does not clip the start to [0, 1]."""
+    """The start is not clipped to [0, 1], as in the reference."""
     oracle = classifier_oracle(case.classifier, case.variables)
     gradient = compiled(partial(oracle.grad, kl))
     reference = case.gradient(Phantom(5, 0.5))(case.x, case.solution.z)[1][1]  # the clean logits
     x_adv = case.x + 0.001 * case.image(case.golden["trades_adv/noise"])
-    for step in range(1, 11):
-        sign = jnp.sign(gradient(x_adv, reference, None)[2])
-        x_adv = Linf(EPSILON).project(x_adv + STEP_SIZE * sign, case.x)
-        if step in (1, 2, 10):
-            case.image_close(f"trades_adv/x_adv_{step}", x_adv)
+    for step in steps_to_follow(case):
+        x_adv = stepped(case, "trades_adv/x_adv", x_adv, gradient(x_adv, reference, None)[2], step)
 
 
 def train_close(case, key, gradient, params):

@@ -19,6 +19,7 @@ from deq_jax.torch_names import from_torch
 GOLDEN = Path(__file__).parent
 BRANCHES = ((8, 32, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4))  # C, H, W
 SOLVER = Broyden(8, batch_joint=True)
+ATTACKED = (1, 2, 10)  # the steps of a trajectory stored as one array
 
 # A third less compile time on the CPU.
 compiled = partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
@@ -86,6 +87,14 @@ class Case:
 
     def image_close(self, key, x, expected=None):
         self.close(key, np.moveaxis(np.asarray(x), -1, -3), expected)
+
+    def attacked(self, key, step):
+        """The recorded images of an attack after this step, or None."""
+        if f"{key}_{step}" in self.golden:
+            return self.image(self.golden[f"{key}_{step}"])
+        if key not in self.golden or step not in ATTACKED:
+            return None
+        return self.image(self.golden[key][ATTACKED.index(step)])
 
     @cached_property
     def encode(self):
