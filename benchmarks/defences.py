@@ -1,4 +1,4 @@
-"""What random states, entropy reduction, the early and the ensemble state are worth on digits, honestly attacked.
+"""What random states, entropy reduction, and the early, last and ensemble state are worth on digits, honestly attacked.
 
     python -m benchmarks.defences --seeds 3 --out runs/defences
 
@@ -55,6 +55,7 @@ def white_box(readout: str) -> Choose:
 DEFENCES: dict[str, Choose] = {
     "entropy": eval_entropy_reduced.get_config,
     "early": white_box("early"),
+    "last": white_box("last"),
     "ensemble": white_box("ensemble"),
 }
 CONTROLS: dict[str, Choose] = {

@@ -9,8 +9,10 @@ that is the papers' protocol, row "reference". What the defence is worth is the 
 below: through the defence, around it, and without gradients.
 """
 
+from dataclasses import replace
+
 from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage
-from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted
+from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted, targeted_dlr
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.entropy import EntropyReduced
@@ -35,7 +37,8 @@ def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
         ("apgd", many, Direct()),
         ("apgd.bpda-identity", many, BPDAIdentity()),
         ("apgd.bpda-head", many, BPDAHead()),
-        ("apgd.end-to-end", few, EndToEnd()),
+        ("apgd.end-to-end", many, EndToEnd()),
+        ("apgd-t.end-to-end", Targeted(replace(few, loss=targeted_dlr)), EndToEnd()),
         ("apgd.path", few, PathAverage(BPDAHead())),
         ("low-entropy", Targeted(confident, classes=3), BPDAIdentity()),
         ("apgd.base", many, OnBase(Direct())),

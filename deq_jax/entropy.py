@@ -20,6 +20,7 @@ from jax import lax
 
 from deq_jax.classifiers import Equilibrium
 from deq_jax.losses import entropy
+from deq_jax.readouts import LastState
 from deq_jax.solvers import Broyden, advance, flat_cell, repeat
 from deq_jax.types import Array, Keys, Prediction, PyTree, Readout, Solution, Solver, Variables, require
 
@@ -170,14 +171,6 @@ class _RestartedBroyden(Broyden):
         new_u = jnp.where(sound, (dz - product(memory.u, memory.v, dg)) / jnp.where(sound, denominator, 1), 0)
         left, right = (pairs.at[memory.taken].set(new) for pairs, new in ((memory.u, new_u), (memory.v, v)))
         return _PairMemory(z, fz, -product(left, right, g), left, right, memory.taken + 1)
-
-
-@dataclass(frozen=True)
-class LastState:
-    """The state after the last step, whatever its residual."""
-
-    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
-        return jax.tree.map(lambda states: states[-1], solution.states)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from deq_jax.cli import add_process_options, add_set_option, command_line, conso
 from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
 from deq_jax.data import to_unit
 from deq_jax.processes import agreed, is_primary
-from deq_jax.readouts import EnsembleState
+from deq_jax.readouts import EnsembleState, LastState
 from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
 from deq_jax.surrogates import deployed
 from deq_jax.training import load_run
@@ -50,7 +50,8 @@ examples:
     --transfer reference=runs/a/evaluation/test-eval_white_box
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
-READOUTS = ("trained", "early", "ensemble")
+READOUTS = ("trained", "early", "last", "ensemble")
+RAW = {"last": LastState(), "ensemble": EnsembleState()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,9 +192,9 @@ def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalC
         epsilon = threat_of(train).epsilon
         early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10))
         return dataclasses.replace(config, predictor=early, defence="early state")
-    if readout == "ensemble":
-        ensemble = deployed(train.classifier, EnsembleState())
-        return dataclasses.replace(config, predictor=ensemble, defence="ensemble state")
+    if readout in RAW:
+        predictor = deployed(train.classifier, RAW[readout])
+        return dataclasses.replace(config, predictor=predictor, defence=f"{readout} state")
     return config
 
 

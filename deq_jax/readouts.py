@@ -37,6 +37,14 @@ class IntermediateState:
 
 
 @dataclass(frozen=True)
+class LastState:
+    """The state z_T after the last step, whatever its residual."""
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        return jax.tree.map(lambda states: states[-1], solution.states)
+
+
+@dataclass(frozen=True)
 class RandomIntermediateState:
     """The state after t ~ U{first..T} solver steps; the equilibrium where no keys are given (deployment).
 

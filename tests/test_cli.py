@@ -416,6 +416,13 @@ def test_an_evaluation_config_is_run_resumed_and_never_mixed(folder, tmp_path, c
     assert "more than Linf(epsilon=0.1)" in refusal(evaluate.main, line, tmp_path, capfd)
 
 
+def test_the_last_state_is_deployed(folder, tmp_path):
+    report = evaluate_tiny(folder, tmp_path / "out", "--readout", "last", "--attack", "none")
+    assert report["defence"] == "last state"
+    assert report["evaluation"]["predictor"]["dynamics"]["readout"]["class"] == "deq_jax.readouts.LastState"
+    assert report["rows"]["deployed"]["clean"]["entropy"] == report["rows"]["z_2"]["clean"]["entropy"]
+
+
 def test_an_early_state_is_chosen_on_held_out_images(folder, tmp_path):
     report = evaluate_tiny(
         folder, tmp_path / "out", "--readout", "early", "--batch-size", "16", "--config", f"{folder}/eval.py"

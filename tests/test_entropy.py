@@ -13,7 +13,6 @@ import pytest
 from deq_jax.entropy import (
     EntropyGradient,
     EntropyReduced,
-    LastState,
     RandomDirection,
     ReferenceCarry,
     reduce_entropy,
@@ -24,7 +23,7 @@ from deq_jax.gradients import Phantom
 from deq_jax.losses import entropy
 from deq_jax.models.small import SmallCNN
 from deq_jax.parallel import replicate_and_split
-from deq_jax.readouts import EnsembleState, IntermediateState
+from deq_jax.readouts import EnsembleState, IntermediateState, LastState
 from deq_jax.solvers import Anderson, Broyden, FixedPoint
 from deq_jax.types import InputError, Keys
 from tests import tiny

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from deq_jax.gradients import AtState, Implicit, Neumann, Phantom, PhantomUpTo, Unrolled, deq, simultaneous_adjoint
-from deq_jax.readouts import EnsembleState, FinalState, IntermediateState, RandomIntermediateState
+from deq_jax.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
 from deq_jax.solvers import Anderson, Broyden, FixedPoint, solve
 from deq_jax.types import InputError, Keys
 
@@ -206,10 +206,11 @@ class TestReadouts:
         params, u = problem(np.float32)
         return solve(Broyden(6), cell, params, jnp.zeros_like(u), u)
 
-    def test_final_intermediate_and_ensemble(self):
+    def test_final_intermediate_last_and_ensemble(self):
         solution = self.solution()
         np.testing.assert_array_equal(FinalState()(solution), solution.z)
         np.testing.assert_array_equal(IntermediateState(4)(solution), solution.states[3])
+        np.testing.assert_array_equal(LastState()(solution), solution.states[5])
         np.testing.assert_allclose(EnsembleState()(solution), np.mean(solution.states, axis=0), rtol=1e-5, atol=1e-6)
 
     def test_intermediate_state_is_within_the_trajectory(self):
