@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.oracle import oracle_of
-from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy, straight_through
-from deq_jax.gradients import Phantom
+from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy
+from deq_jax.gradients import Phantom, straight_through
 from deq_jax.losses import cross_entropy, entropy
 from deq_jax.solvers import differentiable
 from deq_jax.types import Array, Gradient, Keys, Loss, Oracle, PyTree, Variables, require

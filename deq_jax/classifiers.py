@@ -120,7 +120,8 @@ class Equilibrium:
         )
         logits, decoder_stats = _apply(self.decoder, _part(variables, "decoder"), train, z, train, axis_name)
         batch_stats = variables["batch_stats"] | {"encoder": encoder_stats, "decoder": decoder_stats}
-        prediction = Prediction(logits, batch_stats, solution)
+        evaluations = solution.evaluations + dynamics.gradient.applications
+        prediction = Prediction(logits, batch_stats, solution._replace(evaluations=evaluations))
         if jacobian is None:
             return prediction
         if keys is None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.classifiers import Equilibrium
+from deq_jax.gradients import straight_through
 from deq_jax.losses import entropy
 from deq_jax.readouts import LastState
 from deq_jax.solvers import Broyden, advance, flat_cell, repeat
@@ -30,6 +31,10 @@ class Direction(Protocol):
 
     The direction's entries lie in [-1, 1]; `entropies` maps images to the entropy of each one's prediction.
     """
+
+    @property
+    def applications(self) -> int:
+        """Of the cell, in an update; a vector-Jacobian product counts as one."""
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]: ...
 
@@ -57,6 +62,11 @@ class EntropyGradient:
     def __post_init__(self):
         require(self.ascent in (-1, 1), f"EntropyGradient: ascent must be -1 or 1, got {self.ascent!r}")
 
+    @property
+    def applications(self) -> int:
+        """See `Direction.applications`."""
+        return 2
+
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
         def total(x):
             values = entropies(x)
@@ -69,6 +79,11 @@ class EntropyGradient:
 @dataclass(frozen=True)
 class RandomDirection:
     """A control: each pixel up or down by chance, drawn for each image by its number. The classifier needs keys."""
+
+    @property
+    def applications(self) -> int:
+        """See `Direction.applications`."""
+        return 1
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
         require(
@@ -276,7 +291,7 @@ class Purified(NamedTuple):
       entropies: ``[blocks, R + 1, B]`` in nats: of softmax(decoder(f(z; x))) before each update and after the last.
       solution: states, leaves ``[T, B, ...]``, and residuals ``[T, B]`` of the regulated dynamics. A residual is
         that of the input of its block. `evaluations` counts applications of the cell, those in updates included,
-        and no backward passes.
+        where a vector-Jacobian product counts as one, too.
     """
 
     x: Array
@@ -320,7 +335,8 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     carry = x, u, solver.init(f, z0, u)
     (x_hat, _, memory), (inputs, values, *trace) = lax.scan(block, carry, jnp.arange(defence.blocks))
     states, residuals, active = (part.reshape(solver.steps, *part.shape[2:]) for part in trace)
-    evaluations = 1 + jnp.sum(active, axis=0, dtype=jnp.int32) + defence.blocks * (defence.steps + 1)
+    purification = defence.steps * defence.direction.applications + 1
+    evaluations = 1 + jnp.sum(active, axis=0, dtype=jnp.int32) + defence.blocks * purification
     lowest = unravel(ReferenceCarry().choose(states, residuals))
     solution = Solution(lowest, jax.vmap(unravel)(states), residuals, evaluations, memory)
     return Purified(x_hat, inputs, values, solution)
@@ -347,20 +363,3 @@ def _purify(defence: EntropyReduced, entropies: Callable, x: Array, x_hat: Array
         return defence.project(x_hat + defence.step_size * direction, x), values
 
     return lax.scan(update, x_hat, jnp.arange(defence.steps))
-
-
-@jax.custom_vjp
-def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
-    """The value, whose cotangent goes to the proxy instead. Where nothing is differentiated the proxy costs nothing."""
-    return value
-
-
-def _forward(value, proxy):
-    return value, None
-
-
-def _backward(_, cotangent):
-    return None, cotangent
-
-
-straight_through.defvjp(_forward, _backward)

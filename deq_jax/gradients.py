@@ -76,6 +76,11 @@ class Phantom:
         require(self.steps >= 0, f"Phantom: steps must be >= 0, got {self.steps!r}")
         require(0 < self.damping <= 1, f"Phantom: damping must be in (0, 1], got {self.damping!r}")
 
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return self.steps + 1
+
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         def step(z, damping):
             return _damped_step(cell, params, u, z, damping), None
@@ -99,6 +104,11 @@ class PhantomUpTo:
     steps: int | Array
     damping: float | Array
 
+    @property
+    def applications(self) -> int | Array:
+        """See `types.Gradient`."""
+        return self.steps + 1
+
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         def step(z, scheduled):
             number, damping = scheduled
@@ -112,7 +122,7 @@ class PhantomUpTo:
 
 @dataclass(frozen=True)
 class AtState:
-    """The raw state itself, which carries the gradient that another estimator has at it (straight-through).
+    """The raw state itself, which carries the gradient that another estimator has at it (`straight_through`).
 
     For predictors that classify a state without a further application of the cell.
 
@@ -122,9 +132,13 @@ class AtState:
 
     gradient: Gradient
 
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return 0
+
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        estimate = self.gradient(cell, params, u, z)
-        return jax.tree.map(lambda state, e: state + (e - lax.stop_gradient(e)), z, estimate)
+        return straight_through(z, self.gradient(cell, params, u, z))
 
 
 @dataclass(frozen=True)
@@ -139,6 +153,11 @@ class Unrolled:
 
     def __post_init__(self):
         require(self.steps >= 1, f"Unrolled: steps must be >= 1, got {self.steps!r}")
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return self.steps
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         return Phantom(self.steps - 1, damping=1.0)(cell, params, u, z)
@@ -156,6 +175,11 @@ class Implicit:
     """
 
     solver: Solver = Broyden(7)
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return 1
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         return _apply_with_adjoint(cell, self, params, u, z)
@@ -187,6 +211,11 @@ class Neumann:
     def __post_init__(self):
         require(self.terms >= 0, f"Neumann: terms must be >= 0, got {self.terms!r}")
         require(0 < self.damping <= 1, f"Neumann: damping must be in (0, 1], got {self.damping!r}")
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return 1
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         return _apply_with_adjoint(cell, self, params, u, z)
@@ -235,6 +264,15 @@ def simultaneous_adjoint(
     carry = solver.init(f, start, u), jnp.zeros_like(start)
     _, (states, adjoints) = lax.scan(step, carry, length=solver.steps)
     return jax.vmap(unravel)(states), jax.vmap(unravel)(adjoints)
+
+
+@jax.custom_vjp
+def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
+    """The value, whose cotangent goes to the proxy instead. Where nothing is differentiated the proxy costs nothing."""
+    return value
+
+
+straight_through.defvjp(lambda value, proxy: (value, None), lambda _, cotangent: (None, cotangent))
 
 
 class _Adjoint(Protocol):

@@ -42,8 +42,8 @@ class Cost(NamedTuple):
     """What a prediction costs.
 
     Attributes:
-      evaluations: [n], applications of the cell to each of the first images, those of the gradient estimator's steps
-        excepted; NaN for an explicit network.
+      evaluations: [n], applications of the cell to each of the first images, where a vector-Jacobian product counts as
+        one; NaN for an explicit network.
       seconds: [repeats], of each image of a batch, on one device, compilation excluded.
     """
 

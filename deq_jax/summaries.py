@@ -238,7 +238,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
                 cell for name in ("evaluations", "seconds") for cell in _costs(group, undefended(group, groups), name)
             ]
             sections.setdefault(section_of(group), []).append((*heads, *cells))
-    counted = "cell evaluations: applications to the image, without backward passes and without phantom steps"
+    counted = "cell evaluations: applications to the image; a vector-Jacobian product counts as one"
     caption = f"Cost of a warm prediction, compilation excluded, mean ± standard error over the seeds; {counted}"
     return Table("cost", caption, "setting", columns, sections)
 

@@ -119,7 +119,14 @@ class Solver(Protocol):
 
 
 class Gradient(Protocol):
-    """``(cell, params, u, z) -> state``: the solved state, or a few steps on, carrying gradients."""
+    """``(cell, params, u, z) -> state``: the solved state, or a few steps on, carrying gradients.
+
+    Attributes:
+      applications: of the cell, to give the state.
+    """
+
+    @property
+    def applications(self) -> int | Array: ...
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree: ...
 

@@ -131,9 +131,9 @@ def test_cost_counts_applications_of_the_cell(defended, undefended):
     np.testing.assert_array_equal(defended.cost.evaluations, expected[:8])
     report = report_of(defended)
     assert report["defence"] == "entropy reduction"
-    assert report["cost"]["evaluations"] == 1 + 4 + 2 * (3 + 1)  # two blocks, three updates and one correction each
+    assert report["cost"]["evaluations"] == 1 + 4 + 2 * (3 * 2 + 1)  # two blocks, three updates and one correction each
     assert report["cost"]["seconds"] > 0
-    assert report_of(undefended[0])["cost"]["evaluations"] == 1 + 4
+    assert report_of(undefended[0])["cost"]["evaluations"] == 1 + 4 + 3  # and the estimator's
 
 
 def test_attacks_on_the_base_are_transfers(defended):

@@ -17,9 +17,8 @@ from deq_jax.entropy import (
     ReferenceCarry,
     reduce_entropy,
     sign,
-    straight_through,
 )
-from deq_jax.gradients import Phantom
+from deq_jax.gradients import Phantom, straight_through
 from deq_jax.losses import entropy
 from deq_jax.models.small import SmallCNN
 from deq_jax.parallel import replicate_and_split
