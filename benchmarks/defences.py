@@ -8,18 +8,21 @@ share the work: one with `--trainings digits_standard digits_pgd_at digits_pgd_a
 whole command then makes the report of all.
 
 To save time FAB is left out, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and
-damping 0.5 only, the longest PGD has 200 steps, and Square has --queries; `python -m deq_jax.evaluate` runs the
-configs as they are.
+damping 0.5 only, the longest PGD has 200 steps, and Square has --queries. The plain adversarial trainings of the first
+--extras seeds also meet the configs as they are, where Square has 5,000 queries, and other radii, undefended and
+with entropy reduction; and its controls.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 
@@ -35,16 +38,32 @@ from configs import (
 from deq_jax import report, train
 from deq_jax.attacks import FAB, Linf, Square, Targeted
 from deq_jax.cli import command_line, console
-from deq_jax.config import TrainConfig
+from deq_jax.config import TrainConfig, set_fields
 from deq_jax.evaluate import evaluate, with_deployed
 from deq_jax.surrogates import Intermediate
-from deq_jax.trials import EvalConfig, Trial, diagnostics, with_transfers
+from deq_jax.trials import EvalConfig, Trial, diagnostics, threat_of, with_transfers
 
 DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
 OBSERVED = ("digits_standard",)  # as trained only
 TRAININGS = (*OBSERVED, *DEQS)
+RADII = (0.5, 1.5, 2.0)  # times that of the training
 Choose = Callable[[TrainConfig], EvalConfig]
+Adapt = Callable[[Choose], Choose]
+
+
+class Planned(NamedTuple):
+    """An evaluation: of which training, its name, what it consists of, and whose images are transferred, by suite."""
+
+    workdir: Path
+    name: str
+    choose: Choose
+    suites: Mapping[str, Path] = MappingProxyType({})
+
+    @property
+    def folder(self) -> Path:
+        """Of its results."""
+        return self.workdir / "evaluation" / self.name
 
 
 def white_box(readout: str) -> Choose:
@@ -72,7 +91,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1; default: 3")
     parser.add_argument("--images", type=int, default=120, metavar="N", help="the first N test images; default: 120")
     parser.add_argument("--queries", type=int, default=1000, metavar="N", help="of Square; default: 1000")
-    parser.add_argument("--controls", type=int, default=1, metavar="N", help="seeds with controls; default: 1")
+    extras = "seeds with whole attacks, other radii and controls; default: 1"
+    parser.add_argument("--extras", type=int, default=1, metavar="N", help=extras)
     parser.add_argument(
         "--trainings",
         nargs="+",
@@ -84,50 +104,87 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/defences"), metavar="DIR", help="default: runs/defences")
     options = parser.parse_args()
     with command_line():
-        lighter = partial(lightened, images=options.images, queries=options.queries)
         evaluated: list[Path] = []
         for seed in range(options.seeds):
             cnns = {CNNS[name.removesuffix("_random")] for name in options.trainings if name in DEQS}
             for name in (*sorted(cnns), *options.trainings):
                 where = ["--config", f"configs/{name}.py", "--workdir", str(options.out / f"{name}-{seed}")]
                 train.main([*where, "--set", f"seed={seed}"])
-            for workdir, name, choose, suites in plan(options, seed):
-                run(workdir, name, lambda config, choose=choose: lighter(choose(config)), suites)  # type: ignore[misc]
-                evaluated.append(workdir)
+            for planned in plan(options, seed):
+                run(planned)
+                evaluated.append(planned.workdir)
         report.main([*map(str, sorted(set(evaluated))), "--out", str(options.out / "report")])
 
 
-def plan(options: argparse.Namespace, seed: int) -> Iterator[tuple[Path, str, Choose, dict[str, Path]]]:
-    """The evaluations of one seed: workdir, name, what it is, and whose images are transferred, by suite."""
-    out, controls = options.out, seed < options.controls
+def plan(options: argparse.Namespace, seed: int) -> Iterator[Planned]:
+    """The evaluations of one seed, each after those whose images it is shown."""
+
+    def whole(choose: Choose) -> Choose:
+        return lambda train: first(options.images, choose(train))
+
+    def light(choose: Choose) -> Choose:
+        return lambda train: lightened(whole(choose)(train), options.queries)
+
+    def light_at(factor: float) -> Adapt:
+        return lambda choose: at(factor, light(choose))
+
     for name in options.trainings:
-        workdir = out / f"{name}-{seed}"
+        workdir = options.out / f"{name}-{seed}"
         if name in OBSERVED:
-            yield workdir, "none", eval_white_box.get_config, {}
+            yield Planned(workdir, "none", light(eval_white_box.get_config))
             continue
-        cnn = out / f"{CNNS[name.removesuffix('_random')]}-{seed}"
-        yield cnn, "none", eval_auto_attack.get_config, {}
-        baseline = {"cnn": cnn / "evaluation" / "none"}
-        yield workdir, "none", eval_white_box.get_config, baseline
-        for defence, choose in (DEFENCES | (CONTROLS if controls else {})).items():
-            yield workdir, defence, choose, baseline | {"reference": workdir / "evaluation" / "none"}
+        family = partial(with_defences, options.out / f"{CNNS[name.removesuffix('_random')]}-{seed}", workdir)
+        yield from family(DEFENCES, light)
+        if seed < options.extras and name in CNNS:
+            entropy = {"entropy": DEFENCES["entropy"]}
+            yield from family(entropy, whole, "-whole")
+            for factor in RADII:
+                yield from family(entropy, light_at(factor), f"-radius-x{factor:g}")
+            yield from family(CONTROLS, light)
 
 
-def run(workdir: Path, name: str, choose: Choose, suites: dict[str, Path]) -> None:
+def with_defences(
+    cnn: Path, workdir: Path, defences: dict[str, Choose], adapt: Adapt, suffix: str = ""
+) -> Iterator[Planned]:
+    """The explicit network, then the DEQ as trained and with each defence, under the images of those before."""
+    yield Planned(cnn, f"none{suffix}", adapt(eval_auto_attack.get_config))
+    suites = {"cnn": cnn / "evaluation" / f"none{suffix}"}
+    yield Planned(workdir, f"none{suffix}", adapt(eval_white_box.get_config), suites)
+    suites = suites | {"reference": workdir / "evaluation" / f"none{suffix}"}
+    for name, choose in defences.items():
+        yield Planned(workdir, f"{name}{suffix}", adapt(choose), suites)
+
+
+def run(planned: Planned) -> None:
     """One evaluation; what is on disk of it is not computed again."""
+    workdir, name, choose, suites = planned
     console.print(f"{workdir.name}: {name}")
-    out = workdir / "evaluation" / name
-    found = evaluate(workdir, lambda config: with_transfers(choose(config), suites.items()), out)
+    found = evaluate(workdir, lambda config: with_transfers(choose(config), suites.items()), planned.folder)
     console.print(f"  robust accuracy {100 * found['robust_accuracy']:.1f} %")
     jax.clear_caches()
     gc.collect()
 
 
-def lightened(config: EvalConfig, images: int, queries: int) -> EvalConfig:
-    """The evaluation on the first images, in one batch, with its costliest attacks cut short or left out."""
+def at(factor: float, choose: Choose) -> Choose:
+    """The evaluation at a multiple of the radius."""
+
+    def chosen(train: TrainConfig) -> EvalConfig:
+        epsilon = factor * threat_of(train).epsilon
+        return choose(set_fields(train, [f"validation_attack.epsilon={epsilon}"]))
+
+    return chosen
+
+
+def first(images: int, config: EvalConfig) -> EvalConfig:
+    """The evaluation on the first images, all of which every trial attacks, in one batch."""
+    return replace(config, max_images=images, batch_size=images, skip_broken=False)
+
+
+def lightened(config: EvalConfig, queries: int) -> EvalConfig:
+    """The evaluation with its costliest attacks cut short or left out."""
     trials = tuple(lighter for trial in config.trials for lighter in _lighter(trial, queries))
     extra = config.diagnostics and diagnostics(Linf(config.threat.epsilon), steps=200)
-    return replace(config, trials=trials, diagnostics=extra, max_images=images, batch_size=images, skip_broken=False)
+    return replace(config, trials=trials, diagnostics=extra)
 
 
 def _lighter(trial: Trial, queries: int) -> Iterator[Trial]:
