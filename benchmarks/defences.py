@@ -47,7 +47,7 @@ DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
 OBSERVED = ("digits_standard",)  # as trained only
 TRAININGS = (*OBSERVED, *DEQS)
-RADII = (0.5, 1.5, 2.0)  # times that of the training
+RADII = (0.5, 2.0)  # times that of the training
 Choose = Callable[[TrainConfig], EvalConfig]
 Adapt = Callable[[Choose], Choose]
 
