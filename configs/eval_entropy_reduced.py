@@ -6,12 +6,13 @@
 
 The first evaluation attacks the undefended predictor. The second one judges its final images on the defended one:
 that is the papers' protocol, row "reference". What the defence is worth is the row "union", which adds the attacks
-below: through the defence, around it, and without gradients.
+below: through the defence, around it, without gradients, and from the worst image of all of these.
 """
 
 from dataclasses import replace
 
-from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage
+from configs.eval_white_box import from_worst
+from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage
 from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted, targeted_dlr
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
@@ -32,13 +33,16 @@ def defence(train: TrainConfig) -> EntropyReduced:
 def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
     """The adaptive attacks on a defended DEQ of this many states."""
     many, few = APGD(threat, steps=50), APGD(threat, steps=20)
+    targeted = Targeted(replace(few, loss=targeted_dlr))
     confident = PGD(threat.epsilon, max(threat.epsilon / 4, 1e-6), steps=20, loss=LowEntropy())
     attempts: list[tuple[str, Attack, Surrogate]] = [
         ("apgd", many, Direct()),
         ("apgd.bpda-identity", many, BPDAIdentity()),
         ("apgd.bpda-head", many, BPDAHead()),
+        ("apgd.bpda-solver", many, BPDASolver()),
+        ("apgd-t.bpda-solver", targeted, BPDASolver()),
         ("apgd.end-to-end", many, EndToEnd()),
-        ("apgd-t.end-to-end", Targeted(replace(few, loss=targeted_dlr)), EndToEnd()),
+        ("apgd-t.end-to-end", targeted, EndToEnd()),
         ("apgd.path", few, PathAverage(BPDAHead())),
         ("low-entropy", Targeted(confident, classes=3), BPDAIdentity()),
         ("apgd.base", many, OnBase(Direct())),
@@ -47,7 +51,14 @@ def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
         ("spsa", SPSA(threat, steps=10, samples=16), Direct()),
         ("square", Square(threat, 5000), Direct()),
     ]
-    return tuple(Trial(name, attack, surrogate, suite="adaptive") for name, attack, surrogate in attempts)
+    sources = {"direct": Direct(), "bpda-head": BPDAHead(), "bpda-solver": BPDASolver(), "end-to-end": EndToEnd()}
+    return (
+        *(Trial(name, attack, surrogate, suite="adaptive") for name, attack, surrogate in attempts),
+        *(
+            Trial(f"pgd-50.from-worst.{name}", from_worst(threat), surrogate, from_worst=True)
+            for name, surrogate in sources.items()
+        ),
+    )
 
 
 def get_config(train: TrainConfig) -> EvalConfig:

@@ -20,7 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.oracle import oracle_of
-from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy
+from deq_jax.entropy import (
+    Direction,
+    EntropyGradient,
+    EntropyReduced,
+    Purified,
+    RandomDirection,
+    reduce_entropy,
+)
 from deq_jax.gradients import Phantom, straight_through
 from deq_jax.losses import cross_entropy, entropy
 from deq_jax.solvers import differentiable
@@ -96,6 +103,20 @@ class BPDAHead:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class BPDASolver:
+    """Forward the defence, backward through the solver's own steps, with every update of the input held constant.
+
+    It is to the defended classifier what `surrogates.ThroughSolver` is to the undefended one; without updates the two
+    have the same gradient.
+    """
+
+    def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
+        defence = _with_differentiable_solver(defended(classifier))
+        return _regulated(replace(defence, direction=_Constant(defence.direction)), variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class EndToEnd:
     """Differentiates the whole defence: every solver step and every update of the input, each computed again.
 
@@ -114,13 +135,7 @@ class EndToEnd:
         require(self.temperature > 0, f"EndToEnd: temperature must be > 0, got {self.temperature!r}")
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        defence = self.differentiable(classifier)
-
-        def logits(x: Array, keys: Keys) -> Array:
-            found = reduce_entropy(defence, variables, x, keys)
-            return defence.decode(variables, defence.readout(found.solution, keys))
-
-        return oracle_of(logits)
+        return _regulated(self.differentiable(classifier), variables)
 
     def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array:
         """Logits [T, B, K] of the regulated states."""
@@ -133,15 +148,13 @@ class EndToEnd:
         Raises:
           InputError: its direction has no smooth form.
         """
-        defence = defended(classifier)
-        base = defence.base
-        dynamics = replace(base.dynamics, solver=differentiable(defence.solver))
+        defence = _with_differentiable_solver(defended(classifier))
         direction = defence.direction
         known = isinstance(direction, EntropyGradient | RandomDirection)
         require(known, f"EndToEnd: expected EntropyGradient or RandomDirection, got {direction!r}")
         if isinstance(direction, EntropyGradient):
             direction = replace(direction, steepest=SmoothSign(self.temperature, self.smooth))
-        return replace(defence, base=replace(base, dynamics=dynamics), direction=direction)
+        return replace(defence, direction=direction)
 
 
 @dataclass(frozen=True)
@@ -237,6 +250,36 @@ class LowEntropy:
         else:
             wrong = target[:, 1]
         return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A direction of an update that is held constant."""
+
+    direction: Direction
+
+    @property
+    def applications(self) -> int:
+        return self.direction.applications
+
+    def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
+        return lax.stop_gradient(self.direction(entropies, x, keys))
+
+
+def _with_differentiable_solver(defence: EntropyReduced) -> EntropyReduced:
+    """The same defence, whose solver's steps can be differentiated."""
+    dynamics = replace(defence.base.dynamics, solver=differentiable(defence.solver))
+    return replace(defence, base=replace(defence.base, dynamics=dynamics))
+
+
+def _regulated(defence: EntropyReduced, variables: Variables) -> Oracle:
+    """The defence's logits, differentiated as they are computed."""
+
+    def logits(x: Array, keys: Keys) -> Array:
+        found = reduce_entropy(defence, variables, x, keys)
+        return defence.decode(variables, defence.readout(found.solution, keys))
+
+    return oracle_of(logits)
 
 
 def _purified(defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Purified:

@@ -267,7 +267,8 @@ def _dynamics_lines(dynamics: dict) -> dict[str, str]:
 
 def _trial_text(trial: dict) -> str:
     suite = f" [{trial['suite']}]" if trial["suite"] else ""
-    return f"{trial['name']}{suite}: {brief(trial['attack'])}, gradients: {brief(trial['surrogate'])}"
+    start = ", from the worst image so far" if trial["from_worst"] else ""
+    return f"{trial['name']}{suite}: {brief(trial['attack'])}{start}, gradients: {brief(trial['surrogate'])}"
 
 
 def brief(tree: Any) -> str:

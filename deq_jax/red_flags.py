@@ -68,11 +68,11 @@ def red_flags(result: WorstCase) -> list[Flag]:
 
 
 def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool]) -> Flag:
-    """Whether attacks that know less about the model broke images that no white-box attack did."""
+    """Whether attacks that know less about the model broke images that no white-box attack did by itself."""
     trials = [*result.config.trials, *result.config.extra_trials]
     counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
     suspects = [counted[trial.name] for trial in trials if is_suspect(trial)]
-    others = [counted[t.name] for t in trials if not _is_black_box(t) and not _is_transferred(t)]
+    others = [counted[t.name] for t in trials if not (_is_black_box(t) or _is_transferred(t) or t.from_worst)]
     return only_by(name, suspects, others)
 
 

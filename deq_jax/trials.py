@@ -133,14 +133,19 @@ class Trial:
       attack: called with labels as its target; or images to be transferred.
       surrogate: gives the gradients. Trials of one attack whose surrogates differ in numbers only are compiled once.
       suite: name of a further row, for the worst case over all trials that share it; None for none.
+      from_worst: start from the worst image that the trials before have found, rather than where the attack itself
+        would; for `PGD`. It breaks what they broke, and so says nothing of its own gradients.
     """
 
     name: str
     attack: Attack | Transfer
     surrogate: Surrogate = field(default_factory=Direct)
     suite: str | None = None
+    from_worst: bool = False
 
     def __post_init__(self):
+        can_start = isinstance(self.attack, PGD) or not self.from_worst
+        require(can_start, f"Trial: from_worst is for PGD, got {self.attack!r}")
         valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
         rule = f"letters, digits and . _ + -, and not one of {', '.join(RESERVED)}"
         require(bool(valid), f"Trial: a name consists of {rule}, got {self.name!r}")
@@ -264,7 +269,7 @@ def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> Ev
     """The evaluation that also judges the final images of all trials of other evaluations, as suites.
 
     Images beyond the radius and trials that found nothing left to attack are excepted. Every trial then attacks every
-    image, so that the suites count what they break themselves.
+    image, so that the suites count what they break themselves. Trials that start from the worst image come last.
 
     Args:
       config: of the evaluation.
@@ -275,8 +280,9 @@ def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> Ev
       InputError: there is no finished evaluation, or it is of another threat model.
     """
     transfers = [trial for suite, folder in suites for trial in _transferred(suite, folder, config.threat)]
+    first, last = ([t for t in config.trials if t.from_worst == whether] for whether in (False, True))
     skip = config.skip_broken and not transfers
-    return dataclasses.replace(config, trials=(*config.trials, *transfers), skip_broken=skip)
+    return dataclasses.replace(config, trials=(*first, *transfers, *last), skip_broken=skip)
 
 
 def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deq_jax.attacks import PGD
 from deq_jax.config import first_difference, to_tree
 from deq_jax.data import EvaluationBatch, Images, to_unit
 from deq_jax.evaluation import Measured, attack_batch, choose_early_state, is_correct, measure, spectral_radii
@@ -96,7 +97,7 @@ class _Run:
         self.out: Path = out
         self.report: Report = report
         self.stages = ["clean", *(trial.name for trial in (*config.trials, *config.extra_trials))]
-        self.attackers: dict[Attack, Callable] = {}
+        self.attackers: dict[tuple[Attack | Transfer, bool], Callable] = {}
 
     def all(self) -> WorstCase:
         y, every = self.images.y, np.arange(len(self.images.y))
@@ -108,7 +109,8 @@ class _Run:
         attempts: dict[str, Attempt] = {}
         for trial in self.config.trials:
             rows = every[correct] if self.config.skip_broken else every
-            found = self._attempt(trial, rows, clean)
+            start = worst_of(self.x, y, clean, attempts)[0] if trial.from_worst else None
+            found = self._attempt(trial, rows, clean, start)
             check_radius(f"trial {trial.name}", found.x_adv, self.x, self.config.threat)
             correct = correct & is_correct(found.measured, y)[:, -1]
             attempts[trial.name] = found
@@ -118,13 +120,14 @@ class _Run:
         zero, radius = stage["zero_gradient"], stage["spectral_radius"]
         return WorstCase(self.config, y, clean, zero, radius, self._probe(), self._cost(), attempts, x_adv, worst)
 
-    def _attempt(self, trial: Trial, rows: np.ndarray, clean: Measured) -> Attempt:
+    def _attempt(self, trial: Trial, rows: np.ndarray, clean: Measured, start: np.ndarray | None = None) -> Attempt:
         x_adv, measured, seconds = self.x.copy(), Measured(*(part.copy() for part in clean)), 0.0
         attacked = np.zeros(len(x_adv), bool)
         attacked[rows] = True
         if len(rows) > 0:
             is_transfer = isinstance(trial.attack, Transfer)
-            found = self._stage(trial.name, rows, (self._transfer_stage if is_transfer else self._attack_stage)(trial))
+            stage = self._transfer_stage(trial) if is_transfer else self._attack_stage(trial, start)
+            found = self._stage(trial.name, rows, stage)
             x_adv[rows], seconds = found["x_adv"], float(np.sum(found["seconds"]))
             for whole, part in zip(measured, _measured(found), strict=True):
                 whole[rows] = part
@@ -171,18 +174,22 @@ class _Run:
         run, x_adv = replicate_and_split(on_device, joint=False), self.transfers[trial.name]
         return lambda batch: run(self.variables, batch._replace(x=x_adv[batch.number]))
 
-    def _attack_stage(self, trial: Trial) -> Callable[[EvaluationBatch], dict]:
-        attack = cast(Attack, trial.attack)
+    def _attack_stage(self, trial: Trial, start: np.ndarray | None) -> Callable[[EvaluationBatch], dict]:
+        attack, kind = cast(Attack, trial.attack), (trial.attack, trial.from_worst)
 
-        def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Array]:
-            variables, surrogate = state
+        def on_device(
+            state: tuple[Variables, Surrogate], parts: tuple[EvaluationBatch, Array | None]
+        ) -> dict[str, Array]:
+            (variables, surrogate), (batch, start) = state, parts
             attacked = partial(attack_batch, seed=self.config.seed, surrogate=surrogate, draws=self.config.draws)
-            x_adv, measured = attacked(self.predictor, variables, attack, batch)
+            begun = attack if start is None else replace(cast(PGD, attack), start=lambda *_: start)
+            x_adv, measured = attacked(self.predictor, variables, begun, batch)
             return {"x_adv": x_adv, **measured._asdict()}
 
-        if attack not in self.attackers:
-            self.attackers[attack] = replicate_and_split(on_device, joint=False)
-        return partial(self.attackers[attack], (self.variables, jax.tree.map(np.asarray, trial.surrogate)))
+        if kind not in self.attackers:
+            self.attackers[kind] = replicate_and_split(on_device, joint=False)
+        run, state = self.attackers[kind], (self.variables, jax.tree.map(np.asarray, trial.surrogate))
+        return lambda batch: run(state, (batch, None if start is None else start[batch.number]))
 
     def _probe(self) -> Probe:
         @jax.jit

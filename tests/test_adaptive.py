@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage, SmoothSign
+from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage, SmoothSign
 from deq_jax.attacks import PGD, classifier_oracle, expectation, surrogate
 from deq_jax.entropy import EntropyGradient, RandomDirection, reduce_entropy
 from deq_jax.losses import cross_entropy, entropy
+from deq_jax.readouts import LastState
 from deq_jax.solvers import Anderson, Broyden, FixedPoint
-from deq_jax.surrogates import Direct, Intermediate
+from deq_jax.surrogates import Direct, Intermediate, ThroughSolver, deployed
 from deq_jax.types import InputError, Keys
 from tests.dense import WIDTH, defence_of
 
@@ -25,8 +26,16 @@ KEYS = Keys.of(jax.random.key(1), 2)
 
 DEFENCE = defence_of()
 VARIABLES = DEFENCE.init(jax.random.key(0), X)
-EVERY = [BPDAIdentity(), BPDAHead(), EndToEnd(), EndToEnd(smooth=True), PathAverage(), PathAverage(EndToEnd())]
-EVERY += [OnBase(Direct()), OnBase(Intermediate(2))]
+EVERY = [
+    BPDAIdentity(),
+    BPDAHead(),
+    BPDASolver(),
+    EndToEnd(),
+    EndToEnd(smooth=True),
+    PathAverage(),
+    PathAverage(EndToEnd()),
+]
+EVERY += [PathAverage(), PathAverage(EndToEnd()), OnBase(Direct()), OnBase(Intermediate(2))]
 
 
 @cache
@@ -92,6 +101,19 @@ def test_without_updates_end_to_end_is_backpropagation_through_the_solver():
         return cross_entropy(defence.decode(VARIABLES, last), Y).sum()
 
     np.testing.assert_allclose(ask(EndToEnd(), defence)[2], jax.grad(total)(X), rtol=1e-3, atol=1e-5)
+
+
+def test_without_updates_the_gradient_through_the_solver_is_that_of_the_undefended_last_state():
+    last = ThroughSolver()(deployed(DEFENCE.base, LastState()), VARIABLES)
+    expected = jax.jit(partial(last.grad, cross_entropy))(X, Y, KEYS)[2]
+    np.testing.assert_allclose(ask(BPDASolver(), defence_of(steps=0))[2], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_through_the_solver_holds_updates_constant():
+    """It is the derivative end to end where updates do not depend on the input, as random ones, and only there."""
+    assert not np.allclose(ask(BPDASolver())[2], ask(EndToEnd())[2], rtol=1e-2)
+    random = defence_of(direction=RandomDirection())
+    np.testing.assert_allclose(ask(BPDASolver(), random)[2], ask(EndToEnd(), random)[2], rtol=1e-3, atol=1e-5)
 
 
 def test_bpda_passes_on_the_gradient_at_the_purified_input():

@@ -93,6 +93,16 @@ def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefende
     assert "reference" in defended.accuracies()
 
 
+def test_trials_from_the_worst_image_come_after_transfers(undefended):
+    last = Trial("last", ATTACK, from_worst=True)
+    both = with_transfers(replace(CONFIG, trials=(last, *TRIALS[:1])), [("reference", undefended[1])])
+    assert [trial.name for trial in (both.trials[0], both.trials[1], both.trials[-1])] == [
+        TRIALS[0].name,
+        "reference.direct",
+        "last",
+    ]
+
+
 def test_transfers_need_a_finished_evaluation(tmp_path):
     with pytest.raises(InputError, match="expected the folder of a finished evaluation"):
         with_transfers(CONFIG, [("reference", tmp_path)])

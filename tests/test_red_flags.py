@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.attacks import APGD, Linf, Square
+from deq_jax.attacks import APGD, PGD, Linf, Square
 from deq_jax.classifiers import Explicit
 from deq_jax.data import Images
 from deq_jax.red_flags import (
@@ -43,7 +43,11 @@ class Joint:
 
 
 def evaluate(classifier, out):
-    trials = (Trial("apgd", APGD(THREAT, steps=20), suite="all"), Trial("square", Square(THREAT, 300), suite="all"))
+    trials = (
+        Trial("apgd", APGD(THREAT, steps=20), suite="all"),
+        Trial("square", Square(THREAT, 300), suite="all"),
+        Trial("on", PGD(THREAT.epsilon, 0.01, steps=2), from_worst=True),  # breaks what Square has broken
+    )
     return worst_case(EvalConfig(THREAT, trials, DIAGNOSTICS, batch_size=64), classifier, trained(), TEST, out)
 
 

@@ -31,6 +31,7 @@ from deq_jax.gradients import Implicit, Phantom
 from deq_jax.losses import margin
 from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
 from deq_jax.readouts import EnsembleState, IntermediateState
+from deq_jax.results import worst_of
 from deq_jax.solvers import Broyden
 from deq_jax.surrogates import Direct, Intermediate, WithGradient, deployed
 from deq_jax.trials import (
@@ -173,6 +174,22 @@ class TestWorstCase:
         config = EvalConfig(THREAT, (Trial("far", Rogue()),), batch_size=16, max_images=4)
         with pytest.raises(InputError, match=r"trial far: . adversarial images .* more than Linf\(epsilon=0.05\)"):
             evaluate(config, tmp_path)
+
+    def test_trials_can_start_from_the_worst_image_so_far(self, tmp_path):
+        """From where a step that is too small to matter leads nowhere; a large one finds more."""
+        still = Trial("still", PGD(THREAT.epsilon, 1e-7, steps=1), from_worst=True)
+        on = Trial("on", replace(ATTACK, steps=10), from_worst=True)
+        config = EvalConfig(THREAT, (TRIALS[0], TRIALS[1], still, on), batch_size=16, skip_broken=False)
+        result = evaluate(config, tmp_path)
+        before = {trial.name: result.attempts[trial.name] for trial in TRIALS[:2]}
+        x_adv, worst = worst_of(IMAGES.x, IMAGES.y, result.clean, before)
+        np.testing.assert_allclose(result.attempts["still"].x_adv, x_adv, atol=2e-7)
+        union = np.logical_and.reduce([result.robust()[name] for name in before])
+        assert (result.robust()["on"] <= union).all()
+        higher = result.attempts["on"].measured.margin[:, -1] - worst.margin[:, -1]
+        assert higher.min() > -1e-4 and np.mean(higher) > 1e-2
+        with pytest.raises(InputError, match="from_worst is for PGD, got Noise"):
+            replace(TRIALS[0], from_worst=True)
 
     def test_cumulative_trials_attack_what_is_left_with_the_same_result(self, own, cumulative):
         (every, _), (left, _) = own, cumulative
