@@ -26,7 +26,7 @@ from deq_jax.reports import accuracy_table, headline, report_of, states_table, w
 from deq_jax.surrogates import deployed
 from deq_jax.training import load_run
 from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of, with_transfers
-from deq_jax.types import require
+from deq_jax.types import Readout, require
 from deq_jax.worst_case import worst_case
 
 EPILOG = """\
@@ -51,7 +51,7 @@ examples:
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
 READOUTS = ("trained", "early", "last", "ensemble")
-RAW = {"last": LastState(), "ensemble": EnsembleState()}
+RAW: dict[str, Readout] = {"last": LastState(), "ensemble": EnsembleState()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
