@@ -453,8 +453,9 @@ def test_evaluation_configs_of_the_project(name):
     assert from_tree(to_tree(config)) == config
     assert config.threat == Linf(0.1)
     names = [trial.name for trial in config.trials]
-    assert len(names) == (4 if name == "eval_auto_attack" else 8 * 3 * 2 + 1 + 8 + 1 + 2 + 4)
+    assert len(names) == (4 if name == "eval_auto_attack" else 8 * 3 * 2 + 1 + 8 + 1 + 2 + 4 + 1)
     assert {"apgd-ce", "apgd-t", "fab-t", "square"} <= set(names)
+    assert [trial.from_worst for trial in config.trials[:-1]] == [False] * (len(names) - 1)
 
 
 def test_evaluation_config_of_the_readme():
