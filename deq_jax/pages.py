@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence, Sized
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -166,7 +167,7 @@ def _dynamics(groups: Sequence[Group]) -> list[Section]:
 
 
 def _dynamics_picture(name: str, title: str, quantity: str, groups: Mapping[str, Group]) -> Picture:
-    figure, axis = _figure(len(groups))
+    figure, axis = _figure(groups)
     states = list(dict.fromkeys(state for group in groups.values() for state in group.evaluations[0].rows))
     states.sort(key=lambda state: state in SHORT)
     for color, (label, group) in zip(_colors(groups), groups.items(), strict=True):
@@ -175,12 +176,13 @@ def _dynamics_picture(name: str, title: str, quantity: str, groups: Mapping[str,
             if any(means):
                 raw = sum(state not in SHORT for state in states)
                 look = {"color": color, "linestyle": STYLES[condition]}
-                _plot(axis, range(raw), means[:raw], marker="o", label=f"{label}, {condition}", **look)
+                shown_label = _wrapped(label) if condition == CONDITIONS[0] else None
+                _plot(axis, range(raw), means[:raw], marker="o", label=shown_label, **look)
                 _plot(axis, range(raw, len(states)), means[raw:], marker="D", **(look | {"linestyle": "none"}))
     every = max(1, len(states) // 12)
     shown = [i for i, state in enumerate(states) if state in SHORT or i % every == 0]
     axis.set_xticks(shown, [SHORT.get(states[i], states[i]) for i in shown], fontsize=7)
-    axis.set_title(TITLES[quantity], fontsize=9)
+    axis.set_title(f"{TITLES[quantity]}; dashed: attacked", fontsize=9)
     if quantity == "residual":
         axis.set_yscale("log")
     what = f"{TITLES[quantity]} of the states, clean and attacked; {title}: {', '.join(groups)}"
@@ -199,11 +201,11 @@ def _radii(groups: Sequence[Group]) -> list[Section]:
 
 
 def _radius_picture(name: str, training: str, curves: Sequence[Curve]) -> Picture:
-    figure, axis = _figure(len(curves))
+    figure, axis = _figure([curve.label for curve in curves])
     for color, curve in zip(_colors(curves), curves, strict=True):
         radii = [0.0, *(group.setting.epsilon for group in curve.groups)]
         means = [mean_of(curve.groups[0].means(clean)), *(mean_of(group.means(robust)) for group in curve.groups)]
-        _plot(axis, radii, means, color=color, linestyle="-", marker="o", label=curve.label)
+        _plot(axis, radii, means, color=color, linestyle="-", marker="o", label=_wrapped(curve.label))
     axis.set_title("accuracy (%) under the adaptive worst case", fontsize=9)
     axis.set_xlabel("epsilon", fontsize=8)
     axis.set_ylim(bottom=0)
@@ -217,8 +219,15 @@ def _plot(axis: Axes, x, means: Sequence[Mean | None], **look) -> None:
     axis.errorbar(list(x), y, errors, markersize=3.5, linewidth=1.3, elinewidth=0.8, capsize=2, **look)
 
 
-def _figure(labels: int) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.7, 2.9 + 0.19 * labels), layout="constrained")
+def _wrapped(label: str) -> str:
+    """As wide as a figure."""
+    return textwrap.fill(label, 54)
+
+
+def _figure(labels: Iterable[str]) -> tuple[Figure, Axes]:
+    """With room for a legend below."""
+    lines = sum(1 + _wrapped(label).count("\n") for label in labels)
+    figure = Figure(figsize=(3.7, 2.9 + 0.15 * lines), layout="constrained")
     axis = figure.subplots()
     axis.grid(alpha=0.3)
     axis.tick_params(which="both", labelsize=8)
@@ -226,7 +235,7 @@ def _figure(labels: int) -> tuple[Figure, Axes]:
 
 
 def _png(figure: Figure) -> bytes:
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    figure.legend(loc="outside lower center", fontsize=7, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, dpi=PIXELS_PER_INCH, format="png")
     return file.getvalue()
