@@ -143,7 +143,8 @@ class Prediction(NamedTuple):
     Attributes:
       logits: ``[B, K]``.
       batch_stats: BatchNorm running statistics, updated in training mode.
-      solution: of the equilibrium; None for an explicit network.
+      solution: of the equilibrium, whose `evaluations` count those of the gradient estimator, too; None for an explicit
+        network.
       penalty: ``[B]``, to be added to the loss of each image in training; 0 where nothing is penalised.
     """
 
