@@ -20,14 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.oracle import oracle_of
-from deq_jax.entropy import (
-    Direction,
-    EntropyGradient,
-    EntropyReduced,
-    Purified,
-    RandomDirection,
-    reduce_entropy,
-)
+from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy
 from deq_jax.gradients import Phantom, straight_through
 from deq_jax.losses import cross_entropy, entropy
 from deq_jax.solvers import differentiable
@@ -104,15 +97,14 @@ class BPDAHead:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BPDASolver:
-    """Forward the defence, backward through the solver's own steps, with every update of the input held constant.
+    """Forward the defence, backward through the solver's own steps; updates are constant: the sign's derivative is 0.
 
     It is to the defended classifier what `surrogates.ThroughSolver` is to the undefended one; without updates the two
     have the same gradient.
     """
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        defence = _with_differentiable_solver(defended(classifier))
-        return _regulated(replace(defence, direction=_Constant(defence.direction)), variables)
+        return _regulated(_with_differentiable_solver(defended(classifier)), variables)
 
 
 @jax.tree_util.register_dataclass
@@ -250,20 +242,6 @@ class LowEntropy:
         else:
             wrong = target[:, 1]
         return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A direction of an update that is held constant."""
-
-    direction: Direction
-
-    @property
-    def applications(self) -> int:
-        return self.direction.applications
-
-    def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
-        return lax.stop_gradient(self.direction(entropies, x, keys))
 
 
 def _with_differentiable_solver(defence: EntropyReduced) -> EntropyReduced:
