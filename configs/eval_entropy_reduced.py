@@ -48,7 +48,7 @@ def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
         ("apgd.base", many, OnBase(Direct())),
         ("apgd.base-through-solver", many, OnBase(ThroughSolver())),
         *((f"apgd.base-z_{t}", few, OnBase(Intermediate(t))) for t in range(1, states + 1)),
-        ("spsa", SPSA(threat, steps=10, samples=16), Direct()),
+        ("spsa", SPSA(threat, steps=10, samples=16, step_size=max(threat.epsilon / 10, 1e-6)), Direct()),
         ("square", Square(threat, 5000), Direct()),
     ]
     sources = {"direct": Direct(), "bpda-head": BPDAHead(), "bpda-solver": BPDASolver(), "end-to-end": EndToEnd()}

@@ -1,4 +1,4 @@
-"""A control of input entropy reduction: what it costs is spent on more steps of the solver.
+"""A control of input entropy reduction: as many evaluations of the cell, spent on more steps of the solver.
 
 python -m deq_jax.evaluate --workdir RUN --config configs/eval_more_steps.py
 """
@@ -12,8 +12,9 @@ from deq_jax.trials import EvalConfig
 
 def get_config(train: TrainConfig) -> EvalConfig:
     defence = eval_entropy_reduced.defence(train)
-    steps = defence.solver.steps + defence.blocks * (2 * defence.steps + 1)  # an update costs two evaluations
     dynamics = defence.base.dynamics
-    longer = replace(dynamics, solver=replace(defence.solver, steps=steps))
-    predictor = replace(defence.base, dynamics=longer)
+    purifications = defence.blocks * (defence.steps * defence.direction.applications + 1)
+    steps = defence.solver.steps + purifications - dynamics.gradient.applications
+    longer = replace(defence.solver, steps=steps, tolerance=0.0)  # no image stops before
+    predictor = replace(defence.base, dynamics=replace(dynamics, solver=longer))
     return replace(eval_white_box.get_config(train), predictor=predictor, defence=f"{steps} solver steps")

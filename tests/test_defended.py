@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from configs import digits_cnn_pgd_at, digits_pgd_at
-from deq_jax.adaptive import BPDAHead, BPDAIdentity, EndToEnd, LowEntropy, OnBase, PathAverage
-from deq_jax.attacks import PGD, Linf
-from deq_jax.config import from_tree, load_config, to_tree
+from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage
+from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted
+from deq_jax.config import from_tree, load_config, set_fields, to_tree
 from deq_jax.data import Images
 from deq_jax.entropy import EntropyReduced, RandomDirection, reduce_entropy
 from deq_jax.red_flags import red_flags
 from deq_jax.reports import report_of, write_report
-from deq_jax.surrogates import Direct, Intermediate
+from deq_jax.surrogates import Direct, Intermediate, ThroughSolver
 from deq_jax.trials import Diagnostics, EvalConfig, Noise, Trial, with_transfers
 from deq_jax.types import InputError, Keys
 from deq_jax.worst_case import worst_case
@@ -205,9 +205,44 @@ def test_configs_of_the_defence(name):
     assert config.defence != "none"
 
 
-def test_config_of_the_same_compute_without_the_defence():
-    config = load_config("configs/eval_more_steps.py", EvalConfig, digits_pgd_at.get_config())
-    assert config.predictor.dynamics.solver.steps == 8 + 4 * 21
+def test_the_adaptive_evaluation_has_every_kind_of_attack():
+    config = load_config("configs/eval_entropy_reduced.py", EvalConfig, digits_pgd_at.get_config())
+    kinds = {type(trial.surrogate) for trial in config.trials}
+    assert {Direct, BPDAIdentity, BPDAHead, BPDASolver, EndToEnd, PathAverage, OnBase} == kinds
+    bases = {type(trial.surrogate.surrogate) for trial in config.trials if isinstance(trial.surrogate, OnBase)}
+    assert {Direct, ThroughSolver, Intermediate} == bases
+    assert {Square, SPSA} <= {type(trial.attack) for trial in config.trials}
+    assert any(isinstance(getattr(trial.attack.attack, "loss", None), LowEntropy) for trial in targeted(config))
+    assert any(isinstance(trial.attack.attack, APGD) for trial in targeted(config))
+    last = {type(trial.surrogate) for trial in config.trials if trial.from_worst}
+    assert last == {Direct, BPDAHead, BPDASolver, EndToEnd}
+    assert isinstance(config.diagnostics, Diagnostics)
+
+
+def targeted(config):
+    return [trial for trial in config.trials if isinstance(trial.attack, Targeted)]
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.3])
+def test_attacks_of_the_adaptive_evaluation_can_cross_the_ball(epsilon):
+    train = set_fields(digits_pgd_at.get_config(), [f"validation_attack.epsilon={epsilon}"])
+    config = load_config("configs/eval_entropy_reduced.py", EvalConfig, train)
+    attacks = [trial.attack for trial in config.trials if isinstance(trial.attack, PGD | SPSA)]
+    assert len(attacks) > 1
+    for attack in attacks:
+        assert attack.steps * attack.step_size >= 0.999 * epsilon
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 0.5])
+def test_control_of_more_steps_costs_what_the_defence_does(tolerance):
+    """Also where images converge on the way."""
+    train = set_fields(digits_pgd_at.get_config(), [f"classifier.dynamics.solver.tolerance={tolerance}"])
+    x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
+    configs = [load_config(f"configs/eval_{name}.py", EvalConfig, train) for name in ("more_steps", "entropy_reduced")]
+    variables = configs[0].predictor.init(jax.random.key(1), x)
+    counts = [jax.jit(config.predictor)(variables, x).solution.evaluations for config in configs]
+    np.testing.assert_array_equal(counts[0], 93)
+    assert np.all(counts[1] <= 93)
 
 
 def test_the_defence_is_for_deqs():
