@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "deq_jax"
 LAYERS = [
     ["types"],
     ["losses", "solvers"],
-    ["readouts", "regularizers", "models.layers"],
+    ["carries", "readouts", "regularizers", "models.layers"],
     ["gradients", "models.mdeq", "models.resnet", "models.small", "models.wide_resnet"],
     ["classifiers"],
     ["entropy"],

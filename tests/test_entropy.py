@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deq_jax.carries import ReferenceCarry
 from deq_jax.entropy import (
     EntropyGradient,
     EntropyReduced,
     RandomDirection,
-    ReferenceCarry,
     reduce_entropy,
     sign,
 )
