@@ -5,7 +5,9 @@
 An application of the cell counts as one evaluation, and so does a vector-Jacobian product of it with respect to the
 input: undefended T + 1 by the solver and K + 1 by the phantom steps; defended T + 1 by the solver, and in each block
 two for every update of the input and one for the corrected memory. Encoder and decoder count for nothing, though an
-update runs them forwards and backwards. Seconds are medians of alternating runs.
+update runs them forwards and backwards; what of the cell does not depend on the injection is computed once for all
+updates of a block. Beside it, the undefended prediction over its encoder and as many bare cells: what solver and
+decoder add. Seconds are medians of alternating runs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernels import compare
+from kernels import cells, compare
 from rich.table import Table
 
 from deq_jax.classifiers import Dynamics, Equilibrium
@@ -37,6 +39,14 @@ MODELS = {
         (8, 32, 32, 3),
     ),
 }
+COLUMNS = {
+    "ratio": "seconds",
+    "smallest": "smallest",
+    "largest": "largest",
+    "evaluations": "cell evaluations",
+    "excess": "seconds / evaluations",
+    "overhead": "undefended / its bare cells",
+}
 
 
 def main() -> None:
@@ -49,22 +59,33 @@ def main() -> None:
         make_folder(options.out.parent)
         rows = [measure(name, *model, options.repeats) for name, model in MODELS.items()]
         write_json(options.out, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows})
-        table = Table("model", "seconds", "smallest", "largest", "cell evaluations", "seconds / evaluations")
+        table = Table("model", *COLUMNS.values())
         for row in rows:
-            numbers = (row[key] for key in ("ratio", "smallest", "largest", "evaluations", "excess"))
-            table.add_row(row["what"], *(f"{number:.2f}" for number in numbers))
+            table.add_row(row["what"], *(f"{row[column]:.2f}" for column in COLUMNS))
         console.print(table)
 
 
 def measure(name: str, base: Equilibrium, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
-    """Defended over undefended: seconds, and cell evaluations."""
+    """Defended over undefended: seconds, and cell evaluations; undefended over its bare cells: seconds."""
     x = jax.random.uniform(jax.random.key(0), shape)
     variables = base.init(jax.random.key(1), x)
-    defended = EntropyReduced(base)
-    row = compare(name, partial(logits, defended), "undefended", partial(logits, base), (variables, x), repeats)
-    predictions = [jax.jit(classifier)(variables, x) for classifier in (defended, base)]
-    ratio = float(jnp.divide(*(jnp.mean(prediction.solution.evaluations) for prediction in predictions)))
-    return row | {"evaluations": ratio, "excess": row["ratio"] / ratio}
+    defended, undefended = (partial(logits, classifier) for classifier in (EntropyReduced(base), base))
+    row = compare(name, defended, "undefended", undefended, (variables, x), repeats)
+    counts = [evaluations(classifier, variables, x) for classifier in (EntropyReduced(base), base)]
+
+    def bare(variables, x):
+        u = base.encode(variables, x)
+        z = jax.tree.map(jnp.zeros_like, u.features)
+        return cells(base.apply_cell, round(counts[1]), variables["params"]["cell"], z, u)
+
+    overhead = compare("undefended", undefended, "bare cells", bare, (variables, x), repeats)["ratio"]
+    ratio = counts[0] / counts[1]
+    return row | {"evaluations": ratio, "excess": row["ratio"] / ratio, "overhead": overhead}
+
+
+def evaluations(classifier: Any, variables: Any, x: jax.Array) -> float:
+    """Of the cell, by a prediction of the deployed predictor."""
+    return float(jnp.mean(jax.jit(classifier)(variables, x).solution.evaluations))
 
 
 def logits(classifier: Any, variables: Any, x: jax.Array) -> jax.Array:

@@ -64,8 +64,7 @@ def solver_rows(repeats: int) -> list[dict[str, Any]]:
         z = jax.tree.map(jnp.zeros_like, u.features)
         params = cell.init(jax.random.key(1), z, u)
 
-        def bare(params, z, u, cell=cell):
-            return lax.scan(lambda z, _: (cell.apply(params, z, u), None), z, length=STEPS + 1)[0]
+        bare = partial(cells, cell.apply, STEPS + 1)
 
         def kept(params, z, u, cell=cell):
             return lax.scan(lambda z, _: (cell.apply(params, z, u), z), z, length=STEPS + 1)
@@ -85,6 +84,11 @@ def solver_rows(repeats: int) -> list[dict[str, Any]]:
             against = f"{STEPS + 1} {name} cells"
             rows.append(compare(kernel, function, against, bare, (params, z, u), repeats))
     return rows
+
+
+def cells(apply: Callable, count: int, params, z, u):
+    """Bare applications of the cell, one after the other."""
+    return lax.scan(lambda z, _: (apply(params, z, u), None), z, length=count)[0]
 
 
 def vmapped_jaxopt(cell, params, z, u):
