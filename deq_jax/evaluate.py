@@ -25,8 +25,9 @@ from deq_jax.readouts import EnsembleState, LastState
 from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
 from deq_jax.surrogates import deployed
 from deq_jax.training import load_run
-from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, threat_of, with_transfers
-from deq_jax.types import Readout, require
+from deq_jax.transfers import Transfer
+from deq_jax.trials import EarlyState, EvalConfig, Trial, threat_of, with_transfers
+from deq_jax.types import Classifier, Readout, require
 from deq_jax.worst_case import worst_case
 
 EPILOG = """\
@@ -143,7 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "replace a scalar field of the config, or of the attack: epsilon, step_size, steps, restarts; repeatable",
     )
     parser.add_argument("--epsilon", type=float, metavar="R", help="radius; default: that of the training's validation")
-    parser.add_argument("--readout", choices=READOUTS, default="trained", help="what is deployed; default: trained")
+    parser.add_argument("--readout", choices=READOUTS, default="trained", help="deployed state; default: trained")
     parser.add_argument("--split", choices=["test", "validation", "train"], default="test", help="default: test")
     parser.add_argument("--checkpoint", choices=["best", "latest"], default="best", help="default: best")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: as in the config")
@@ -167,9 +168,11 @@ def _suite(text: str) -> tuple[str, Path]:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Of the evaluation: the config file's, or the attack's, and the readout's."""
+    """Of the evaluation: the config file's, or the attack's, the readout's, and the radius if one is given."""
     name = Path(options.config).stem if options.config else options.attack.partition(":")[0]
-    return name if options.readout == "trained" else f"{name}-{options.readout}"
+    readout = [] if options.readout == "trained" else [options.readout]
+    radius = [] if options.epsilon is None else [f"epsilon-{options.epsilon:g}"]
+    return "-".join([name, *readout, *radius])
 
 
 def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
@@ -187,15 +190,22 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
 
 
 def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalConfig:
-    """The evaluation of another predictor of the same training: one of `READOUTS`."""
+    """The evaluation of another state of what it deploys: one of `READOUTS`.
+
+    Raises:
+      InputError: the config deploys an early state already.
+    """
+    if readout == "trained":
+        return config
+    chosen = isinstance(config.predictor, EarlyState)
+    require(not chosen, f"--readout {readout}: the config chooses a state itself, {config.defence}")
+    defence = f"{readout} state" if config.predictor is None else f"{config.defence}, {readout} state"
     if readout == "early":
         epsilon = threat_of(train).epsilon
-        early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10))
-        return dataclasses.replace(config, predictor=early, defence="early state")
-    if readout in RAW:
-        predictor = deployed(train.classifier, RAW[readout])
-        return dataclasses.replace(config, predictor=predictor, defence=f"{readout} state")
-    return config
+        early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10), cast(Classifier | None, config.predictor))
+        return dataclasses.replace(config, predictor=early, defence=defence)
+    predictor = deployed(cast(Classifier, config.predictor or train.classifier), RAW[readout])
+    return dataclasses.replace(config, predictor=predictor, defence=defence)
 
 
 def attack_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:

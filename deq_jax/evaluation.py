@@ -82,7 +82,8 @@ def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys:
     """The spectral radius of the cell's Jacobian at the equilibrium of each image [B, H, W, C]: [B].
 
     Near the equilibrium plain iteration of the cell converges if it is below 1. It is the last of `POWER_STEPS`
-    estimates of `regularizers.spectral_radius`; NaN for an explicit network, and without a solver.
+    estimates of `regularizers.spectral_radius`, which do not settle where a complex pair of eigenvalues is the largest;
+    NaN for an explicit network, and without a solver.
     """
     if not isinstance(classifier, Equilibrium):
         return jnp.full(len(x), jnp.nan)
@@ -178,7 +179,7 @@ def choose_early_state(
     The images must be held out of the training data, not test images.
 
     Args:
-      classifier: a DEQ with a solver.
+      classifier: a DEQ with a solver, or one with input entropy reduction.
       variables: of the classifier.
       images: to choose on.
       attack: aimed at each of the predictors, with their own gradients; compiled once for all.
@@ -208,8 +209,9 @@ def choose_early_state(
             robust.append(correct[~batch.is_padding, -1])  # type: ignore[index]
         return float(np.mean(np.concatenate(robust)))
 
-    solver = deployed(classifier, EnsembleState()).dynamics.solver
-    return [accuracy(t) for t in range(1, 1 + (solver.steps if solver else 0))]
+    first = to_unit(jnp.asarray(images.x[:1]))
+    solution = jax.eval_shape(deployed(classifier, EnsembleState()), variables, first).solution
+    return [accuracy(t) for t in range(1, 1 + len(solution.residuals))]
 
 
 def is_correct(measured: Measured, y: AnyArray) -> AnyArray:

@@ -13,9 +13,10 @@ import numpy as np
 
 from deq_jax.records import read_json
 from deq_jax.red_flags import Flag
-from deq_jax.trials import UNDEFENDED
+from deq_jax.trials import REFERENCE, UNDEFENDED
 from deq_jax.types import InputError, require
 
+SCHEDULE = ("epochs", "batch_size", "pretrain_steps", "optimizer", "augmentation")
 QUANTITIES = ("accuracy", "entropy", "residual")
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
 
@@ -25,19 +26,25 @@ class Setting:
     """What two evaluations must share to be compared.
 
     Attributes:
-      dataset, split, checkpoint: which images, and which parameters: "best" or "latest".
+      dataset, split, images: which images, the first ones of the split.
+      checkpoint: which parameters: "best" or "latest".
       norm, epsilon: of the threat model.
     """
 
     dataset: str
     split: str
+    images: int
     checkpoint: str
     norm: str
     epsilon: float
 
     def __str__(self) -> str:
-        images = f"{self.dataset}, {self.split} split, {self.checkpoint} checkpoint"
-        return f"{images}, {self.norm} ε = {number(self.epsilon)}"
+        return f"{self.images_text}, {self.norm} ε = {number(self.epsilon)}"
+
+    @property
+    def images_text(self) -> str:
+        """Without the radius."""
+        return f"{self.images} images of {self.dataset}, {self.split} split, {self.checkpoint} checkpoint"
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Evaluation:
       correct: name of the images -> [N] bool, which the deployed predictor classifies correctly.
       flags: of `red_flags`.
       defence: what the deployed predictor is called.
+      early_state: accuracies of z_1 .. z_T on held-out images, by which the deployed one was chosen; None if none was.
       cost: of a prediction for an image: "evaluations" of the cell, "seconds"; those that are known.
       checkpoint, split, versions: as evaluation.json has them.
     """
@@ -69,6 +77,7 @@ class Evaluation:
     correct: dict[str, np.ndarray] = field(compare=False)  # arrays have no single truth value
     flags: tuple[Flag, ...]
     defence: str
+    early_state: list[float] | None
     cost: dict[str, float]
     checkpoint: str
     split: str
@@ -94,7 +103,8 @@ class Evaluation:
         """See `Setting`."""
         threat = self.evaluation["threat"]
         kind = self.checkpoint.partition(",")[0]
-        return Setting(brief(self.config["dataset"]), self.split, kind, short_name(threat), threat["epsilon"])
+        dataset = brief(self.config["dataset"])
+        return Setting(dataset, self.split, self.images, kind, short_name(threat), threat["epsilon"])
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -124,7 +134,7 @@ class Evaluation:
 
         Of the undefended predictor these are all attacks, as their images are what is shown to the defended ones.
         """
-        return self.robust if self.defence == UNDEFENDED else self.correct.get("reference")
+        return self.robust if self.defence == UNDEFENDED else self.correct.get(REFERENCE)
 
     @property
     def robust(self) -> np.ndarray | None:
@@ -139,11 +149,10 @@ def read_evaluations(runs: Iterable[Path]) -> list[Evaluation]:
       runs: workdirs of trainings, or folders of evaluations.
 
     Raises:
-      InputError: there are none, one is damaged, two are of different images, or two are the same.
+      InputError: there are none, one is damaged, or two are the same.
     """
     files = {path.resolve(): path for run in runs for path in _files(run)}
     evaluations = [_read(path) for path in files.values()]
-    _check_images(evaluations)
     _check_repetitions(evaluations)
     return evaluations
 
@@ -188,6 +197,7 @@ def _parsed(folder: Path, report: dict[str, Any]) -> Evaluation:
         correct=_correct(folder / "evaluation.npz"),
         flags=tuple(Flag(**flag) for flag in report["red_flags"]),
         defence=report.get("defence", UNDEFENDED if predictor is None else brief(predictor)),
+        early_state=report.get("early_state"),
         cost={name: float(value) for name, value in report.get("cost", {}).items() if value is not None},
         checkpoint=report["checkpoint"],
         split=report["split"],
@@ -209,23 +219,16 @@ def _check_accuracy(evaluation: Evaluation) -> None:
     if any(row.keys() != rows[0].keys() for row in rows) or "deployed" not in rows[0]:
         raise ValueError("rows of accuracy are of different predictors")
     means = {name: float(np.mean(row)) for name, row in evaluation.correct.items()}
-    if means != {name: row["deployed"] for name, row in evaluation.accuracy.items()}:
+    counts = {len(row) for row in evaluation.correct.values()}
+    if counts != {evaluation.images} or means != {name: row["deployed"] for name, row in evaluation.accuracy.items()}:
         raise ValueError("evaluation.npz is of another evaluation")
-
-
-def _check_images(evaluations: list[Evaluation]) -> None:
-    first: dict[Setting, Evaluation] = {}
-    for new in evaluations:
-        old = first.setdefault(new.setting, new)
-        counts = f"{new.folder} has {new.images} images, {old.folder} has {old.images}"
-        require(new.images == old.images, f"{counts}: expected the same images in all evaluations on {new.setting}")
 
 
 def _check_repetitions(evaluations: list[Evaluation]) -> None:
     first: dict[Any, Evaluation] = {}
     for new in evaluations:
         old = first.setdefault((new.identity, new.seed), new)
-        same = f"the same training, defence, seed {new.seed}, radius and attacks"
+        same = f"the same training, defence, seed {new.seed}, images, radius and attacks"
         require(old is new, f"{new.folder} has {same} as {old.folder}: expected one of the two")
 
 
@@ -235,17 +238,25 @@ def protocol_text(one: Evaluation) -> str:
     lines = {
         "training": f"{one.workdir}, seed {one.seed}, checkpoint {one.checkpoint}",
         "objective": brief(one.config["objective"]),
+        "schedule": ", ".join(f"{name} {brief(one.config[name])}" for name in SCHEDULE),
         "classifier": _classifier_text(classifier),
         **_dynamics_lines(classifier.get("dynamics") or {}),
-        "deployed": f"{one.defence}: {brief(evaluation['predictor'])}" if evaluation["predictor"] else one.defence,
+        "deployed": _deployed_text(one),
         "threat": f"{short_name(evaluation['threat'])}, epsilon = {number(evaluation['threat']['epsilon'])}",
         "images": f"{one.images} of {brief(one.config['dataset'])}, {one.split} split",
         "evaluation": f"batch size {evaluation['batch_size']}, seed of the attacks {evaluation['seed']}",
+        "draws": "the predictor is deterministic" if evaluation["draws"] is None else f"{evaluation['draws']} (EOT)",
         "broken images": "left alone by later trials" if evaluation["skip_broken"] else "attacked by every trial",
         "versions": ", ".join(f"{name} {version}" for name, version in one.versions.items()),
     }
     text = [f"{name}: {value}" for name, value in lines.items()]
     return "\n".join([*text, f"attacks ({len(one.trials)}):", *(f"  {_trial_text(trial)}" for trial in one.trials)])
+
+
+def _deployed_text(one: Evaluation) -> str:
+    predictor = one.evaluation["predictor"]
+    chosen = "" if one.early_state is None else f" z_{1 + int(np.argmax(one.early_state))}"
+    return f"{one.defence}{chosen}: {brief(predictor)}" if predictor else one.defence
 
 
 def _classifier_text(classifier: dict) -> str:

@@ -41,7 +41,6 @@ from deq_jax.summaries import (
     measured,
     pair_table,
     radius_table,
-    section_of,
     sentences,
     states_table,
 )
@@ -146,7 +145,7 @@ def _name(kind: str, place: int, *names: str) -> str:
 
 
 def _section(group: Group, table: Table, is_open: bool = False) -> Section:
-    note = f"{section_of(group)}; attacks: {group.trials}"
+    note = f"{group.setting}; attacks: {group.trials}"
     return Section(f"{group.training}, {group.defence}", note, table, is_open=is_open)
 
 
@@ -161,7 +160,7 @@ def _dynamics(groups: Sequence[Group]) -> list[Section]:
     for title, labelled in shown:
         name = _name("dynamics", len(sections) + 1, title)
         pictures = tuple(_dynamics_picture(name, title, quantity, labelled) for quantity in FORMS)
-        note = section_of(next(iter(labelled.values())))
+        note = str(next(iter(labelled.values())).setting)
         sections.append(Section(title, note, states_table(name, labelled), pictures))
     return sections
 
@@ -194,9 +193,9 @@ def _radii(groups: Sequence[Group]) -> list[Section]:
     sections: list[Section] = []
     for (training, setting), curves in radius_curves(groups).items():
         name = _name("radius", len(sections) + 1, training)
-        images = f"{setting.dataset}, {setting.split} split, {setting.checkpoint} checkpoint, {setting.norm}"
         picture = _radius_picture(name, training, curves)
-        sections.append(Section(training, images, radius_table(name, curves), (picture,)))
+        note = f"{setting.images_text}, {setting.norm}"
+        sections.append(Section(training, note, radius_table(name, curves), (picture,)))
     return sections
 
 
@@ -206,7 +205,10 @@ def _radius_picture(name: str, training: str, curves: Sequence[Curve]) -> Pictur
         radii = [0.0, *(group.setting.epsilon for group in curve.groups)]
         means = [mean_of(curve.groups[0].means(clean)), *(mean_of(group.means(robust)) for group in curve.groups)]
         _plot(axis, radii, means, color=color, linestyle="-", marker="o", label=_wrapped(curve.label))
-    axis.set_title("accuracy (%) under the adaptive worst case", fontsize=9)
+        flagged = [i for i, group in enumerate(curve.groups, 1) if group.raised]
+        hollow = {"color": color, "linestyle": "none", "marker": "o", "markerfacecolor": "white", "zorder": 3}
+        _plot(axis, [radii[i] for i in flagged], [means[i] for i in flagged], **hollow)
+    axis.set_title("accuracy (%), adaptive worst case; hollow: flagged", fontsize=9)
     axis.set_xlabel("epsilon", fontsize=8)
     axis.set_ylim(bottom=0)
     alt = f"Robust accuracy of {training} against the radius epsilon; defences: "

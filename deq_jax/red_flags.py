@@ -15,7 +15,8 @@ import numpy as np
 from deq_jax.adaptive import OnBase
 from deq_jax.attacks import SPSA, Square
 from deq_jax.results import Probe, WorstCase
-from deq_jax.trials import Noise, Transfer, Trial
+from deq_jax.transfers import Transfer
+from deq_jax.trials import Noise, Trial
 
 DRAWS = 20  # over which attacks on a random predictor must average
 POINTS = 0.002  # of accuracy: 0.2 percentage points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -15,18 +16,23 @@ class Attempt(NamedTuple):
     """What a trial found. Images that it left alone stand for themselves.
 
     Attributes:
-      x_adv: [N, H, W, C].
+      read: () -> x_adv, from disk: an evaluation of many trials has more images than memory.
       measured: [N, R], of x_adv.
       attacked: [N] bool, whether the image was attacked.
       inside: [N] bool, whether x_adv lies within the threat model's ball.
       seconds: spent on it, compilation included.
     """
 
-    x_adv: np.ndarray
+    read: Callable[[], np.ndarray]
     measured: Measured
     attacked: np.ndarray
     inside: np.ndarray
     seconds: float
+
+    @property
+    def x_adv(self) -> np.ndarray:
+        """[N, H, W, C]."""
+        return self.read()
 
 
 class Probe(NamedTuple):
@@ -59,7 +65,7 @@ class WorstCase:
       config: whose trials they are.
       y: [N], the true labels.
       clean: of the images as they are.
-      zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes.
+      zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes, or is NaN.
       spectral_radius: [N], of the trained cell at the image's equilibrium; NaN for an explicit network.
       probe, cost: of the deployed predictor.
       attempts: by the names of trials and diagnostics, in the order in which they ran.
@@ -137,7 +143,8 @@ def worst_of(
         fooled, kept = (~is_correct(measured, y)[:, -1] for measured in (attempt.measured, worst))
         higher = attempt.measured.margin[:, -1] > worst.margin[:, -1]
         better = attempt.inside & ((fooled & ~kept) | ((fooled == kept) & higher))
-        x_adv[better] = attempt.x_adv[better]
+        if better.any():
+            x_adv[better] = attempt.x_adv[better]
         for whole, part in zip(worst, attempt.measured, strict=True):
             whole[better] = part[better]
     return x_adv, worst

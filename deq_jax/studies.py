@@ -89,6 +89,17 @@ class Pair:
     first: Group
     second: Group
 
+    @property
+    def is_fair(self) -> bool:
+        """Whether both have met comparable attacks: a defended predictor also the images that broke the other one."""
+        shown, attacked = (self.first.values(quantity).keys() for quantity in (reference, robust))
+        return self.first.is_defended == self.second.is_defended or shown >= attacked
+
+    @property
+    def is_flagged(self) -> bool:
+        """Whether a red flag is raised for either."""
+        return bool(self.first.raised or self.second.raised)
+
     def difference(self, quantity: Quantity) -> Difference | None:
         """Over the seeds for which both have the quantity; None if there is no such seed."""
         return paired_difference(self.first.values(quantity), self.second.values(quantity))

@@ -11,6 +11,8 @@ from deq_jax.studies import Curve, Group, Pair, clean, overestimate, reference, 
 from deq_jax.tables import ERROR, INTERVAL, Cell, Column, Form, Table, difference_cell, mean_cell, mean_of, text_cell
 
 NOT_TRUSTWORTHY = "NOT TRUSTWORTHY, an upper bound only"
+WARNING = "not trustworthy"
+NOT_SHOWN = "no verdict: not shown the images that broke the undefended predictor"
 FORMS: dict[str, Form] = {"accuracy": "{:.2f}".format, "entropy": "{:.3f}".format, "residual": "{:.2e}".format}
 CONDITIONS = ("clean", "attacked")
 
@@ -29,37 +31,39 @@ def headline_table(groups: Sequence[Group]) -> Table:
     )
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for group in groups:
-        sections.setdefault(section_of(group), []).append(_headline_row(group))
+        sections.setdefault(str(group.setting), []).append(_headline_row(group))
     caption = "Accuracy in percent of the deployed predictor, mean ± standard error over the seeds of the training"
     return Table("headline", caption, "setting", columns, sections)
 
 
-def section_of(group: Group) -> str:
-    """The setting and the number of images."""
-    return f"{group.setting}, {group.evaluations[0].images} images"
-
-
 def _headline_row(group: Group) -> tuple[Cell, ...]:
-    worst = mean_cell(mean_of(group.means(robust)))._replace(warning="not trustworthy" if group.raised else "")
+    worst = _robust_cell(group)
     return (
         text_cell(group.training),
         text_cell(group.defence),
         text_cell(str(len(group.evaluations))),
         mean_cell(mean_of(group.means(clean))),
-        mean_cell(mean_of(group.means(reference))),
+        mean_cell(mean_of(group.means(reference))) if group.is_defended else worst,
         worst,
         text_cell(_flags(group)),
         text_cell(group.trials),
     )
 
 
+def _robust_cell(group: Group) -> Cell:
+    return mean_cell(mean_of(group.means(robust)))._replace(warning=WARNING if group.raised else "")
+
+
 def _flags(group: Group) -> str:
     if not group.values(robust):
         return "nothing has attacked it"
-    seeds = len(group.evaluations)
-    names = ", ".join(f"{name} ({count} of {seeds})" for name, count in group.raised.items())
     unchecked = f"; not checked: {', '.join(group.unchecked)}" if group.unchecked else ""
-    return (f"{NOT_TRUSTWORTHY}: {names}" if names else "none raised") + unchecked
+    return (f"{NOT_TRUSTWORTHY}: {_raised(group)}" if group.raised else "none raised") + unchecked
+
+
+def _raised(group: Group) -> str:
+    seeds = len(group.evaluations)
+    return ", ".join(f"{name} ({count} of {seeds})" for name, count in group.raised.items())
 
 
 class Words(NamedTuple):
@@ -98,31 +102,47 @@ def pair_table(name: str, caption: str, pairs: Sequence[Pair], words: Words) -> 
         Column("verdict on it", kind="text"),
         Column("adaptive worst case", INTERVAL, kind="main"),
         Column("verdict", kind="text"),
+        Column("red flags", kind="text"),
     )
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for pair in pairs:
         found = [pair.difference(quantity) for quantity in (clean, reference, robust)]
-        verdicts = [text_cell(words.of(difference) if difference else "") for difference in found]
-        seeds = text_cell(str(found[0].seeds if found[0] else 0))
         cells = [difference_cell(difference) for difference in found]
-        row = (text_cell(pair_title(pair)), seeds, cells[0], cells[1], verdicts[1], cells[2], verdicts[2])
-        sections.setdefault(f"{section_of(pair.first)}; attacks: {pair.first.trials}", []).append(row)
+        on_reference, verdict = (text_cell(_verdict(pair, difference, words)) for difference in found[1:])
+        verdict = verdict._replace(warning=WARNING if pair.is_flagged else "")
+        title, seeds = text_cell(pair_title(pair)), text_cell(str(found[0].seeds if found[0] else 0))
+        row = (title, seeds, cells[0], cells[1], on_reference, cells[2], verdict, text_cell(_flags_of_pair(pair)))
+        sections.setdefault(f"{pair.first.setting}; attacks: {pair.first.trials}", []).append(row)
     return Table(name, caption, "setting", columns, sections)
+
+
+def _verdict(pair: Pair, difference: Difference | None, words: Words) -> str:
+    if difference is None:
+        return ""
+    return words.of(difference) if pair.is_fair else NOT_SHOWN
+
+
+def _flags_of_pair(pair: Pair) -> str:
+    same = pair.first.training == pair.second.training
+    named = {group.defence if same else group.training: group for group in (pair.first, pair.second)}
+    return "; ".join(f"{name}: {_raised(group)}" for name, group in named.items() if group.raised) or "none raised"
 
 
 def sentences(pair: Pair, words: Words) -> str:
     """What a pair shows, in words; and what the adaptive attacks take away from a defence."""
     parts = [
-        _sentence(protocol, pair.difference(quantity), words)
+        _sentence(protocol, pair, pair.difference(quantity), words)
         for protocol, quantity in (("the adaptive worst case", robust), ("the reference protocol", reference))
     ]
     known = "; ".join(part for part in parts if part) or "nothing that both were attacked with"
-    trust = " Red flags are raised, so this is not trustworthy." if pair.first.raised or pair.second.raised else ""
+    trust = " Red flags are raised, so this is not trustworthy." if pair.is_flagged else ""
     return f"{pair_title(pair)}: {known}.{_taken_away(pair.first)}{trust}"
 
 
-def _sentence(protocol: str, difference: Difference | None, words: Words) -> str:
-    return "" if difference is None else f"{words.of(difference)} under {protocol}, {_points(difference)}"
+def _sentence(protocol: str, pair: Pair, difference: Difference | None, words: Words) -> str:
+    if difference is None:
+        return ""
+    return f"{_verdict(pair, difference, words)} under {protocol}, {_points(difference)}"
 
 
 def _taken_away(group: Group) -> str:
@@ -151,7 +171,10 @@ def accuracy_table(name: str, group: Group) -> Table:
     for trial in first:
         tables = [one.accuracy[trial] for one in group.evaluations]
         means = [Mean.of([table[predictor] for table in tables]).value for predictor in predictors]
-        rows.append((text_cell(trial), *(text_cell(f"{100 * mean:.2f}") for mean in means)))
+        cells = [text_cell(f"{100 * mean:.2f}") for mean in means]
+        if trial == "union" and group.raised:
+            cells[-1] = cells[-1]._replace(warning=WARNING)
+        rows.append((text_cell(trial), *cells))
     seeds = f"mean over {len(group.evaluations)} seeds" if len(group.evaluations) > 1 else "one seed"
     caption = f"Accuracy (%) of each predictor on the images of each trial, {seeds}"
     return Table(name, caption, "", (Column("images of", kind="text"), *columns), {"": rows})
@@ -186,7 +209,8 @@ def measured(group: Group, state: str, condition: str, quantity: str) -> dict[in
 
 def radius_table(name: str, curves: Sequence[Curve]) -> Table:
     """Clean and robust accuracy at several radii; a section for each curve."""
-    columns = Column("epsilon"), Column("seeds"), Column("clean", ERROR), Column("adaptive worst case", ERROR, "main")
+    worst, flags = Column("adaptive worst case", ERROR, "main"), Column("red flags", kind="text")
+    columns = Column("epsilon"), Column("seeds"), Column("clean", ERROR), worst, flags
     sections = {curve.label: [_radius_row(group) for group in curve.groups] for curve in curves}
     return Table(
         name, "Accuracy (%) at several radii, mean ± standard error over the seeds", "defence", columns, sections
@@ -194,9 +218,13 @@ def radius_table(name: str, curves: Sequence[Curve]) -> Table:
 
 
 def _radius_row(group: Group) -> tuple[Cell, ...]:
-    worst = mean_cell(mean_of(group.means(robust)))._replace(warning="not trustworthy" if group.raised else "")
-    seeds = str(len(group.evaluations))
-    return text_cell(number(group.setting.epsilon)), text_cell(seeds), mean_cell(mean_of(group.means(clean))), worst
+    return (
+        text_cell(number(group.setting.epsilon)),
+        text_cell(str(len(group.evaluations))),
+        mean_cell(mean_of(group.means(clean))),
+        _robust_cell(group),
+        text_cell(_flags(group)),
+    )
 
 
 def flags_table(name: str, group: Group) -> Table:
@@ -237,7 +265,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
             cells = [
                 cell for name in ("evaluations", "seconds") for cell in _costs(group, undefended(group, groups), name)
             ]
-            sections.setdefault(section_of(group), []).append((*heads, *cells))
+            sections.setdefault(str(group.setting), []).append((*heads, *cells))
     counted = "cell evaluations: applications to the image; a vector-Jacobian product counts as one"
     caption = f"Cost of a warm prediction, compilation excluded, mean ± standard error over the seeds; {counted}"
     return Table("cost", caption, "setting", columns, sections)

@@ -24,6 +24,7 @@ from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.combine import surrogate as gradient_from
 from deq_jax.attacks.oracle import classifier_oracle, oracle_of
 from deq_jax.classifiers import Equilibrium
+from deq_jax.entropy import EntropyReduced
 from deq_jax.gradients import AtState, Phantom, PhantomUpTo, simultaneous_adjoint
 from deq_jax.readouts import FinalState
 from deq_jax.solvers import Broyden, differentiable, solve
@@ -70,15 +71,18 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
     return oracle if draws is None else expectation(oracle, draws)
 
 
-def deployed(classifier: Classifier, readout: Readout) -> Equilibrium:
+def deployed(classifier: Classifier, readout: Readout) -> Equilibrium | EntropyReduced:
     """The predictor that classifies a raw state: early (`IntermediateState`) or ensemble (`EnsembleState`).
 
     Its logits are the decoder's of that very state; its gradient is that of the classifier's estimator
-    there. The undefended predictor is the classifier itself.
+    there. The undefended predictor is the classifier itself. With input entropy reduction it is a state of the
+    regulated dynamics.
 
     Raises:
       InputError: the classifier is no DEQ with a solver.
     """
+    if isinstance(classifier, EntropyReduced):
+        return replace(classifier, readout=readout)
     model, _ = _deq(classifier)
     return _run_as(model, readout, AtState(model.dynamics.gradient))
 

@@ -8,19 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from deq_jax.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Linf, Square, Targeted, clean_start
 from deq_jax.attacks.threat import Threat
 from deq_jax.config import TrainConfig, first_difference, to_tree
-from deq_jax.data import Images
 from deq_jax.records import read_json
 from deq_jax.surrogates import Direct, Surrogate
+from deq_jax.transfers import Transfer
 from deq_jax.types import Array, Attack, Classifier, InputError, Keys, Oracle, require
 
 RESERVED = ("clean", "union")  # names of other rows
 UNDEFENDED = "none"  # name of the classifier as trained
-TOLERANCE = 1e-6  # of a perturbation's length, for rounding
+REFERENCE = "reference"  # name of the suite of images that were made against it
 
 
 @dataclass(frozen=True)
@@ -37,91 +35,6 @@ class Noise:
         """Perturbed images; see `APGD.__call__`. The oracle is not asked."""
         keys = Keys.of(key, x.shape[0])
         return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Adversarial images that were made before, against this or another predictor.
-
-    Attributes:
-      path: of an npz file with x_adv [N, H, W, C], floating in [0, 1], and, if it has them, the labels y [N], such
-        as the evaluation.npz of another evaluation of the same images; or of the folder of one of its trials, where
-        an image that was left alone stands for itself.
-    """
-
-    path: str
-
-    def load(self, images: Images, x: np.ndarray, threat: Threat) -> np.ndarray:
-        """The images [N, H, W, C], float32.
-
-        Args:
-          images: that are evaluated.
-          x: the same ones, float32 in [0, 1].
-          threat: within which the adversarial ones must lie.
-
-        Raises:
-          InputError: they cannot be read, or are not adversarial images of these ones.
-        """
-        path = Path(self.path)
-        x_adv, y = _read_folder(path, x) if path.is_dir() else _read_images(path)
-        require(x_adv.shape == x.shape, f"{self.path}: expected x_adv of shape {x.shape}, got {x_adv.shape}")
-        same = y is None or np.array_equal(y, images.y)
-        require(same, f"{self.path}: its labels y are not those of the {len(x)} images that are evaluated")
-        inside = np.issubdtype(x_adv.dtype, np.floating) and np.all((x_adv >= 0) & (x_adv <= 1))
-        require(bool(inside), f"{self.path}: x_adv must be floating and within [0, 1]")
-        x_adv = x_adv.astype(np.float32)
-        check_radius(self.path, x_adv, x, threat)
-        return x_adv
-
-
-def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    arrays = read_npz(path)
-    require("x_adv" in arrays, f"{path}: expected an array x_adv, found {', '.join(arrays) or 'none'}")
-    return arrays["x_adv"], arrays.get("y")
-
-
-def _read_folder(path: Path, x: np.ndarray) -> tuple[np.ndarray, None]:
-    x_adv = x.copy()
-    for file, arrays in _read_batches(path):
-        known = {"x_adv", "number"} <= set(arrays) and arrays["number"].max(initial=0) < len(x)
-        known = known and arrays["x_adv"].shape[1:] == x.shape[1:]
-        require(known, f"{file}: expected x_adv of images of shape {x.shape[1:]}, numbered below {len(x)}")
-        x_adv[arrays["number"]] = arrays["x_adv"]
-    evaluated = sum(len(arrays.get("number", ())) for _, arrays in _read_batches(path.parent / "clean"))
-    require(evaluated == len(x), f"{path}: its evaluation is of {evaluated} images, expected the {len(x)} of this one")
-    return x_adv, None
-
-
-def _read_batches(path: Path) -> list[tuple[Path, dict[str, np.ndarray]]]:
-    files = sorted(path.glob("batch-*.npz"))
-    require(len(files) > 0, f"{path}: expected a trial's files batch-*.npz, found none")
-    return [(file, read_npz(file)) for file in files]
-
-
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; raises `InputError` where there is none or it is damaged."""
-    try:
-        with path.open("rb") as file:  # numpy leaves a damaged file open
-            arrays = np.load(file, allow_pickle=False)
-            return {name: arrays[name] for name in getattr(arrays, "files", ())}
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # numpy, zipfile and zlib each have their own
-        raise InputError(f"{path}: cannot be read as an npz file ({error})") from None
-
-
-def is_within(x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> np.ndarray:
-    """[N] bool: whether each image lies in the ball around the clean one, but for rounding."""
-    return np.asarray(threat.length(x_adv - x)) <= threat.epsilon + TOLERANCE
-
-
-def check_radius(name: str, x_adv: np.ndarray, x: np.ndarray, threat: Threat) -> None:
-    """Raises `InputError` if an adversarial image is not within the ball around the clean one."""
-    outside = np.flatnonzero(~is_within(x_adv, x, threat))
-    if len(outside) > 0:
-        length = float(np.max(np.asarray(threat.length(x_adv - x))))
-        which = f"{name}: {len(outside)} adversarial images (first: {outside[0]})"
-        raise InputError(f"{which} are up to {length:g} away from the clean ones, more than {threat}")
 
 
 @dataclass(frozen=True)
@@ -194,11 +107,13 @@ class EarlyState:
 
     Attributes:
       attack: under which the accuracy of z_t is highest.
+      classifier: whose states these are, with the variables of the training; None for the classifier as trained.
 
     References: Yang et al. 2022, section 5.
     """
 
     attack: Attack
+    classifier: Classifier | None = None
 
 
 @dataclass(frozen=True)

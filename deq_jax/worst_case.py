@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +30,8 @@ from deq_jax.readouts import IntermediateState
 from deq_jax.records import make_folder, read_json, write_json, write_npz
 from deq_jax.results import Attempt, Cost, Probe, WorstCase, worst_of
 from deq_jax.surrogates import Direct, Surrogate, deployed, judged
-from deq_jax.trials import EarlyState, EvalConfig, Transfer, Trial, check_radius, is_within, read_npz
+from deq_jax.transfers import Transfer, check_radius, is_within, read_npz, read_trial
+from deq_jax.trials import REFERENCE, EarlyState, EvalConfig, Trial
 from deq_jax.types import Array, Attack, Classifier, InputError, Keys, PyTree, Variables, require
 
 TIMED = 5  # predictions that are timed
@@ -70,30 +71,30 @@ def worst_case(
     images = Images(images.x[: config.max_images], images.y[: config.max_images])
     x = np.asarray(to_unit(jnp.asarray(images.x)))
     transfers = {
-        trial.name: trial.attack.load(images, x, config.threat)
+        trial.name: _digest(trial.attack.load(images, x, config.threat))
         for trial in config.trials
         if isinstance(trial.attack, Transfer)
     }
     _check_trials(config, classifier, variables)
-    digests = {"variables": _digest(variables), "images": _digest(images), "transfers": _digest(transfers)}
+    digests = {"variables": _digest(variables), "images": _digest(images), "transfers": transfers}
     versions = {name: version(name) for name in ("deq_jax", "jax")}
+    _check_reference(config, _digest(variables))
     _claim(out, {"class": "evaluation", **(about or {}), "config": to_tree(config), **digests, **versions})
     predictor, early_state = _predictor(config, classifier, variables, validation, out)
-    run = _Run(config, classifier, predictor, variables, images, x, transfers, out, report)
+    run = _Run(config, classifier, predictor, variables, images, x, out, report)
     return replace(run.all(), early_state=early_state)
 
 
 class _Run:
     """One evaluation: what it asks of the devices, unless it is on disk already."""
 
-    def __init__(self, config, trained, predictor, variables, images, x, transfers, out, report):
+    def __init__(self, config, trained, predictor, variables, images, x, out, report):
         self.config: EvalConfig = config
         self.trained: Classifier = trained
         self.predictor: Classifier = predictor
         self.variables: Variables = variables
         self.images: Images = images
         self.x: np.ndarray = x
-        self.transfers: dict[str, np.ndarray] = transfers
         self.out: Path = out
         self.report: Report = report
         self.stages = ["clean", *(trial.name for trial in (*config.trials, *config.extra_trials))]
@@ -111,7 +112,8 @@ class _Run:
             rows = every[correct] if self.config.skip_broken else every
             start = worst_of(self.x, y, clean, attempts)[0] if trial.from_worst else None
             found = self._attempt(trial, rows, clean, start)
-            check_radius(f"trial {trial.name}", found.x_adv, self.x, self.config.threat)
+            if not found.inside.all():
+                check_radius(f"trial {trial.name}", found.x_adv, self.x, self.config.threat)
             correct = correct & is_correct(found.measured, y)[:, -1]
             attempts[trial.name] = found
         for trial in self.config.extra_trials:
@@ -121,17 +123,19 @@ class _Run:
         return WorstCase(self.config, y, clean, zero, radius, self._probe(), self._cost(), attempts, x_adv, worst)
 
     def _attempt(self, trial: Trial, rows: np.ndarray, clean: Measured, start: np.ndarray | None = None) -> Attempt:
-        x_adv, measured, seconds = self.x.copy(), Measured(*(part.copy() for part in clean)), 0.0
-        attacked = np.zeros(len(x_adv), bool)
-        attacked[rows] = True
-        if len(rows) > 0:
-            is_transfer = isinstance(trial.attack, Transfer)
-            stage = self._transfer_stage(trial) if is_transfer else self._attack_stage(trial, start)
-            found = self._stage(trial.name, rows, stage)
-            x_adv[rows], seconds = found["x_adv"], float(np.sum(found["seconds"]))
-            for whole, part in zip(measured, _measured(found), strict=True):
-                whole[rows] = part
-        return Attempt(x_adv, measured, attacked, is_within(x_adv, self.x, self.config.threat), seconds)
+        measured, seconds = Measured(*(part.copy() for part in clean)), 0.0
+        attacked, inside = np.zeros(len(self.x), bool), np.ones(len(self.x), bool)
+        read = partial(read_trial, self.out / "trials" / trial.name, self.x)
+        if len(rows) == 0:
+            return Attempt(self.x.copy, measured, attacked, inside, seconds)
+        is_transfer = isinstance(trial.attack, Transfer)
+        stage = self._transfer_stage(trial) if is_transfer else self._attack_stage(trial, start)
+        found = self._stage(trial.name, rows, stage)
+        attacked[rows], seconds = True, float(np.sum(found["seconds"]))
+        inside[rows] = is_within(found["x_adv"], self.x[rows], self.config.threat)
+        for whole, part in zip(measured, _measured(found), strict=True):
+            whole[rows] = part
+        return Attempt(read, measured, attacked, inside, seconds)
 
     def _stage(self, name: str, rows: np.ndarray, run: Callable[[EvaluationBatch], dict]) -> dict[str, np.ndarray]:
         """The results of all batches of a trial, one below the other, in the order of `rows`."""
@@ -161,7 +165,7 @@ class _Run:
             gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
             measured = measure(self.predictor, variables, x, batch.y, self._draw_from(keys))
             radius = spectral_radii(self.trained, variables, x, keys)
-            is_zero = jnp.all(gradient == 0, axis=(1, 2, 3))
+            is_zero = jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))  # attacks stand still at NaN
             return {**measured._asdict(), "zero_gradient": is_zero, "spectral_radius": radius}
 
         return partial(replicate_and_split(on_device, joint=False), self.variables)
@@ -171,8 +175,9 @@ class _Run:
             keys = self._draw_from(Keys(jax.random.key(self.config.seed), batch.number))
             return {"x_adv": batch.x, **measure(self.predictor, variables, batch.x, batch.y, keys)._asdict()}
 
-        run, x_adv = replicate_and_split(on_device, joint=False), self.transfers[trial.name]
-        return lambda batch: run(self.variables, batch._replace(x=x_adv[batch.number]))
+        run = replicate_and_split(on_device, joint=False)
+        images = cache(partial(cast(Transfer, trial.attack).load, self.images, self.x, self.config.threat))
+        return lambda batch: run(self.variables, batch._replace(x=images()[batch.number]))
 
     def _attack_stage(self, trial: Trial, start: np.ndarray | None) -> Callable[[EvaluationBatch], dict]:
         attack, kind = cast(Attack, trial.attack), (trial.attack, trial.from_worst)
@@ -253,12 +258,21 @@ def _check_trials(config: EvalConfig, classifier: Classifier, variables: Variabl
     """Has every surrogate check that it fits what is deployed."""
     predictor = config.predictor or classifier
     if isinstance(predictor, EarlyState):
-        predictor = deployed(classifier, IntermediateState(1))
+        predictor = deployed(predictor.classifier or classifier, IntermediateState(1))
     for trial in (*config.trials, *config.extra_trials):
         try:
             trial.surrogate(predictor, variables)
         except InputError as error:
             raise InputError(f"trial {trial.name}: {error}") from None
+
+
+def _check_reference(config: EvalConfig, variables: str) -> None:
+    """Refuses images as those of the undefended predictor that were made against another one."""
+    for trial in config.trials:
+        made = trial.attack.manifest if isinstance(trial.attack, Transfer) and trial.suite == REFERENCE else None
+        undefended = made is None or (made["config"]["predictor"] is None and made["variables"] == variables)
+        expected = "expected images made against the undefended predictor of this training and checkpoint"
+        require(undefended, f"trial {trial.name}: {expected}, but its evaluation attacked another one")
 
 
 def _predictor(
@@ -270,13 +284,14 @@ def _predictor(
         return early or classifier, None
     if validation is None:
         raise InputError("an early state is chosen on held-out training images, expected validation images")
+    source = early.classifier or classifier
     choose = partial(choose_early_state, batch_size=config.batch_size, seed=config.seed)
 
     def accuracies() -> dict[str, np.ndarray]:
-        return {"accuracy": np.array(choose(classifier, variables, validation, early.attack))}
+        return {"accuracy": np.array(choose(source, variables, validation, early.attack))}
 
     accuracy = _stored(out / "early_state.npz", accuracies)["accuracy"]
-    return deployed(classifier, IntermediateState(1 + int(np.argmax(accuracy)))), accuracy.tolist()
+    return deployed(source, IntermediateState(1 + int(np.argmax(accuracy)))), accuracy.tolist()
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEn
 from deq_jax.attacks import PGD, classifier_oracle, expectation, surrogate
 from deq_jax.entropy import EntropyGradient, RandomDirection, reduce_entropy
 from deq_jax.losses import cross_entropy, entropy
-from deq_jax.readouts import LastState
+from deq_jax.readouts import EnsembleState, IntermediateState, LastState
 from deq_jax.solvers import Anderson, Broyden, FixedPoint
 from deq_jax.surrogates import Direct, Intermediate, ThroughSolver, deployed
 from deq_jax.types import InputError, Keys
@@ -24,6 +24,7 @@ X = 0.3 + 0.4 * jax.random.uniform(jax.random.key(0), (2, 3, 3, 1))
 Y = jnp.array([1, 2])
 KEYS = Keys.of(jax.random.key(1), 2)
 
+READOUTS = [LastState(), IntermediateState(2), EnsembleState()]
 DEFENCE = defence_of()
 VARIABLES = DEFENCE.init(jax.random.key(0), X)
 EVERY = [
@@ -83,10 +84,18 @@ def test_end_to_end_gradient_equals_finite_differences_of_the_smooth_defence(x64
     np.testing.assert_allclose(np.linalg.norm(differences), np.linalg.norm(gradient), rtol=0.05)
 
 
-def test_end_to_end_forward_is_the_defence_itself():
+@pytest.mark.parametrize("readout", READOUTS, ids=repr)
+def test_end_to_end_forward_is_the_defence_itself(readout):
     """The sign stays a sign, and the differentiable solver takes the same steps."""
-    found = jax.jit(lambda x: DEFENCE(VARIABLES, x).logits)(X)
-    np.testing.assert_allclose(ask(EndToEnd())[1], found, rtol=1e-4, atol=1e-5)
+    defence = replace(DEFENCE, readout=readout)
+    found = jax.jit(lambda x: defence(VARIABLES, x).logits)(X)
+    np.testing.assert_allclose(ask(EndToEnd(), defence)[1], found, rtol=1e-4, atol=1e-5)
+    if readout != LastState():
+        assert not np.allclose(found, ask(EndToEnd())[1], atol=1e-4)
+
+
+def test_a_smooth_forward_pass_and_the_temperature_change_the_result():
+    found = ask(EndToEnd())[1]
     assert not np.allclose(ask(EndToEnd(smooth=True))[1], found, atol=1e-4)
     assert not np.allclose(ask(EndToEnd(0.1))[2], ask(EndToEnd())[2], rtol=1e-2)
 
@@ -103,10 +112,12 @@ def test_without_updates_end_to_end_is_backpropagation_through_the_solver():
     np.testing.assert_allclose(ask(EndToEnd(), defence)[2], jax.grad(total)(X), rtol=1e-3, atol=1e-5)
 
 
-def test_without_updates_the_gradient_through_the_solver_is_that_of_the_undefended_last_state():
-    last = ThroughSolver()(deployed(DEFENCE.base, LastState()), VARIABLES)
-    expected = jax.jit(partial(last.grad, cross_entropy))(X, Y, KEYS)[2]
-    np.testing.assert_allclose(ask(BPDASolver(), defence_of(steps=0))[2], expected, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("readout", READOUTS, ids=repr)
+def test_without_updates_the_gradient_through_the_solver_is_that_of_the_undefended_state(readout):
+    undefended = ThroughSolver()(deployed(DEFENCE.base, readout), VARIABLES)
+    expected = jax.jit(partial(undefended.grad, cross_entropy))(X, Y, KEYS)[2]
+    found = ask(BPDASolver(), defence_of(steps=0, readout=readout))[2]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_gradient_through_the_solver_holds_updates_constant():
@@ -121,13 +132,16 @@ def test_bpda_passes_on_the_gradient_at_the_purified_input():
     base = classifier_oracle(DEFENCE.base, VARIABLES).grad(cross_entropy, found.x, Y, KEYS)
     for one, other in zip(ask(BPDAIdentity()), base, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
-    z, params = found.solution.states[-1], VARIABLES["params"]["cell"]
+    params = VARIABLES["params"]["cell"]
 
-    def head(x):
+    def head(z, x):
         fz = DEFENCE.base.apply_cell(params, z, DEFENCE.base.encode(VARIABLES, x))
         return cross_entropy(DEFENCE.decode(VARIABLES, fz), Y).sum()
 
-    np.testing.assert_allclose(ask(BPDAHead())[2], jax.grad(head)(found.x), rtol=1e-3, atol=1e-5)
+    for readout in READOUTS:
+        gradient = jax.grad(head, 1)(readout(found.solution), found.x)
+        defence = replace(DEFENCE, readout=readout)
+        np.testing.assert_allclose(ask(BPDAHead(), defence)[2], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_path_average_is_the_mean_loss_of_all_states():

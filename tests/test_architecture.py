@@ -14,7 +14,7 @@ LAYERS = [
     ["classifiers"],
     ["entropy"],
     ["attacks", "data", "processes", "records", "torch_names"],
-    ["objectives", "parallel", "state_dicts", "surrogates", "adaptive"],
+    ["objectives", "parallel", "state_dicts", "surrogates", "adaptive", "transfers"],
     ["config", "checkpoints"],
     ["evaluation", "trials"],
     ["training", "plots", "cli", "results", "comparisons"],

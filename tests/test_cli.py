@@ -405,10 +405,10 @@ def test_an_evaluation_config_is_run_resumed_and_never_mixed(folder, tmp_path, c
     line = refusal(evaluate.main, ["--workdir", f"{folder}/run", "--out", str(out)], tmp_path, capfd)
     assert "holds another evaluation: config." in line
 
-    both = evaluate_tiny(folder, tmp_path / "both", *arguments, "--transfer", f"reference={out}")
-    attacked = [f"reference.{name}" for name, trial in report["trials"].items() if trial["attacked"]]
-    assert list(both["accuracy"]) == [*names[:-1], *attacked, "reference", "union"]
-    assert both["accuracy"]["reference"] == report["accuracy"]["union"] and not both["cumulative"]
+    both = evaluate_tiny(folder, tmp_path / "both", *arguments, "--transfer", f"other={out}")
+    attacked = [f"other.{name}" for name, trial in report["trials"].items() if trial["attacked"]]
+    assert list(both["accuracy"]) == [*names[:-1], *attacked, "other", "union"]
+    assert both["accuracy"]["other"] == report["accuracy"]["union"] and not both["cumulative"]
 
     images = evaluate_tiny(folder, tmp_path / "again", "--attack", f"transfer:{out}/evaluation.npz", "--epsilon", "0.2")
     assert images["accuracy"]["transfer"].keys() == images["accuracy"]["clean"].keys()
@@ -421,6 +421,54 @@ def test_the_last_state_is_deployed(folder, tmp_path):
     assert report["defence"] == "last state"
     assert report["evaluation"]["predictor"]["dynamics"]["readout"]["class"] == "deq_jax.readouts.LastState"
     assert report["rows"]["deployed"]["clean"]["entropy"] == report["rows"]["z_2"]["clean"]["entropy"]
+
+
+def test_a_state_of_a_defended_predictor_is_deployed(folder, tmp_path):
+    config = """
+from dataclasses import replace
+from configs import eval_entropy_reduced
+from deq_jax.attacks import Linf
+from deq_jax.trials import EvalConfig
+def get_config(train):
+    defence = replace(eval_entropy_reduced.defence(train), every=1, steps=1)
+    return EvalConfig(Linf(0.1), (), predictor=defence, defence="entropy reduction", batch_size=16)
+"""
+    (tmp_path / "eval.py").write_text(config)
+    for readout in ("ensemble", "early"):
+        arguments = ["--config", f"{tmp_path}/eval.py", "--readout", readout]
+        report = evaluate_tiny(folder, tmp_path / readout, *arguments)
+        assert report["defence"] == f"entropy reduction, {readout} state"
+        early = report["early_state"]
+        state = "ensemble" if early is None else f"z_{1 + early.index(max(early))}"
+        assert report["rows"]["deployed"]["clean"]["entropy"] == report["rows"][state]["clean"]["entropy"]
+    undefended = evaluate_tiny(folder, tmp_path / "undefended", "--readout", "ensemble", "--attack", "none")
+    shown, regulated = (one["rows"]["z_2"]["clean"]["entropy"] for one in (undefended, report))
+    assert regulated < shown
+
+
+def test_a_config_that_chooses_a_state_takes_no_other_one(folder, tmp_path, capfd):
+    (tmp_path / "eval.py").write_text(
+        "from deq_jax.attacks import PGD, Linf\nfrom deq_jax.trials import EarlyState, EvalConfig\n"
+        "def get_config(train):\n    early = EarlyState(PGD(0.1, 0.1, 1))\n"
+        "    return EvalConfig(Linf(0.1), (), predictor=early, defence='early')\n"
+    )
+    arguments = ["--workdir", f"{folder}/run", "--config", f"{tmp_path}/eval.py", "--readout", "last"]
+    line = refusal(evaluate.main, arguments, tmp_path, capfd)
+    assert "--readout last: the config chooses a state itself" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ([], "test-pgd"),
+        (["--readout", "early", "--attack", "none"], "test-none-early"),
+        (["--epsilon", "0.05"], "test-pgd-epsilon-0.05"),
+        (["--config", "x/some.py", "--readout", "last", "--epsilon", "0.2"], "test-some-last-epsilon-0.2"),
+    ],
+)
+def test_evaluations_that_differ_have_folders_of_their_own(arguments, name):
+    options = evaluate.parse(["--workdir", "x", *arguments])
+    assert f"{options.split}-{evaluate.name_of(options)}" == name
 
 
 def test_an_early_state_is_chosen_on_held_out_images(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The engine of evaluations on a defended predictor: adaptive attacks, transfers, random predictors, cost."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -106,6 +107,24 @@ def test_trials_from_the_worst_image_come_after_transfers(undefended):
 def test_transfers_need_a_finished_evaluation(tmp_path):
     with pytest.raises(InputError, match="expected the folder of a finished evaluation"):
         with_transfers(CONFIG, [("reference", tmp_path)])
+
+
+def test_reference_images_are_made_against_the_undefended_predictor_of_the_training(undefended, tmp_path):
+    """Not against a defended one, nor one of other variables."""
+    _, folder = undefended
+    config = with_transfers(replace(CONFIG, trials=()), [("reference", folder)])
+    other = jax.tree.map(lambda leaf: leaf + 1, VARIABLES)
+    with pytest.raises(InputError, match=r"reference\.direct: expected images made against the undefended predictor"):
+        worst_case(config, DEFENCE.base, other, IMAGES, tmp_path / "other")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["predictor"] = to_tree(DEFENCE)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    config = with_transfers(replace(CONFIG, trials=()), [("reference", copy)])
+    with pytest.raises(InputError, match="but its evaluation attacked another one"):
+        evaluate(config, tmp_path / "defended")
+    evaluate(with_transfers(replace(CONFIG, trials=()), [("other", copy)]), tmp_path / "defended")
 
 
 def test_transfers_need_the_same_threat_model(undefended):

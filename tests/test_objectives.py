@@ -10,6 +10,7 @@ import pytest
 from deq_jax import losses
 from deq_jax.attacks import PGD, classifier_oracle, gaussian_start
 from deq_jax.objectives import ADVERSARIAL, NATURAL, PERTURB, PGDAdversarialTraining, Standard, Trades
+from deq_jax.readouts import RandomIntermediateState
 from deq_jax.types import InputError, Keys
 from tests import tiny
 
@@ -50,6 +51,16 @@ def test_pgd_at_trains_on_the_attacked_images(batch):
     prediction = forward(variables, x_adv, ADVERSARIAL)
     np.testing.assert_allclose(value, losses.cross_entropy(prediction.logits, y).mean(), rtol=1e-5)
     jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, prediction.batch_stats)
+
+
+@pytest.mark.parametrize("objective", [PGDAdversarialTraining(tiny.ATTACK), Trades(TRADES_ATTACK)])
+def test_attacks_draw_random_states_or_see_the_full_dynamics(batch, objective):
+    variables, x, _, y = batch
+    random = tiny.classifier(RandomIntermediateState(best_so_far=False))
+    expected = objective.perturb(CLASSIFIER, variables, x, y, KEYS)
+    full = replace(objective, random_attack=False).perturb(random, variables, x, y, KEYS)
+    np.testing.assert_allclose(full, expected, atol=1e-6)
+    assert not np.allclose(objective.perturb(random, variables, x, y, KEYS), expected, atol=1e-3)
 
 
 def test_trades(batch):

@@ -22,7 +22,8 @@ from deq_jax.red_flags import (
 )
 from deq_jax.reports import headline, report_of
 from deq_jax.results import Probe
-from deq_jax.trials import EvalConfig, Transfer, Trial, diagnostics
+from deq_jax.transfers import Transfer
+from deq_jax.trials import EvalConfig, Trial, diagnostics
 from deq_jax.worst_case import worst_case
 from tests.linear import DATA, Linear, trained
 
@@ -42,6 +43,18 @@ class Joint:
         return prediction._replace(logits=prediction.logits + 3 * jnp.mean(x, axis=(0, 2, 3))[:1])
 
 
+@dataclass(frozen=True)
+class Spoiled:
+    """A classifier with the logits of another one, whose gradient is NaN."""
+
+    base: Explicit
+
+    def __call__(self, variables, x, **options):
+        prediction = self.base(variables, x)
+        nan = jnp.sqrt(jnp.sum(x - x))  # 0, with derivative 0 times infinity
+        return prediction._replace(logits=prediction.logits + nan)
+
+
 def evaluate(classifier, out):
     trials = (Trial("apgd", APGD(THREAT, steps=20), suite="all"), Trial("square", Square(THREAT, 300), suite="all"))
     return worst_case(EvalConfig(THREAT, trials, DIAGNOSTICS, batch_size=64), classifier, trained(), TEST, out)
@@ -59,6 +72,11 @@ def masked(tmp_path_factory):
 
 def raised(result):
     return {flag.name: flag.raised for flag in red_flags(result)}
+
+
+def test_gradients_that_are_nan_are_flagged(tmp_path):
+    config = EvalConfig(THREAT, (Trial("apgd", APGD(THREAT, steps=2)),), batch_size=64)
+    assert raised(worst_case(config, Spoiled(Explicit(Linear())), trained(), TEST, tmp_path))["zero gradients"]
 
 
 def test_an_honest_model_raises_no_flag(honest):

@@ -23,7 +23,8 @@ from deq_jax.studies import Group, defence_pairs, groups_of, labels, radius_curv
 from deq_jax.summaries import DEFENCE, TRAINING, headline_table, pair_table, sentences
 from deq_jax.surrogates import deployed
 from deq_jax.tables import Cell, Column, Table
-from deq_jax.trials import EvalConfig, Transfer, Trial
+from deq_jax.transfers import Transfer
+from deq_jax.trials import EvalConfig, Trial
 from tests import tiny
 from tests.test_cli import TINY, assignments
 
@@ -57,7 +58,7 @@ def found(config, seed, wrong, *, masked=False):
     rng = np.random.default_rng(seed)
     parts = {name: measured(count, rng) for name, count in wrong.items()}
     clean, x_adv, everywhere = parts.pop("clean"), np.zeros((IMAGES, 2, 2, 1)), np.ones(IMAGES, bool)
-    attempts = {name: Attempt(x_adv, part, everywhere, everywhere, 0.5) for name, part in parts.items()}
+    attempts = {name: Attempt(x_adv.copy, part, everywhere, everywhere, 0.5) for name, part in parts.items()}
     worst = max(attempts.values(), key=lambda one: one.measured.margin[:, -1].sum()).measured if attempts else clean
     defended = config.predictor is not None
     cost = Cost(np.full(4, 21.0 if defended else 7.0), np.full(3, 0.004 if defended else 0.001))
@@ -93,6 +94,18 @@ def write_study(folder):
             longer / "evaluation" / "a", config_of(0.1, "none", seed), seed, {"clean": 1, "apgd": 3, "pgd": 3}, **other
         )
     return [folder / f"{name}-{seed}" for name in ("tiny", "longer") for seed in (0, 1)]
+
+
+def halve(folder):
+    """As if only the first half of the images had been evaluated."""
+    with np.load(folder / "evaluation.npz") as file:
+        correct = file["correct"][:, : IMAGES // 2]
+        np.savez(folder / "evaluation.npz", rows=file["rows"], correct=correct)
+    path = folder / "evaluation.json"
+    content = json.loads(path.read_text())
+    for name, row in zip(content["accuracy"], correct, strict=True):
+        content["accuracy"][name]["deployed"] = float(row.mean())
+    path.write_text(json.dumps(content | {"images": IMAGES // 2}))
 
 
 class Page(HTMLParser):
@@ -198,6 +211,16 @@ class TestGroups:
         groups = groups_of(read_evaluations([tmp_path / name for name in ("x", "y")]))
         assert labels(groups) == ["none: pgd", "none: pgd #2"]
 
+    def test_evaluations_of_other_images_are_not_put_together(self, tmp_path):
+        wrong = {"clean": 2, "apgd": 3, "pgd": 4}
+        write(tmp_path / "all", config_of(0.1, "none", 0), 0, wrong)
+        write(tmp_path / "some", config_of(0.1, "ensemble state", 0), 0, wrong | {"reference.pgd": 5})
+        halve(tmp_path / "some")
+        groups = groups_of(read_evaluations([tmp_path / "all", tmp_path / "some"]))
+        images = [f"{count} images of Digits, test split, best checkpoint, Linf ε = 0.1" for count in (40, 20)]
+        assert list(headline_table(groups).sections) == images
+        assert defence_pairs(groups) == []
+
     def test_transfers_from_any_folder_are_the_same_attack(self, groups):
         paths = [one.evaluation["trials"][2]["attack"]["path"] for one in groups[1].evaluations]
         assert paths == ["runs/tiny-0", "runs/tiny-1"]
@@ -255,6 +278,7 @@ class TestNumbers:
                 "helps",
                 "-7.50 [-13.28, -1.72]",
                 "hurts",
+                "none raised",
             ]
         ]
 
@@ -262,7 +286,7 @@ class TestNumbers:
         """17.5 and 27.5 points: half-widths are 12.706 times 5 over the seeds, 2.0227 times 6.1888 over the images."""
         row = rows_of(pair_table("trainings", "", training_pairs(groups), TRAINING))[0]
         assert row[0] == "longer against tiny"
-        assert row[5:] == ["+22.50 [-42.25, 87.25]", "no difference shown"]
+        assert row[5:] == ["+22.50 [-42.25, 87.25]", "no difference shown", "longer: zero gradients (2 of 2)"]
 
     def test_sentences(self, groups):
         (text,) = [sentences(pair, DEFENCE) for pair in defence_pairs(groups)]
@@ -280,7 +304,20 @@ class TestNumbers:
         one = [replace(group, evaluations=group.evaluations[:1]) for group in groups]
         assert rows_of(headline_table(one))[0][2:6] == ["1", "95.00", "75.00", "75.00"]
         row = rows_of(pair_table("defences", "", defence_pairs(one), DEFENCE))[0]
-        assert row[1:] == ["1", "+0.00", "+10.00", "one seed, no interval", "-7.50", "one seed, no interval"]
+        single = "one seed, no interval"
+        assert row[1:] == ["1", "+0.00", "+10.00", single, "-7.50", single, "none raised"]
+
+    def test_no_verdict_on_a_defence_that_was_not_shown_what_broke_the_undefended_predictor(self, runs, tmp_path):
+        for seed in (0, 1):
+            config = config_of(0.1, "ensemble state", seed)
+            own = replace(config, trials=config.trials[:2])
+            write(tmp_path / str(seed), own, seed, {"clean": 2, "apgd": 3, "pgd": 3})
+        undefended = [run / "evaluation" / "a" for run in runs[:2]]
+        (pair,) = defence_pairs(groups_of(read_evaluations([*undefended, tmp_path / "0", tmp_path / "1"])))
+        row = rows_of(pair_table("defences", "", [pair], DEFENCE))[0]
+        verdict = "no verdict: not shown the images that broke the undefended predictor"
+        assert row[3:] == ["–", "–", "+22.50 [-42.25, 87.25]", verdict, "none raised"]
+        assert f"{verdict} under the adaptive worst case" in sentences(pair, DEFENCE)
 
     def test_without_attack_there_is_clean_accuracy_only(self, tmp_path):
         write(tmp_path / "none", EvalConfig(Linf(0.0), ()), 0, {"clean": 3})
@@ -349,8 +386,13 @@ class TestPage:
         assert [attributes["id"] for attributes in page.all("section")] == order
 
     def test_untrustworthy_numbers_are_marked(self, page):
-        rows = {tuple(row[:2]): row[5] for row in page.tables["headline.csv"][1:]}
-        assert re.fullmatch(r"≤ 92.50 ± 0.00\s+not trustworthy", rows["longer", "none"])
+        """Wherever they are: as the worst case and the reference protocol, in comparisons, in the table of attacks."""
+        rows = {tuple(row[:2]): row for row in page.tables["headline.csv"][1:]}
+        assert re.fullmatch(r"≤ 92.50 ± 0.00\s+not trustworthy", rows["longer", "none"][5])
+        assert re.fullmatch(r"92.50 ± 0.00\s+not trustworthy", rows["longer", "none"][4])
+        assert re.fullmatch(r"no difference shown\s+not trustworthy", page.tables["trainings.csv"][1][6])
+        assert re.fullmatch(r"≤ 92.50\s+not trustworthy", page.tables["accuracy-3-longer-none.csv"][-1][-1])
+        assert page.tables["defences.csv"][1][6] == "hurts"
 
     def test_tables_are_those_of_the_csv_files(self, page, out):
         assert {path.name for path in out.glob("*.csv")} == set(page.tables)
@@ -387,10 +429,20 @@ def test_protocol_names_what_determines_an_evaluation(groups):
     assert lines["threat"] == "Linf, epsilon = 0.1"
     assert lines["images"] == "40 of Digits, test split"
     assert lines["evaluation"] == "batch size 16, seed of the attacks 0"
+    assert lines["draws"] == "the predictor is deterministic"
+    assert lines["schedule"].startswith("epochs 1, batch_size 64, pretrain_steps 2, optimizer AdamCosine(")
     assert lines["versions"] == "deq_jax 0.1.0, jax 0.10"
     assert lines["deployed"].startswith("ensemble state: Equilibrium(")
     assert "attacks (3):\n  apgd [AutoAttack]: APGD(threat=Linf(epsilon=0.1), steps=5, " in text
     assert "  reference.pgd [reference]: Transfer(path=runs/tiny-1), gradients: Direct" in text
+
+
+def test_protocol_names_the_early_state_and_the_draws(groups):
+    one = groups[1].evaluations[0]
+    evaluation = one.evaluation | {"draws": 20}
+    text = protocol_text(replace(one, defence="early state", early_state=[0.1, 0.5, 0.3], evaluation=evaluation))
+    assert "deployed: early state z_2: Equilibrium(" in text
+    assert "draws: 20 (EOT)" in text
 
 
 def test_configs_are_written_briefly():
@@ -461,6 +513,7 @@ class TestMistakes:
             lambda content: content["evaluation"]["trials"][0].pop("attack"),
             lambda content: content["config"].pop("seed"),
             lambda content: content["config"].pop("classifier"),
+            lambda content: content.update(images=20),
         ],
     )
     def test_incomplete(self, capsys, tmp_path, copies, change):
@@ -479,17 +532,10 @@ class TestMistakes:
             assert line.startswith(f"error: {copies[1]}/evaluation.json: not an evaluation as this version writes it (")
             assert "evaluation.npz" in line
 
-    def test_other_images(self, capsys, tmp_path, copies):
-        edit(copies[1], lambda content: content.update(images=20))
-        line = self.refused(capsys, tmp_path / "out", *copies)
-        where = "Digits, test split, best checkpoint, Linf ε = 0.1"
-        counts = f"{copies[1]} has 20 images, {copies[0]} has 40"
-        assert line == f"error: {counts}: expected the same images in all evaluations on {where}"
-
     def test_twice_the_same(self, capsys, tmp_path, copies):
         edit(copies[1], lambda content: content["config"].update(seed=0))
         line = self.refused(capsys, tmp_path / "out", *copies)
-        same = "the same training, defence, seed 0, radius and attacks"
+        same = "the same training, defence, seed 0, images, radius and attacks"
         assert line == f"error: {copies[1]} has {same} as {copies[0]}: expected one of the two"
 
     def test_a_folder_that_cannot_be_written(self, capsys, tmp_path, copies):

@@ -34,17 +34,16 @@ from deq_jax.readouts import EnsembleState, IntermediateState
 from deq_jax.results import worst_of
 from deq_jax.solvers import Broyden
 from deq_jax.surrogates import Direct, Intermediate, WithGradient, deployed
+from deq_jax.transfers import Transfer, is_within
 from deq_jax.trials import (
     Diagnostics,
     EarlyState,
     EvalConfig,
     Noise,
-    Transfer,
     Trial,
     auto_attack,
     diagnostics,
     gradient_queries,
-    is_within,
     threat_of,
     with_surrogates,
 )
