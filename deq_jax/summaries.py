@@ -12,7 +12,7 @@ from deq_jax.tables import ERROR, INTERVAL, Cell, Column, Form, Table, differenc
 
 NOT_TRUSTWORTHY = "NOT TRUSTWORTHY, an upper bound only"
 WARNING = "not trustworthy"
-NOT_SHOWN = "no verdict: not shown the images that broke the undefended predictor"
+NOT_SHOWN = "no verdict (not shown the images that broke the undefended predictor)"
 FORMS: dict[str, Form] = {"accuracy": "{:.2f}".format, "entropy": "{:.3f}".format, "residual": "{:.2e}".format}
 CONDITIONS = ("clean", "attacked")
 

@@ -31,7 +31,8 @@ class Transfer:
     @property
     def manifest(self) -> dict[str, Any] | None:
         """Of the evaluation whose trial it is, as JSON data; None for a file."""
-        return read_json(Path(self.path).parents[1] / "manifest.json") if Path(self.path).is_dir() else None
+        path = Path(self.path).resolve()
+        return read_json(path.parents[1] / "manifest.json") if path.is_dir() else None
 
     def load(self, images: Images, x: np.ndarray, threat: Threat) -> np.ndarray:
         """The images [N, H, W, C], float32.

@@ -315,7 +315,7 @@ class TestNumbers:
         undefended = [run / "evaluation" / "a" for run in runs[:2]]
         (pair,) = defence_pairs(groups_of(read_evaluations([*undefended, tmp_path / "0", tmp_path / "1"])))
         row = rows_of(pair_table("defences", "", [pair], DEFENCE))[0]
-        verdict = "no verdict: not shown the images that broke the undefended predictor"
+        verdict = "no verdict (not shown the images that broke the undefended predictor)"
         assert row[3:] == ["–", "–", "+22.50 [-42.25, 87.25]", verdict, "none raised"]
         assert f"{verdict} under the adaptive worst case" in sentences(pair, DEFENCE)
 
