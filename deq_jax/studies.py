@@ -204,9 +204,10 @@ def by_training(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Group
 
 
 def undefended_trainings(groups: Sequence[Group]) -> list[dict[str, Group]]:
-    """For each setting with several trainings: training -> its undefended predictor, under the most attacks."""
+    """For each setting with several trainings: training -> its undefended predictor, of the most seeds and then under
+    the most attacks."""
     parts: dict[Setting, dict[str, Group]] = {}
-    for group in sorted(groups, key=lambda group: len(group.attacks)):
+    for group in sorted(groups, key=lambda group: (len(group.evaluations), len(group.attacks))):
         if not group.is_defended:
             parts.setdefault(group.setting, {})[group.training] = group
     return [trainings for trainings in parts.values() if len(trainings) > 1]

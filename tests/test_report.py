@@ -19,7 +19,17 @@ from deq_jax.finished import brief, number, protocol_text, read_evaluations
 from deq_jax.readouts import EnsembleState
 from deq_jax.reports import report_of, write_report
 from deq_jax.results import Attempt, Cost, Probe, WorstCase
-from deq_jax.studies import Group, defence_pairs, groups_of, labels, radius_curves, robust, training_pairs, undefended
+from deq_jax.studies import (
+    Group,
+    defence_pairs,
+    groups_of,
+    labels,
+    radius_curves,
+    robust,
+    training_pairs,
+    undefended,
+    undefended_trainings,
+)
 from deq_jax.summaries import DEFENCE, TRAINING, headline_table, pair_table, sentences
 from deq_jax.surrogates import deployed
 from deq_jax.tables import Cell, Column, Table
@@ -240,6 +250,19 @@ class TestGroups:
         folders = [write(tmp_path / str(seed), longer, seed, {"clean": 2, "apgd": 4, "pgd": 9}) for seed in (0, 1)]
         (curves,) = radius_curves(groups_of(read_evaluations([*folders, *runs]))).values()
         assert [group.means(robust)[0] for group in curves[0].groups] == [77.5, 75.0]
+
+    def test_of_an_undefended_training_most_seeds_count_and_then_most_attacks(self, groups, runs, tmp_path):
+        """Whatever their order."""
+        config = config_of(0.1, "none", 0)
+        more = replace(config, trials=(*config.trials, Trial("more", PGD(0.1, 0.1, 1))))
+        less = replace(config, trials=config.trials[:1])
+        write(tmp_path / "more", more, 0, {"clean": 2, "apgd": 3, "pgd": 3, "more": 3})
+        for seed in (0, 1):
+            write(tmp_path / f"less-{seed}", less, seed, {"clean": 2, "apgd": 3})
+        folders = [tmp_path / "more", tmp_path / "less-0", tmp_path / "less-1"]
+        for order in ([*folders, *runs], [*runs, *folders]):
+            (found, *_) = undefended_trainings(groups_of(read_evaluations(order)))
+            assert found["tiny"] == groups[0] and found["longer"] == groups[2]
 
 
 class TestNumbers:
