@@ -142,7 +142,11 @@ def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
     return dataclasses.replace(config, classifier=dataclasses.replace(classifier, dynamics=dynamics))
 
 
-def load_config(path: str | Path, kind: type[Config] = TrainConfig, *arguments: Any) -> Config:  # type: ignore[assignment]
+def load_config(
+    path: str | Path,
+    kind: type[Config] = TrainConfig,  # type: ignore[assignment]  # mypy has no defaults of generic parameters
+    *arguments: Any,
+) -> Config:
     """The object returned by ``get_config(*arguments)`` in the Python file at `path`.
 
     Args:
@@ -298,7 +302,8 @@ def from_tree(tree: Any) -> Any:
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     """Dotted name and values of the first field in which two config trees differ, or None."""
-    if isinstance(old, dict) and isinstance(new, dict) and "class" in old and old["class"] == new.get("class"):
+    are_mappings = isinstance(old, dict) and isinstance(new, dict) and old.keys() != {"name"}  # which is a function
+    if are_mappings and old.get("class") == new.get("class"):
         for name in old | new:
             below = f"{path}.{name}" if path else name
             difference = first_difference(old.get(name), new.get(name), below)

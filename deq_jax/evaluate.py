@@ -149,7 +149,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=["best", "latest"], default="best", help="default: best")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: as in the config")
     parser.add_argument("--seed", type=int, metavar="N", help="of the attacks' randomness; default: as in the config")
-    parser.add_argument("--out", metavar="DIR", help="default: WORKDIR/evaluation/SPLIT-ATTACK, or SPLIT-CONFIG")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="default: WORKDIR/evaluation/SPLIT-NAME: of the attack or config, then --readout and --epsilon",
+    )
     add_process_options(parser)
     return parser.parse_args(arguments)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, ke
     logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
     residual, solution = unknown, prediction.solution
     if solution is not None:
-        decode: Callable[[PyTree], Array] = partial(classifier.decode, variables)  # type: ignore[attr-defined]
+        decode: Callable[[PyTree], Array] = partial(cast(Any, classifier).decode, variables)
         mean = decode(EnsembleState()(solution))[None]
         logits = jnp.concatenate([lax.map(decode, solution.states), mean, logits])
         lowest = jnp.min(solution.residuals, axis=0, keepdims=True)
@@ -205,8 +205,9 @@ def choose_early_state(
     def accuracy(t: int) -> float:
         robust = []
         for batch in evaluation_batches(images, batch_size):
-            _, correct = correctness(run((variables, np.int32(t)), batch))
-            robust.append(correct[~batch.is_padding, -1])  # type: ignore[index]
+            found = run((variables, np.int32(t)), batch)
+            correct = is_correct(found.clean, found.y) & is_correct(found.attacked, found.y)
+            robust.append(correct[~batch.is_padding, -1])
         return float(np.mean(np.concatenate(robust)))
 
     first = to_unit(jnp.asarray(images.x[:1]))

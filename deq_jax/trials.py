@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from deq_jax.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Linf, Square, Targeted, clean_start
 from deq_jax.attacks.threat import Threat
@@ -225,7 +226,7 @@ def with_surrogates(name: str, attack: Attack, surrogates: Sequence[Surrogate]) 
     """One trial per surrogate, named by its class and numbers, such as ``pgd-10.Intermediate-3-5-0.5``."""
 
     def label(surrogate: Surrogate) -> str:
-        numbers = [getattr(surrogate, f.name) for f in dataclasses.fields(surrogate)]  # type: ignore[arg-type]
+        numbers = [getattr(surrogate, f.name) for f in dataclasses.fields(cast(Any, surrogate))]
         return "-".join([f"{name}.{type(surrogate).__name__}", *(f"{number:g}" for number in numbers)])
 
     return tuple(Trial(label(surrogate), attack, surrogate) for surrogate in surrogates)

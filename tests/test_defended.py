@@ -232,7 +232,8 @@ def test_the_adaptive_evaluation_has_every_kind_of_attack():
     assert {Direct, ThroughSolver, Intermediate} == bases
     assert {Square, SPSA} <= {type(trial.attack) for trial in config.trials}
     assert any(isinstance(getattr(trial.attack.attack, "loss", None), LowEntropy) for trial in targeted(config))
-    assert any(isinstance(trial.attack.attack, APGD) for trial in targeted(config))
+    aimed = {type(trial.surrogate) for trial in targeted(config) if isinstance(trial.attack.attack, APGD)}
+    assert aimed == {BPDASolver, EndToEnd}
     last = {type(trial.surrogate) for trial in config.trials if trial.from_worst}
     assert last == {Direct, BPDAHead, BPDASolver, EndToEnd}
     assert isinstance(config.diagnostics, Diagnostics)

@@ -16,6 +16,7 @@ from deq_jax.attacks import APGD, PGD, Linf
 from deq_jax.config import to_tree
 from deq_jax.evaluation import Measured
 from deq_jax.finished import brief, number, protocol_text, read_evaluations
+from deq_jax.pages import report_files
 from deq_jax.readouts import EnsembleState
 from deq_jax.reports import report_of, write_report
 from deq_jax.results import Attempt, Cost, Probe, WorstCase
@@ -434,6 +435,18 @@ class TestPage:
         assert sorted(shown) == sorted((out / f"{name}.png").read_bytes() for name in [*names, "radius-1-tiny"])
         assert len(list(out.glob("*.png"))) == 13
         assert all(picture.startswith(b"\x89PNG") for picture in shown)
+
+
+def test_flagged_points_of_a_curve_look_different(tmp_path):
+    wrong = {"clean": 2, "apgd": 3, "pgd": 4}
+    write(tmp_path / "far", config_of(0.1, "none", 0), 0, wrong)
+    pictures = []
+    for masked in (False, True):
+        write(tmp_path / "near", config_of(0.05, "none", 0), 0, wrong, masked=masked)
+        files = report_files(read_evaluations([tmp_path / "far", tmp_path / "near"]))
+        pictures.append(files["radius-1-tiny.png"])
+        assert ("zero gradients" in files["radius-1-tiny.csv"].decode()) == masked
+    assert pictures[0] != pictures[1]
 
 
 QUANTITIES = ("accuracy", "entropy", "residual")

@@ -361,6 +361,15 @@ class TestTransfer:
             np.testing.assert_array_equal(attempt.x_adv, result.attempts["direct"].x_adv)
             np.testing.assert_array_equal(attempt.measured.label, result.attempts["direct"].measured.label)
 
+    def test_images_that_have_changed_are_not_mixed_with_what_is_there(self, tmp_path):
+        path, config = tmp_path / "a.npz", EvalConfig(THREAT, (), batch_size=16)
+        config = replace(config, trials=(Trial("before", Transfer(str(path))),))
+        np.savez(path, x_adv=IMAGES.x)
+        evaluate(config, tmp_path / "out")
+        np.savez(path, x_adv=np.clip(IMAGES.x + 0.01, 0, 1))
+        with pytest.raises(InputError, match=r"holds another evaluation: transfers\.before was '"):
+            evaluate(config, tmp_path / "out")
+
     @pytest.mark.parametrize(
         ("change", "words"),
         [
