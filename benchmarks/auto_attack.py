@@ -187,7 +187,7 @@ def against_foolbox(arrays, x, y, epsilon) -> dict:
     x, y = jnp.asarray(x), jnp.asarray(y)
     start_of = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 10, steps=40, random_start=True)
     _, theirs, _ = start_of(foolbox.JAXModel(logits, bounds=(0, 1)), x, y, epsilons=epsilon)
-    pgd = PGD(epsilon=epsilon, step_size=epsilon / 10, steps=40)
+    pgd = PGD(Linf(epsilon), steps=40, step_size=epsilon / 10)
     x_adv = jax.jit(lambda x, y: pgd(oracle_of(logits), x, y, jax.random.key(0)))(x, y)
     return {
         "foolbox": int(jnp.sum(is_fooled(logits(theirs), y))),

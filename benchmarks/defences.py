@@ -170,7 +170,7 @@ def at(factor: float, choose: Choose) -> Choose:
 
     def chosen(train: TrainConfig) -> EvalConfig:
         epsilon = factor * threat_of(train).epsilon
-        return choose(set_fields(train, [f"validation_attack.epsilon={epsilon}"]))
+        return choose(set_fields(train, [f"validation_attack.threat.epsilon={epsilon}"]))
 
     return chosen
 

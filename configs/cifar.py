@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flax import linen as nn
 
-from deq_jax.attacks import PGD, gaussian_start
+from deq_jax.attacks import PGD, Linf, gaussian_start
 from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.config import TrainConfig
 from deq_jax.data import CropFlip, Tfds
@@ -19,7 +19,7 @@ from deq_jax.regularizers import JacobianRegularization
 from deq_jax.solvers import Broyden
 
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
-ATTACK = PGD(EPSILON, STEP_SIZE, steps=10, best_of=False)
+ATTACK = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, best_of=False)
 DYNAMICS = Dynamics(Broyden(8), gradient=Phantom(steps=5, damping=0.5))
 
 

@@ -5,7 +5,7 @@
 The other digits configs are this one with a field or two replaced.
 """
 
-from deq_jax.attacks import PGD
+from deq_jax.attacks import PGD, Linf
 from deq_jax.classifiers import Dynamics, Equilibrium
 from deq_jax.config import AdamCosine, TrainConfig
 from deq_jax.data import Digits
@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         ),
         objective=Standard(),
         dataset=Digits(),
-        validation_attack=PGD(epsilon=0.1, step_size=0.025, steps=10),
+        validation_attack=PGD(Linf(0.1), steps=10, step_size=0.025),
         optimizer=AdamCosine(3e-3),
         batch_size=64,
         epochs=20,

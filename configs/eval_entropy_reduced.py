@@ -34,7 +34,7 @@ def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
     """The adaptive attacks on a defended DEQ of this many states."""
     many, few = APGD(threat, steps=50), APGD(threat, steps=20)
     targeted = Targeted(replace(few, loss=targeted_dlr))
-    confident = PGD(threat.epsilon, max(threat.epsilon / 4, 1e-6), steps=20, loss=LowEntropy())
+    confident = PGD(threat, steps=20, step_size=max(threat.epsilon / 4, 1e-6), loss=LowEntropy())
     attempts: list[tuple[str, Attack, Surrogate]] = [
         ("apgd", many, Direct()),
         ("apgd.bpda-identity", many, BPDAIdentity()),

@@ -28,7 +28,7 @@ def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
 
 def from_worst(threat: Linf) -> PGD:
     """Goes on from images that other attacks have found."""
-    return PGD(threat.epsilon, max(threat.epsilon / 10, 1e-6), steps=50)
+    return PGD(threat, steps=50, step_size=max(threat.epsilon / 10, 1e-6))
 
 
 def get_config(train: TrainConfig) -> EvalConfig:
@@ -37,7 +37,7 @@ def get_config(train: TrainConfig) -> EvalConfig:
     if solver is None:
         raise InputError("these attacks are for a DEQ with a solver; see configs/eval_auto_attack.py")
     threat = threat_of(train)
-    pgd = PGD(threat.epsilon, max(threat.epsilon / 4, 1e-6), steps=10)
+    pgd = PGD(threat, steps=10)
     return EvalConfig(
         threat,
         trials=(

@@ -22,6 +22,7 @@ import flax.linen as nn
 import optax
 
 from deq_jax.attacks.pgd import PGD
+from deq_jax.attacks.threat import Linf
 from deq_jax.classifiers import Equilibrium, Explicit
 from deq_jax.data import CropFlip, Dataset
 from deq_jax.gradients import Unrolled
@@ -81,7 +82,7 @@ class TrainConfig:
     classifier: Equilibrium | Explicit
     objective: Objective
     dataset: Dataset
-    validation_attack: Attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)
+    validation_attack: Attack = PGD(Linf(8 / 255), steps=10)
     optimizer: AdamCosine = field(default_factory=AdamCosine)
     batch_size: int = 96
     accumulate: int = 1
@@ -197,7 +198,7 @@ def _module_name(path: Path) -> str:
 
 
 def set_fields(config: Any, assignments: list[str]) -> Any:
-    """Replaces scalar fields: ``set_fields(config, ["seed=1", "objective.attack.epsilon=0.2"])``.
+    """Replaces scalar fields: ``set_fields(config, ["seed=1", "objective.attack.threat.epsilon=0.2"])``.
 
     Raises:
       InputError: for an unknown name (with the valid ones), a value of the wrong type, or a value that
@@ -288,6 +289,7 @@ def from_tree(tree: Any) -> Any:
         return tuple(from_tree(item) for item in tree)
     if not isinstance(tree, dict):
         return tree
+    tree = _upgraded(tree)
     if set(tree) == {"name"}:
         return _import_name(tree["name"])
     kind = _import_name(tree.get("class", ""))
@@ -302,6 +304,7 @@ def from_tree(tree: Any) -> Any:
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     """Dotted name and values of the first field in which two config trees differ, or None."""
+    old = _upgraded(old) if isinstance(old, dict) else old
     are_mappings = isinstance(old, dict) and isinstance(new, dict) and old.keys() != {"name"}  # which is a function
     if are_mappings and old.get("class") == new.get("class"):
         for name in old | new:
@@ -314,6 +317,15 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
         differences = (first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
         return next(filter(None, differences), None)
     return None if old == new else f"{path} was {_brief(old)}, now {_brief(new)}"
+
+
+def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """An object's tree as an older version wrote it, as this version writes it."""
+    if tree.get("class") == _name(PGD) and "epsilon" in tree:
+        ball = {"class": _name(Linf), "epsilon": tree["epsilon"]}
+        others = {name: value for name, value in tree.items() if name != "epsilon"}
+        return {"class": tree["class"], "threat": ball} | others
+    return tree
 
 
 def _brief(tree: Any) -> str:

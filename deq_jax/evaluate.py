@@ -46,7 +46,7 @@ examples:
   python -m deq_jax.evaluate --workdir runs/a
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_white_box.py --readout early
-  python -m deq_jax.evaluate --workdir runs/a --attack pgd --set steps=1000 --set epsilon=0.05 --out runs/a/pgd1000
+  python -m deq_jax.evaluate --workdir runs/a --attack pgd --set steps=1000 --epsilon 0.05 --out runs/a/pgd1000
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_entropy_reduced.py \
     --transfer reference=runs/a/evaluation/test-eval_white_box
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
@@ -183,7 +183,7 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
     """The evaluation that the command line asks for, at the radius that the training validates with."""
     if options.epsilon is not None:
         threat_of(train)
-        train = set_fields(train, [f"validation_attack.epsilon={options.epsilon}"])
+        train = set_fields(train, [f"validation_attack.threat.epsilon={options.epsilon}"])
     if options.config:
         config = set_fields(load_config(options.config, EvalConfig, train), options.assignments)
     else:
@@ -205,8 +205,7 @@ def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalC
     require(not chosen, f"--readout {readout}: the config chooses a state itself, {config.defence}")
     defence = f"{readout} state" if config.predictor is None else f"{config.defence}, {readout} state"
     if readout == "early":
-        epsilon = threat_of(train).epsilon
-        early = EarlyState(PGD(epsilon, max(epsilon / 4, 1e-6), 10), cast(Classifier | None, config.predictor))
+        early = EarlyState(PGD(threat_of(train), steps=10), cast(Classifier | None, config.predictor))
         return dataclasses.replace(config, predictor=early, defence=defence)
     predictor = deployed(cast(Classifier, config.predictor or train.classifier), RAW[readout])
     return dataclasses.replace(config, predictor=predictor, defence=defence)
@@ -219,7 +218,7 @@ def attack_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
         validation = cast(PGD, train.validation_attack)
         attack = dataclasses.replace(validation, step_size=step_size, steps=50, restarts=5, best_of=True)
         attack = set_fields(attack, options.assignments)
-        return EvalConfig(Linf(attack.epsilon), (Trial("pgd", attack),), skip_broken=False)
+        return EvalConfig(attack.threat, (Trial("pgd", attack),), skip_broken=False)
     require(not options.assignments, f"--set goes with a config or an attack, not with --attack {options.attack}")
     if options.attack == "none":
         return EvalConfig(Linf(0.0), ())

@@ -90,7 +90,7 @@ def diagnostics(threat: Linf, steps: int = 1000) -> Diagnostics:
 
     def pgd(steps: int, relative_step: float, radius: float = 1.0) -> PGD:
         epsilon = radius * threat.epsilon
-        return PGD(epsilon, max(relative_step * epsilon, 1e-6), steps)
+        return PGD(Linf(epsilon), steps=steps, step_size=max(relative_step * epsilon, 1e-6))
 
     return Diagnostics(
         noise=Trial("noise", Noise(threat)),
@@ -241,17 +241,15 @@ def threat_of(train: TrainConfig) -> Linf:
     attack = train.validation_attack
     if not isinstance(attack, PGD):
         raise InputError("the training's validation_attack is no PGD and gives no radius")
-    return Linf(attack.epsilon)
+    return cast(Linf, attack.threat)
 
 
 def radius_of(attack: Attack | Transfer) -> float | None:
     """The radius of an attack; None if that is not known."""
     match attack:
-        case PGD():
-            return attack.epsilon
         case Targeted():
             return radius_of(attack.attack)
-        case APGD() | FAB() | Square() | SPSA() | Noise():
+        case PGD() | APGD() | FAB() | Square() | SPSA() | Noise():
             return attack.threat.epsilon
         case _:
             return None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage, SmoothSign
-from deq_jax.attacks import PGD, classifier_oracle, expectation, surrogate
+from deq_jax.attacks import PGD, Linf, classifier_oracle, expectation, surrogate
 from deq_jax.entropy import EntropyGradient, RandomDirection, reduce_entropy
 from deq_jax.losses import cross_entropy, entropy
 from deq_jax.readouts import EnsembleState, IntermediateState, LastState
@@ -178,7 +178,7 @@ def test_low_entropy_loss():
 
 
 def test_attacks_judge_the_defended_predictor():
-    attack = PGD(epsilon=0.1, step_size=0.03, steps=4)
+    attack = PGD(Linf(0.1), steps=4, step_size=0.03)
     judge = classifier_oracle(DEFENCE, VARIABLES)
     clean = cross_entropy(judge.logits(X, KEYS), Y)
     oracle = surrogate(BPDAIdentity()(DEFENCE, VARIABLES), judge)

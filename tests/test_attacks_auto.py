@@ -61,7 +61,7 @@ def attacks_within(threat):
 
 ATTACKS = {f"{name}_linf": attack for name, attack in attacks_within(Linf(0.1)).items()}
 ATTACKS |= {f"{name}_l2": attacks_within(L2(0.6))[name] for name in ("apgd", "fab_t", "square", "spsa")}
-ATTACKS["pgd"] = PGD(epsilon=0.1, step_size=0.03, steps=6)
+ATTACKS["pgd"] = PGD(Linf(0.1), steps=6, step_size=0.03)
 EVERY = pytest.mark.parametrize("name", ATTACKS)
 
 
@@ -177,7 +177,7 @@ def test_settings_are_checked():
         lambda: FAB(Linf(0.1), beta=1.5),
         lambda: Square(Linf(0.1), p_init=0),
         lambda: SPSA(Linf(0.1), samples=0),
-        lambda: PGD(0.1, 0.1, 1, restarts=2, best_of=False),
+        lambda: PGD(Linf(0.1), steps=1, step_size=0.1, restarts=2, best_of=False),
         lambda: Targeted(APGD(Linf(0.1)), classes=0),
         lambda: AutoAttack(()),
         lambda: Linf(-1),
@@ -234,7 +234,7 @@ def test_spsa_reaches_the_worst_case_of_a_linear_model_without_gradients():
 
 def test_spsa_breaks_what_has_no_gradient():
     quantised = oracle_of(lambda x, keys: mlp(jnp.round(8 * x) / 8))
-    blind = PGD(0.1, 0.03, 6)(quantised, X, Y, KEY)
+    blind = PGD(Linf(0.1), steps=6, step_size=0.03)(quantised, X, Y, KEY)
     seeing = jax.jit(lambda x, y: SPSA(Linf(0.1), 10, samples=64, step_size=0.03, probe=0.08)(quantised, x, y, KEY))(
         X, Y
     )
@@ -323,7 +323,7 @@ def test_stages_compile_once_and_attack_only_what_is_left():
         return mlp(x)
 
     x, y = jnp.tile(X, (3, 1, 1, 1)), jnp.tile(Y, 3)
-    auto = AutoAttack((PGD(0.05, 0.05, 1), PGD(0.1, 0.05, 1)), batch_size=4)
+    auto = AutoAttack((PGD(Linf(0.05), steps=1, step_size=0.05), PGD(Linf(0.1), steps=1, step_size=0.05)), batch_size=4)
     run = auto.bind(oracle_of(counting))
     stages = list(run(x, y, KEY))
     once = len(traces)

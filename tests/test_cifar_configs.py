@@ -44,7 +44,7 @@ def test_a_config_is_what_its_name_says(path):
     assert config.dataset.name == data
     assert isinstance(config.objective, Trades if "trades" in rest else PGDAdversarialTraining)
     attack = config.objective.attack
-    assert (attack.epsilon, attack.step_size, attack.steps) == (8 / 255, 2 / 255, 10)
+    assert (attack.threat.epsilon, attack.step_size, attack.steps) == (8 / 255, 2 / 255, 10)
     assert (config.batch_size, config.epochs, config.optimizer.learning_rate) == (96, 220, 1e-3)
     variables = jax.eval_shape(config.classifier.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

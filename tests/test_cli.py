@@ -76,7 +76,7 @@ from deq_jax.trials import EvalConfig, Trial, threat_of, with_surrogates
 
 def get_config(train):
     threat = threat_of(train)
-    pgd = PGD(threat.epsilon, threat.epsilon, steps=1)
+    pgd = PGD(threat, steps=1, step_size=threat.epsilon)
     trials = (Trial("pgd", pgd), *with_surrogates("pgd", pgd, [Intermediate(1, 1), Intermediate(2, 0)]))
     return EvalConfig(threat, trials, batch_size=16)
 """
@@ -138,7 +138,7 @@ MISTAKES = [
     training("set-without-value", "--set seed", "--set seed: expected NAME=VALUE"),
     training("set-wrong-type", "--set epochs=many", "--set epochs=many", "expected int", "now 20", "got 'many'"),
     training("set-object", "--set classifier.cell=3", "classifier.cell is an object"),
-    training("negative-epsilon", "--set validation_attack.epsilon=-0.1", "PGD: epsilon must be >= 0, got -0.1"),
+    training("negative-epsilon", "--set validation_attack.threat.epsilon=-0.1", "Linf: epsilon must be >= 0, got -0.1"),
     training("no-solver-steps", "--set classifier.dynamics.solver.steps=0", "Broyden", "steps", "got 0"),
     training("no-epochs", "--set epochs=0", "TrainConfig: epochs must be a positive integer, got 0"),
     # what does not fit together
@@ -191,8 +191,8 @@ MISTAKES = [
     evaluation("no-checkpoint", "", "unsaved: has no best checkpoint yet", workdir="{}/unsaved"),
     evaluation("truncated-checkpoint", "", "{}/truncated/checkpoints/best", "cannot be read", workdir="{}/truncated"),
     evaluation("data-of-another-shape", "", "does not fit", "(128, 10), expected (256, 10)", workdir="{}/exchanged"),
-    evaluation("attack-unknown-field", "--set iterations=3", "no field iterations", "valid names: epsilon"),
-    evaluation("attack-negative-epsilon", "--set epsilon=-1", "epsilon must be >= 0"),
+    evaluation("attack-unknown-field", "--set iterations=3", "no field iterations", "valid names: threat.epsilon"),
+    evaluation("attack-negative-epsilon", "--set threat.epsilon=-1", "epsilon must be >= 0"),
     evaluation("no-attack-to-set", "--attack none --set epsilon=0.1", "--set goes with a config or an attack"),
     evaluation("no-batch", "--batch-size 0", "batch_size must be positive, got 0"),
     evaluation("batch-not-divisible", "--batch-size 9", "9", "8 local devices"),
@@ -280,7 +280,11 @@ def test_a_mistake_is_one_clear_line(mistake, folder, capfd):
 @pytest.mark.parametrize(
     ("workdir", "changes", "words"),
     [
-        ("run", ["objective.attack.epsilon=0.2"], ["objective.attack.epsilon was 0.1, now 0.2", "another --workdir"]),
+        (
+            "run",
+            ["objective.attack.threat.epsilon=0.2"],
+            ["objective.attack.threat.epsilon was 0.1, now 0.2", "another --workdir"],
+        ),
         ("truncated", [], ["truncated/checkpoints/latest", "cannot be read", "move it away"]),
     ],
     ids=["another-config", "truncated-checkpoint"],
@@ -449,7 +453,7 @@ def get_config(train):
 def test_a_config_that_chooses_a_state_takes_no_other_one(folder, tmp_path, capfd):
     (tmp_path / "eval.py").write_text(
         "from deq_jax.attacks import PGD, Linf\nfrom deq_jax.trials import EarlyState, EvalConfig\n"
-        "def get_config(train):\n    early = EarlyState(PGD(0.1, 0.1, 1))\n"
+        "def get_config(train):\n    early = EarlyState(PGD(Linf(0.1), steps=1, step_size=0.1))\n"
         "    return EvalConfig(Linf(0.1), (), predictor=early, defence='early')\n"
     )
     arguments = ["--workdir", f"{folder}/run", "--config", f"{tmp_path}/eval.py", "--readout", "last"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from deq_jax.attacks import PGD
+from deq_jax.attacks import PGD, Linf
 from deq_jax.classifiers import Explicit
 from deq_jax.config import (
     AdamCosine,
@@ -69,8 +69,8 @@ def test_random_states_are_a_one_field_variant():
     [
         ("seed=1", lambda c: c.seed, 1),
         (" seed = 1 ", lambda c: c.seed, 1),
-        ("objective.attack.epsilon=0.2", lambda c: c.objective.attack.epsilon, 0.2),
-        ("objective.attack.epsilon=1", lambda c: c.objective.attack.epsilon, 1.0),
+        ("objective.attack.threat.epsilon=0.2", lambda c: c.objective.attack.threat.epsilon, 0.2),
+        ("objective.attack.threat.epsilon=1", lambda c: c.objective.attack.threat.epsilon, 1.0),
         ("objective.attack.best_of=True", lambda c: c.objective.attack.best_of, True),
         ("classifier.dynamics.solver.steps=3", lambda c: c.classifier.dynamics.solver.steps, 3),
         ("classifier.encoder.channels=4", lambda c: c.classifier.encoder.channels, 4),  # a flax module
@@ -97,8 +97,11 @@ def test_the_last_assignment_counts(config):
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("sed=1", ["--set sed=1", "no field sed", "valid names: ", " seed", "objective.attack.epsilon"]),
-        ("objective.attack.eps=1", ["no field objective.attack.eps", "valid names: objective.attack.epsilon,"]),
+        ("sed=1", ["--set sed=1", "no field sed", "valid names: ", " seed", "objective.attack.threat.epsilon"]),
+        (
+            "objective.attack.threat.eps=1",
+            ["no field objective.attack.threat.eps", "valid names: objective.attack.threat.epsilon"],
+        ),
         ("classifier.encoder.parent=1", ["no field classifier.encoder.parent", "classifier.encoder.channels"]),
         ("seed.x=1", ["no field seed.x", "valid names: none"]),
         ("objective.attack.loss.x=1", ["no field objective.attack.loss.x"]),
@@ -111,8 +114,11 @@ def test_the_last_assignment_counts(config):
         ("seed={[]: 1}", ["expected int"]),
         ("checkpoint_every=a", ["expected int or None", "'a'"]),
         ("objective.attack.best_of=1", ["expected bool"]),
-        ("objective.attack.epsilon=None", ["expected float", "'None'"]),
-        ("objective.attack.epsilon=-1", ["--set objective.attack.epsilon=-1", "PGD", "epsilon", ">= 0", "-1"]),
+        ("objective.attack.threat.epsilon=None", ["expected float", "'None'"]),
+        (
+            "objective.attack.threat.epsilon=-1",
+            ["--set objective.attack.threat.epsilon=-1", "Linf", "epsilon", ">= 0", "-1"],
+        ),
         ("epochs=0", ["TrainConfig", "epochs", "positive", "0"]),
         ("objective=1", ["objective is an object", "not a scalar"]),
         ("objective.attack.loss=kl", ["objective.attack.loss is an object"]),
@@ -133,7 +139,7 @@ def test_set_refuses(config, assignment, words):
         ({"objective": Standard()}, "objective was deq_jax.objectives.PGDAdversarialTraining, now deq_jax.objectives"),
         ({"augmentation": CropFlip()}, "augmentation was None, now deq_jax.data.CropFlip"),
         (
-            {"validation_attack": PGD(0.1, 0.025, 10, loss=kl)},
+            {"validation_attack": PGD(Linf(0.1), steps=10, step_size=0.025, loss=kl)},
             "validation_attack.loss was deq_jax.losses.cross_",
         ),
     ],
@@ -272,3 +278,13 @@ def test_functions_of_a_config_file_are_found_again(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mine.own_loss", raising=False)  # as in another process, started in this folder
     monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if "mine" not in path)])
     assert from_tree(tree).validation_attack.loss.__name__ == "loss"
+
+
+def test_an_attack_of_an_older_version_is_read():
+    """PGD once had a radius, in ℓ∞, where it now has a threat model."""
+    attack = PGD(Linf(0.1), steps=3, step_size=0.03)
+    tree = to_tree(attack)
+    older = {"class": tree["class"], "epsilon": 0.1} | {k: v for k, v in tree.items() if k not in ("class", "threat")}
+    assert from_tree(older) == attack
+    assert first_difference({"a": older}, {"a": tree}) is None
+    assert first_difference(older | {"epsilon": 0.2}, tree) == "threat.epsilon was 0.2, now 0.1"

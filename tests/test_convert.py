@@ -28,7 +28,7 @@ from deq_jax.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """
-from deq_jax.attacks import PGD
+from deq_jax.attacks import PGD, Linf
 from deq_jax.classifiers import Dynamics, Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.data import Npz
@@ -40,7 +40,7 @@ from deq_jax.solvers import Broyden
 
 def get_config():
     classifier = Equilibrium(*mdeq({modules}), {dynamics})
-    attack = PGD(epsilon=8 / 255, step_size=2 / 255, steps=1)
+    attack = PGD(Linf(8 / 255), steps=1, step_size=2 / 255)
     return TrainConfig(classifier, Standard(), Npz({data!r}), attack, batch_size=8, epochs=1)
 """
 SMALL = {

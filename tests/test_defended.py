@@ -23,7 +23,7 @@ from deq_jax.worst_case import worst_case
 from tests.dense import defence_of
 
 THREAT = Linf(0.1)
-ATTACK = PGD(0.1, 0.05, steps=2)
+ATTACK = PGD(Linf(0.1), steps=2, step_size=0.05)
 DEFENCE = defence_of()
 X = np.asarray(jax.random.uniform(jax.random.key(0), (10, 3, 3, 1)))
 VARIABLES = jax.device_get(DEFENCE.init(jax.random.key(0), X))
@@ -48,7 +48,7 @@ CONFIG = EvalConfig(
 )
 FAR = Diagnostics(
     *(Trial(name, Noise(THREAT)) for name in ("noise", "fgsm", "pgd", "half", "long")),
-    far=Trial("far", PGD(0.8, 0.4, 2)),
+    far=Trial("far", PGD(Linf(0.8), steps=2, step_size=0.4)),
 )
 
 
@@ -245,7 +245,7 @@ def targeted(config):
 
 @pytest.mark.parametrize("epsilon", [0.02, 0.3])
 def test_attacks_of_the_adaptive_evaluation_can_cross_the_ball(epsilon):
-    train = set_fields(digits_pgd_at.get_config(), [f"validation_attack.epsilon={epsilon}"])
+    train = set_fields(digits_pgd_at.get_config(), [f"validation_attack.threat.epsilon={epsilon}"])
     config = load_config("configs/eval_entropy_reduced.py", EvalConfig, train)
     attacks = [trial.attack for trial in config.trials if isinstance(trial.attack, PGD | SPSA)]
     assert len(attacks) > 1

@@ -26,7 +26,7 @@ from deq_jax.types import Keys
 from tests.golden.case import SOLVER, Case, compiled
 
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
-ATTACK = PGD(EPSILON, STEP_SIZE, 10, loss=kl)  # not run: the adversarial batch is given
+ATTACK = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, loss=kl)  # not run: the adversarial batch is given
 
 
 @pytest.fixture(scope="module", params=["float64", "float32"])
@@ -252,7 +252,7 @@ def test_pgd_trajectory(case, name, estimator, readout):
 def test_attack_of_pgd_at(case):
     """In float64, as no image but the last is recorded; see `stepped`."""
     noise = case.image(case.golden["pgd/noise"])
-    attack = PGD(EPSILON, STEP_SIZE, 10, start=lambda keys, x, epsilon: x + noise, best_of=False)
+    attack = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, start=lambda keys, x, threat: x + noise, best_of=False)
     oracle = classifier_oracle(case.classifier, case.variables)
     x_adv = compiled(partial(attack, oracle))(case.x, case.y, jax.random.key(0))
     case.image_close("ris_pgd_train/x_adv_10", x_adv)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deq_jax import losses
-from deq_jax.attacks import PGD, clean_start, gaussian_start, oracle_of, uniform_start
+from deq_jax.attacks import L2, PGD, Linf, clean_start, gaussian_start, oracle_of, uniform_start
 from deq_jax.types import InputError, Keys, Oracle
 from tests import tiny
 
@@ -62,14 +62,14 @@ def test_exact_worst_case_of_a_linear_model():
     y = y % 2
     weights = linear(jnp.eye(9).reshape(9, 3, 3, 1), None)[:, :2]
     away = jnp.sign(weights[:, 1 - y] - weights[:, y]).T.reshape(SHAPE)
-    attack = PGD(EPSILON, step_size=0.05, steps=10)
+    attack = PGD(Linf(EPSILON), steps=10, step_size=0.05)
     np.testing.assert_allclose(attack(oracle_of(two_classes), x, y, jax.random.key(0)), x + EPSILON * away, atol=1e-6)
 
 
 def test_first_step_is_the_signed_gradient():
     x, y = images()
     gradient = jax.grad(lambda x: losses.cross_entropy(curved(x, None), y).sum())(x)
-    attack = PGD(EPSILON, step_size=0.03, steps=1, start=clean_start, best_of=False)
+    attack = PGD(Linf(EPSILON), steps=1, step_size=0.03, start=clean_start, best_of=False)
     np.testing.assert_allclose(
         attack(oracle_of(curved), x, y, jax.random.key(0)), x + 0.03 * jnp.sign(gradient), atol=1e-6
     )
@@ -78,11 +78,11 @@ def test_first_step_is_the_signed_gradient():
 @pytest.mark.parametrize(
     "attack",
     [
-        PGD(EPSILON, 0.03, 5),
-        PGD(EPSILON, 0.03, 5, restarts=3),
-        PGD(EPSILON, 0.03, 5, best_of=False),
-        PGD(EPSILON, 0.03, 5, loss=losses.margin, start=clean_start),
-        PGD(EPSILON, 0.03, 5, loss=losses.dlr, start=gaussian_start),
+        PGD(Linf(EPSILON), steps=5, step_size=0.03),
+        PGD(Linf(EPSILON), steps=5, step_size=0.03, restarts=3),
+        PGD(Linf(EPSILON), steps=5, step_size=0.03, best_of=False),
+        PGD(Linf(EPSILON), steps=5, step_size=0.03, loss=losses.margin, start=clean_start),
+        PGD(Linf(EPSILON), steps=5, step_size=0.03, loss=losses.dlr, start=gaussian_start),
     ],
     ids=lambda a: f"{a.loss.__name__}-{a.start.__name__}-{a.restarts}-{a.best_of}",
 )
@@ -118,7 +118,7 @@ class TestContract:
             return
         x, y = images()
         before = attack.loss(curved(x, None), y)
-        start = PGD(EPSILON, 1e-9, 1, loss=attack.loss, start=attack.start)
+        start = PGD(Linf(EPSILON), steps=1, step_size=1e-9, loss=attack.loss, start=attack.start)
         x_adv, x_start = (a(oracle_of(curved), x, y, jax.random.key(0)) for a in (attack, start))
         assert (attack.loss(curved(x_adv, None), y) >= attack.loss(curved(x_start, None), y) - 1e-6).all()
         if attack.start is clean_start:
@@ -135,8 +135,8 @@ def test_more_steps_and_restarts_never_lower_the_best_loss():
     def best(attack):
         return losses.cross_entropy(curved(attack(oracle_of(curved), x, y, jax.random.key(0)), None), y)
 
-    few, many = (best(PGD(EPSILON, 0.03, steps, start=clean_start)) for steps in (2, 8))
-    one, three = (best(PGD(EPSILON, 0.03, 4, restarts=restarts)) for restarts in (1, 3))
+    few, many = (best(PGD(Linf(EPSILON), steps=steps, step_size=0.03, start=clean_start)) for steps in (2, 8))
+    one, three = (best(PGD(Linf(EPSILON), steps=4, step_size=0.03, restarts=restarts)) for restarts in (1, 3))
     # A misclassified iterate is kept before one of higher loss; here no image is broken.
     assert (many >= few - 1e-6).all() and (three >= one - 1e-6).all()
     assert (three > one + 1e-6).any()
@@ -153,21 +153,21 @@ def test_a_misclassified_iterate_is_preferred_to_a_higher_loss():
         return x[:, 0, 0, 0], logits(x, keys), jnp.ones_like(x)
 
     x = jnp.full((1, 1, 1, 1), 0.5)
-    attack = PGD(EPSILON, 0.02, 5, loss=lambda logits, y: jnp.ones(1), start=clean_start)
+    attack = PGD(Linf(EPSILON), steps=5, step_size=0.02, loss=lambda logits, y: jnp.ones(1), start=clean_start)
     x_adv = attack(Oracle(logits, grad), x, jnp.zeros(1, int), jax.random.key(0))
     np.testing.assert_allclose(x_adv, 0.54, atol=1e-6)
 
 
 def test_reference_logits_are_a_target_too():
     x, _ = images()
-    attack = PGD(EPSILON, 0.03, 5, loss=losses.kl, start=gaussian_start)
+    attack = PGD(Linf(EPSILON), steps=5, step_size=0.03, loss=losses.kl, start=gaussian_start)
     x_adv = attack(oracle_of(curved), x, curved(x, None), jax.random.key(0))
     assert (losses.kl(curved(x_adv, None), curved(x, None)) > 0.01).all()
 
 
 def test_nan_gradients_do_not_move_the_images():
     x, y = images()
-    attack = PGD(EPSILON, 0.03, 3, start=clean_start, best_of=False)
+    attack = PGD(Linf(EPSILON), steps=3, step_size=0.03, start=clean_start, best_of=False)
     np.testing.assert_array_equal(
         attack(oracle_of(lambda x, keys: jnp.nan * curved(x, keys)), x, y, jax.random.key(0)), x
     )
@@ -181,7 +181,7 @@ def test_last_iterate_costs_no_further_query():
         raise AssertionError("a query of the logits")
 
     oracle = Oracle(logits, oracle_of(curved).grad)
-    PGD(EPSILON, 0.03, 3, best_of=False)(oracle, x, y, jax.random.key(0))
+    PGD(Linf(EPSILON), steps=3, step_size=0.03, best_of=False)(oracle, x, y, jax.random.key(0))
 
 
 def test_best_iterate_is_never_worse_than_the_image_itself():
@@ -193,18 +193,20 @@ def test_best_iterate_is_never_worse_than_the_image_itself():
         losses, logits, gradient = oracle_of(linear).grad(loss, x, target, keys)
         return losses, logits, -gradient
 
-    x_adv = PGD(EPSILON, 1e-3, 5)(Oracle(linear, downhill), x, y, jax.random.key(0))
+    x_adv = PGD(Linf(EPSILON), steps=5, step_size=1e-3)(Oracle(linear, downhill), x, y, jax.random.key(0))
     assert (losses.cross_entropy(linear(x_adv, None), y) >= losses.cross_entropy(linear(x, None), y) - 1e-6).all()
-    x_adv = PGD(EPSILON, 1e-3, 5, start=clean_start)(Oracle(linear, downhill), x, y, jax.random.key(0))
+    x_adv = PGD(Linf(EPSILON), steps=5, step_size=1e-3, start=clean_start)(
+        Oracle(linear, downhill), x, y, jax.random.key(0)
+    )
     np.testing.assert_allclose(x_adv, x, atol=1e-6)
 
 
 def test_inputs_are_checked():
     x, y = images()
     with pytest.raises(InputError, match="expected float images"):
-        PGD(EPSILON, 0.03, 1)(oracle_of(curved), x[0], y, jax.random.key(0))
+        PGD(Linf(EPSILON), steps=1, step_size=0.03)(oracle_of(curved), x[0], y, jax.random.key(0))
     with pytest.raises(InputError, match="expected 6 integer labels"):
-        PGD(EPSILON, 0.03, 1)(oracle_of(curved), x, y[:3], jax.random.key(0))
+        PGD(Linf(EPSILON), steps=1, step_size=0.03)(oracle_of(curved), x, y[:3], jax.random.key(0))
 
 
 @pytest.mark.filterwarnings("ignore")  # foolbox's own
@@ -227,15 +229,43 @@ def test_classifiers_in_foolbox():
 def test_starts():
     x = jnp.full((500, 2, 2, 1), 0.5)
     keys = Keys.of(jax.random.key(0), 500)
-    uniform = np.asarray(uniform_start(keys, x, EPSILON) - x)
+    uniform = np.asarray(uniform_start(keys, x, Linf(EPSILON)) - x)
     assert abs(uniform).max() <= EPSILON + 1e-6 and abs(uniform.std() - EPSILON / np.sqrt(3)) < 0.005
-    gaussian = np.asarray(gaussian_start(keys, x, EPSILON) - x)
+    gaussian = np.asarray(gaussian_start(keys, x, Linf(EPSILON)) - x)
     assert abs(gaussian.std() - 1e-3) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "settings", [{"epsilon": -0.1}, {"step_size": 0.0}, {"steps": 0}, {"restarts": 0}], ids=lambda s: next(iter(s))
-)
+@pytest.mark.parametrize("settings", [{"step_size": 0.0}, {"steps": 0}, {"restarts": 0}], ids=lambda s: next(iter(s)))
 def test_settings_are_checked(settings):
     with pytest.raises(InputError, match=f"PGD: {next(iter(settings))} must be"):
-        PGD(**{"epsilon": 0.1, "step_size": 0.1, "steps": 1, **settings})
+        PGD(Linf(0.1), **settings)
+
+
+def test_default_step_size():
+    """2.5 radii are shared among the steps: 2/255 for ten steps at 8/255."""
+    x, y = images()
+    named, default = PGD(Linf(8 / 255), steps=10, step_size=2 / 255), PGD(Linf(8 / 255), steps=10)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(named(oracle_of(curved), x, y, key), default(oracle_of(curved), x, y, key))
+
+
+def test_in_l2():
+    """Of a linear classifier the worst image in the ball is known: a step of length epsilon along the normal."""
+    normal = jnp.array([3.0, -4.0]) / 5
+    x, y = jnp.full((4, 1, 2, 1), 0.5), jnp.zeros(4, jnp.int32)
+
+    def linear(x, keys):
+        score = x.reshape(4, 2) @ normal
+        return jnp.stack([-score, score], axis=1)
+
+    x_adv = PGD(L2(0.25), steps=20, step_size=0.5)(oracle_of(linear), x, y, jax.random.key(0))
+    np.testing.assert_allclose((x_adv - x).reshape(4, 2), jnp.tile(0.25 * normal, (4, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 12])
+def test_uniform_start_fills_the_l2_ball_evenly(size):
+    x = jnp.full((4000, size, 1, 1), 0.5)
+    noise = L2(0.2).random(Keys.of(jax.random.key(0), 4000), x)
+    length = np.asarray(L2(0.2).length(noise))
+    assert length.max() <= 0.2 + 1e-6
+    np.testing.assert_allclose(np.mean((length / 0.2) ** size), 0.5, atol=0.02)  # a share r^size has a length below r

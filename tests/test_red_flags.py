@@ -90,7 +90,7 @@ def test_an_honest_model_raises_no_flag(honest):
 
 def test_going_on_from_the_worst_image_does_not_hide_masked_gradients(masked, tmp_path):
     """It breaks what Square has broken, without any gradient of its own."""
-    on = Trial("on", PGD(THREAT.epsilon, 0.01, steps=2), from_worst=True)
+    on = Trial("on", PGD(THREAT, steps=2, step_size=0.01), from_worst=True)
     trials = (*masked.config.trials, on)
     config = EvalConfig(THREAT, trials, batch_size=64, skip_broken=False)
     result = worst_case(config, Explicit(Linear(levels=8)), trained(), TEST, tmp_path)

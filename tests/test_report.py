@@ -55,7 +55,10 @@ def measured(wrong, rng):
 def config_of(epsilon, defence, seed):
     """An undefended predictor under two attacks, or a defended one under those and what was made before."""
     threat = Linf(epsilon)
-    trials = (Trial("apgd", APGD(threat, steps=5), suite="AutoAttack"), Trial("pgd", PGD(epsilon, epsilon / 4, 10)))
+    trials = (
+        Trial("apgd", APGD(threat, steps=5), suite="AutoAttack"),
+        Trial("pgd", PGD(threat)),
+    )
     config = EvalConfig(threat, trials, batch_size=16, skip_broken=False)
     if defence == "none":
         return config
@@ -198,7 +201,7 @@ class TestGroups:
         assert [(pair.first, pair.second) for pair in training_pairs(groups)] == [(longer, plain)]
 
     def test_a_defence_is_compared_with_the_evaluation_that_has_most_attacks_in_common(self, groups, runs, tmp_path):
-        other = replace(config_of(0.1, "none", 0), trials=(Trial("noise", PGD(0.1, 0.1, 1)),))
+        other = replace(config_of(0.1, "none", 0), trials=(Trial("noise", PGD(Linf(0.1), steps=1, step_size=0.1)),))
         folder = write(tmp_path / "noise", other, 0, {"clean": 2, "noise": 3})
         more = groups_of(read_evaluations([folder, *runs]))
         assert [group.defence for group in more[:3]] == ["none", "none", "ensemble state"]
@@ -217,7 +220,9 @@ class TestGroups:
 
     def test_groups_that_differ_in_the_settings_of_an_attack_alone_have_labels_of_their_own(self, tmp_path):
         for name, steps in (("x", 10), ("y", 20)):
-            config = replace(config_of(0.1, "none", 0), trials=(Trial("pgd", PGD(0.1, 0.1, steps)),))
+            config = replace(
+                config_of(0.1, "none", 0), trials=(Trial("pgd", PGD(Linf(0.1), steps=steps, step_size=0.1)),)
+            )
             write(tmp_path / name, config, 0, {"clean": 2, "pgd": 3})
         groups = groups_of(read_evaluations([tmp_path / name for name in ("x", "y")]))
         assert labels(groups) == ["none: pgd", "none: pgd #2"]
@@ -247,7 +252,9 @@ class TestGroups:
         assert (training, others, [curve.label for curve in curves]) == ("tiny", [], ["none"])
         assert curves[0].groups == (groups[3], groups[0])
         trials = config_of(0.05, "none", 0).trials
-        longer = replace(config_of(0.05, "none", 0), trials=(trials[0], Trial("pgd", PGD(0.05, 0.01, 99))))
+        longer = replace(
+            config_of(0.05, "none", 0), trials=(trials[0], Trial("pgd", PGD(Linf(0.05), steps=99, step_size=0.01)))
+        )
         folders = [write(tmp_path / str(seed), longer, seed, {"clean": 2, "apgd": 4, "pgd": 9}) for seed in (0, 1)]
         (curves,) = radius_curves(groups_of(read_evaluations([*folders, *runs]))).values()
         assert [group.means(robust)[0] for group in curves[0].groups] == [77.5, 75.0]
@@ -255,7 +262,7 @@ class TestGroups:
     def test_of_an_undefended_training_most_seeds_count_and_then_most_attacks(self, groups, runs, tmp_path):
         """Whatever their order."""
         config = config_of(0.1, "none", 0)
-        more = replace(config, trials=(*config.trials, Trial("more", PGD(0.1, 0.1, 1))))
+        more = replace(config, trials=(*config.trials, Trial("more", PGD(Linf(0.1), steps=1, step_size=0.1))))
         less = replace(config, trials=config.trials[:1])
         write(tmp_path / "more", more, 0, {"clean": 2, "apgd": 3, "pgd": 3, "more": 3})
         for seed in (0, 1):
@@ -482,8 +489,10 @@ def test_protocol_names_the_early_state_and_the_draws(groups):
 
 
 def test_configs_are_written_briefly():
-    tree = to_tree(PGD(8 / 255, 0.1, 3))
-    assert brief(tree).startswith("PGD(epsilon=8/255, step_size=0.1, steps=3, restarts=1, loss=cross_entropy, ")
+    tree = to_tree(PGD(Linf(8 / 255), steps=3, step_size=0.1))
+    assert brief(tree).startswith(
+        "PGD(threat=Linf(epsilon=8/255), steps=3, step_size=0.1, restarts=1, loss=cross_entropy, "
+    )
     assert brief([tree["loss"], None, True, 2]) == "[cross_entropy, None, True, 2]"
     assert [number(value) for value in (0.1, 0.2, 2 / 255, 0.0, 1 / 3)] == ["0.1", "0.2", "2/255", "0", "0.333333"]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.attacks import PGD, classifier_oracle
+from deq_jax.attacks import PGD, Linf, classifier_oracle
 from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.config import to_tree
 from deq_jax.gradients import AtState, Implicit, Phantom
@@ -245,7 +245,7 @@ def test_surrogates_are_values():
 def test_surrogates_cross_devices():
     devices = jax.local_device_count()
     x, y = jnp.resize(X, (devices, *X.shape[1:])), jnp.resize(Y, devices)
-    attack = PGD(0.1, 0.05, 2)
+    attack = PGD(Linf(0.1), steps=2, step_size=0.05)
 
     def perturb(surrogate, batch):
         x, y, numbers = batch

@@ -54,8 +54,8 @@ from tests.linear import DATA, Linear, trained
 
 ROOT = Path(__file__).parents[1]
 THREAT = Linf(0.05)
-ATTACK = PGD(0.05, 0.025, steps=2)
-FAR = PGD(0.3, 0.15, steps=2)
+ATTACK = PGD(Linf(0.05), steps=2, step_size=0.025)
+FAR = PGD(Linf(0.3), steps=2, step_size=0.15)
 TRIALS = (
     Trial("uniform", Noise(THREAT)),
     Trial("direct", ATTACK, suite="both"),
@@ -176,7 +176,7 @@ class TestWorstCase:
 
     def test_trials_can_start_from_the_worst_image_so_far(self, tmp_path):
         """From where a step that is too small to matter leads nowhere; a large one finds more."""
-        still = Trial("still", PGD(THREAT.epsilon, 1e-7, steps=1), from_worst=True)
+        still = Trial("still", PGD(THREAT, steps=1, step_size=1e-7), from_worst=True)
         on = Trial("on", replace(ATTACK, steps=10), from_worst=True)
         config = EvalConfig(THREAT, (TRIALS[0], TRIALS[1], still, on), batch_size=16, skip_broken=False)
         result = evaluate(config, tmp_path)
@@ -248,12 +248,12 @@ class Traced(PGD):
     """PGD that notes when it is traced."""
 
     def __call__(self, oracle, x, target, key):
-        TRACES.append(self.epsilon)
+        TRACES.append(self.threat.epsilon)
         return super().__call__(oracle, x, target, key)
 
 
 def test_surrogates_that_differ_in_numbers_are_compiled_once(deq, tmp_path):
-    attack = Traced(0.05, 0.05, steps=1, best_of=False)
+    attack = Traced(Linf(0.05), steps=1, step_size=0.05, best_of=False)
     trials = with_surrogates("a", attack, [Intermediate(1, 1, 0.5), Intermediate(2, 9, 1), Intermediate(3, 5, 0.25)])
     config = EvalConfig(THREAT, trials, batch_size=16, max_images=16, skip_broken=False)
     TRACES.clear()
@@ -452,7 +452,7 @@ class TestConfig:
         steps = [trial.attack.steps for trial in (trials.fgsm, trials.pgd, trials.half, trials.long)]
         assert steps == [1, 10, 50, 100]
         assert trials.half.attack.step_size == trials.long.attack.step_size
-        assert [trials.pgd.attack.epsilon, trials.far.attack.epsilon] == [0.1, pytest.approx(0.8)]
+        assert [trials.pgd.attack.threat.epsilon, trials.far.attack.threat.epsilon] == [0.1, pytest.approx(0.8)]
 
     def test_gradient_queries(self):
         ce, targeted, fab, square = (trial.attack for trial in auto_attack(THREAT))

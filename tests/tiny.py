@@ -1,6 +1,6 @@
 """A configuration so small that it compiles and trains in seconds."""
 
-from deq_jax.attacks import PGD
+from deq_jax.attacks import PGD, Linf
 from deq_jax.classifiers import Dynamics, Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.data import Digits
@@ -10,7 +10,7 @@ from deq_jax.objectives import PGDAdversarialTraining
 from deq_jax.readouts import FinalState
 from deq_jax.solvers import Broyden
 
-ATTACK = PGD(epsilon=0.1, step_size=0.05, steps=2, best_of=False)
+ATTACK = PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
 
 
 def classifier(readout=FinalState(), dropout=0.2):

@@ -10,38 +10,37 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.best import Best, check_images, check_inputs, has_labels
-from deq_jax.attacks.threat import Linf
+from deq_jax.attacks.threat import Threat
 from deq_jax.losses import cross_entropy
 from deq_jax.types import Array, Keys, Loss, Oracle, require
 
-Start = Callable[[Keys, Array, float], Array]
-"""``(keys, x, epsilon) -> x_0``; the attack projects what it returns."""
+Start = Callable[[Keys, Array, Threat], Array]
+"""``(keys, x, threat) -> x_0``; the attack projects what it returns."""
 
 
-def uniform_start(keys: Keys, x: Array, epsilon: float) -> Array:
-    """Uniform in the ℓ∞ ball of radius epsilon around x."""
-    noise = keys.draw(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1, 1))
-    return x + epsilon * noise
+def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
+    """Uniform in the threat's ball around x."""
+    return x + threat.random(keys, x)
 
 
-def gaussian_start(keys: Keys, x: Array, epsilon: float) -> Array:
+def gaussian_start(keys: Keys, x: Array, threat: Threat) -> Array:
     """x + 0.001 N(0, 1), the start of TRADES, which has no gradient at x itself."""
     return x + 0.001 * keys.draw(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))
 
 
-def clean_start(keys: Keys, x: Array, epsilon: float) -> Array:
+def clean_start(keys: Keys, x: Array, threat: Threat) -> Array:
     """x itself."""
     return x
 
 
 @dataclass(frozen=True)
 class PGD:
-    """``x <- project(x + step_size sign(grad))``, in the ℓ∞ ball.
+    """``x <- project(x + step_size steepest(grad))``, where steepest is the sign in ℓ∞ and the unit vector in ℓ2.
 
     Attributes:
-      epsilon: radius, in the unit of x ([0, 1]).
-      step_size: in the same unit.
+      threat: norm and radius, such as ``Linf(8 / 255)``.
       steps: per restart; each costs one gradient query.
+      step_size: length of a step, in the unit of x ([0, 1]); None for ``2.5 epsilon / steps`` [Madry et al. 2018].
       restarts: number of random starts.
       loss: maximised, ``(logits, target) -> [B]``.
       start: where a restart begins.
@@ -50,17 +49,16 @@ class PGD:
         per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
     """
 
-    epsilon: float
-    step_size: float
-    steps: int
+    threat: Threat
+    steps: int = 10
+    step_size: float | None = None
     restarts: int = 1
     loss: Loss = cross_entropy
     start: Start = uniform_start
     best_of: bool = True
 
     def __post_init__(self):
-        require(self.epsilon >= 0, f"PGD: epsilon must be >= 0, got {self.epsilon!r}")
-        require(self.step_size > 0, f"PGD: step_size must be > 0, got {self.step_size!r}")
+        require(self.step_size is None or self.step_size > 0, f"PGD: step_size must be > 0, got {self.step_size!r}")
         require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"PGD: restarts must be >= 1, got {self.restarts!r}")
         alone = self.best_of or self.restarts == 1
@@ -96,15 +94,17 @@ class PGD:
 
     def _restart(self, oracle, x, target, keys, best):
         """The last iterate, and the best so far; None stays None."""
-        threat = Linf(self.epsilon)
+        threat, step_size = self.threat, self.step_size
+        if step_size is None:
+            step_size = 2.5 * threat.epsilon / self.steps
 
         def step(carry, number):
             x_adv, best = carry
             losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
             best = best and best.update(x_adv, losses, logits, target)
-            return (threat.project(x_adv + self.step_size * threat.steepest(gradient), x), best), None
+            return (threat.project(x_adv + step_size * threat.steepest(gradient), x), best), None
 
-        start = threat.project(self.start(keys, x, self.epsilon), x)
+        start = threat.project(self.start(keys, x, threat), x)
         (x_adv, best), _ = lax.scan(step, (start, best), 1 + jnp.arange(self.steps))
         if best is None:
             return x_adv, None

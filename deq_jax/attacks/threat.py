@@ -6,6 +6,7 @@ ball, its direction of steepest ascent, and the shortest way to a hyperplane.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,9 @@ class Threat(Protocol):
 
     def steepest(self, gradient: Array) -> Array:
         """The perturbation of length 1 along which the loss rises fastest; 0 for a useless gradient."""
+
+    def random(self, keys: Keys, x: Array) -> Array:
+        """A random perturbation, uniform in the ball."""
 
     def random_direction(self, keys: Keys, x: Array) -> Array:
         """A random perturbation of length 1."""
@@ -69,9 +73,13 @@ class Linf:
         """The gradient's sign; see `Threat.steepest`."""
         return jnp.sign(_finite(gradient))
 
+    def random(self, keys: Keys, x: Array) -> Array:
+        """Uniform in the cube; see `Threat.random`."""
+        return self.epsilon * keys.draw(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1, 1))
+
     def random_direction(self, keys: Keys, x: Array) -> Array:
         """Uniform in the cube, stretched to its surface; see `Threat.random_direction`."""
-        noise = keys.draw(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1, 1))
+        noise = Linf(1.0).random(keys, x)
         return noise / per_image(self.length(noise), x)
 
     def to_hyperplane(self, x: Array, normal: Array, level: Array) -> Array:
@@ -109,6 +117,12 @@ class L2:
         gradient = _finite(gradient)
         scaled = gradient / per_image(jnp.maximum(Linf(0).length(gradient), 1e-30), gradient)  # no underflow
         return scaled / per_image(jnp.maximum(self.length(scaled), 1e-12), gradient)
+
+    def random(self, keys: Keys, x: Array) -> Array:
+        """A direction times the root of a uniform number that makes all volumes alike; see `Threat.random`."""
+        uniform = keys.fold(1).draw(lambda key: jax.random.uniform(key, (), x.dtype))
+        size = math.prod(x.shape[1:])
+        return self.epsilon * per_image(uniform ** (1 / size), x) * self.random_direction(keys.fold(0), x)
 
     def random_direction(self, keys: Keys, x: Array) -> Array:
         """Uniform on the sphere; see `Threat.random_direction`."""
