@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from deq_jax.classifiers import Equilibrium
 from deq_jax.cli import command_line, console
 from deq_jax.config import TrainConfig, load_config
 from deq_jax.records import make_folder, write_json
@@ -45,7 +46,8 @@ def main() -> None:
         for name in options.configs:
             for setting, changes in SETTINGS.items():
                 for batch_size in options.batch_sizes:
-                    config = with_settings(load_config(f"configs/{name}.py"), changes, batch_size, options.accumulate)
+                    base = load_config(f"configs/{name}.py", TrainConfig)
+                    config = with_settings(base, changes, batch_size, options.accumulate)
                     row = {"config": name, "setting": setting, "batch": batch_size, **planned_memory(config)}
                     rows.append(row)
                     per_image = (row["step"] - row["state"]) / batch_size * 1024
@@ -57,8 +59,7 @@ def main() -> None:
 
 def with_settings(config: TrainConfig, changes: dict[str, Any], batch_size: int, accumulate: int) -> TrainConfig:
     """The config with other dynamics and another batch."""
-    classifier: Any = config.classifier
-    classifier = replace(classifier, dynamics=replace(classifier.dynamics, **changes))
+    classifier = cast(Equilibrium, config.classifier).with_dynamics(**changes)
     return replace(config, classifier=classifier, batch_size=batch_size, accumulate=accumulate)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from rich.table import Table
 
 from deq_jax.cli import command_line, console
-from deq_jax.config import load_config
+from deq_jax.config import TrainConfig, load_config
 from deq_jax.records import make_folder, write_json
 from deq_jax.training import Batch, TrainState, train_step
 
@@ -90,7 +90,7 @@ def measure(name: str, batch_size: int, repeats: int) -> dict[str, Any]:
 
 def step(path: str, batch_size: int):
     """One training step of a config, beyond its pre-training; returns its loss."""
-    config = load_config(path)
+    config = load_config(path, TrainConfig)
     optimizer = config.optimizer.transformation(1000)
     x, labels = images(batch_size)
     variables = jax.jit(config.classifier.init)(jax.random.key(0), x)
@@ -104,7 +104,7 @@ def step(path: str, batch_size: int):
 
 def prediction(batch_size: int):
     """The deployed prediction; returns the sum of the logits."""
-    classifier = load_config("configs/cifar10_large_pgd_at.py").classifier
+    classifier = load_config("configs/cifar10_large_pgd_at.py", TrainConfig).classifier
     x, _ = images(batch_size)
     variables = jax.jit(classifier.init)(jax.random.key(0), x)
     compiled = jax.jit(lambda variables, x: classifier(variables, x).logits)

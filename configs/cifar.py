@@ -50,8 +50,7 @@ def with_modules(config: TrainConfig, modules: Mdeq) -> TrainConfig:
 
 def with_exact_gradient(config: TrainConfig) -> TrainConfig:
     """The config with the implicit gradient: seven Broyden steps on the adjoint equation."""
-    dynamics = replace(config.classifier.dynamics, gradient=Implicit(Broyden(7)))
-    return replace(config, classifier=replace(config.classifier, dynamics=dynamics))
+    return replace(config, classifier=config.classifier.with_dynamics(gradient=Implicit(Broyden(7))))
 
 
 def with_jacobian_weight(config: TrainConfig, weight: float) -> TrainConfig:

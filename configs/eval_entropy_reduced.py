@@ -14,6 +14,7 @@ from dataclasses import replace
 from configs.eval_white_box import from_worst
 from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage
 from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted, targeted_dlr
+from deq_jax.attacks.threat import Threat
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.entropy import EntropyReduced
@@ -24,13 +25,15 @@ from deq_jax.types import Attack, InputError
 
 def defence(train: TrainConfig) -> EntropyReduced:
     """The papers' settings: the ball of the attacks, and updates of a quarter of its radius."""
-    base, epsilon = train.classifier, threat_of(train).epsilon
+    base, threat = train.classifier, threat_of(train)
     if not isinstance(base, Equilibrium) or base.dynamics.solver is None:
         raise InputError("input entropy reduction is for a DEQ with a solver; see configs/eval_auto_attack.py")
-    return EntropyReduced(base, step_size=max(epsilon / 4, 1e-6), epsilon=epsilon)
+    if not isinstance(threat, Linf):
+        raise InputError(f"input entropy reduction moves images within an ℓ∞ ball, expected Linf, got {threat}")
+    return EntropyReduced(base, step_size=max(threat.epsilon / 4, 1e-6), epsilon=threat.epsilon)
 
 
-def trials(threat: Linf, states: int) -> tuple[Trial, ...]:
+def trials(threat: Threat, states: int) -> tuple[Trial, ...]:
     """The adaptive attacks on a defended DEQ of this many states."""
     many, few = APGD(threat, steps=50), APGD(threat, steps=20)
     targeted = Targeted(replace(few, loss=targeted_dlr))

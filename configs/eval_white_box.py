@@ -8,7 +8,8 @@ more than any gradient of the equilibrium where eight steps do not reach it. Eve
 each row of the table has an accuracy of its own; the last one goes on from the worst image of all others.
 """
 
-from deq_jax.attacks import APGD, PGD, Linf, Targeted, targeted_dlr
+from deq_jax.attacks import APGD, PGD, Targeted, targeted_dlr
+from deq_jax.attacks.threat import Threat
 from deq_jax.classifiers import Equilibrium
 from deq_jax.config import TrainConfig
 from deq_jax.gradients import Implicit
@@ -26,7 +27,7 @@ def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
     return [*intermediate, MeanOverStates(), *(SimultaneousAdjoint(step) for step in steps)]
 
 
-def from_worst(threat: Linf) -> PGD:
+def from_worst(threat: Threat) -> PGD:
     """Goes on from images that other attacks have found."""
     return PGD(threat, steps=50, step_size=max(threat.epsilon / 10, 1e-6))
 

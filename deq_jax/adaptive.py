@@ -1,7 +1,8 @@
-"""Adaptive attacks on input entropy reduction: surrogates that give the gradient of a defended classifier.
+"""Adaptive attacks on defences: surrogates that give the gradient of a defended classifier.
 
-A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`,
-for an `EntropyReduced` classifier; success stays judged on the defended predictor (`attacks.combine.surrogate`).
+A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`.
+`BPDA` is for anyone's wrapper around a classifier, the others are for input entropy reduction (`EntropyReduced`);
+success stays judged on the defended predictor (`attacks.combine.surrogate`).
 Their oracles draw from the keys of a query, so that a random defence is attacked through
 `attacks.combine.expectation`. Square and SPSA need no surrogate.
 
@@ -11,20 +12,71 @@ References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.oracle import oracle_of
+from deq_jax.compilation import compiled
 from deq_jax.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy
 from deq_jax.gradients import Phantom, straight_through
-from deq_jax.losses import cross_entropy, entropy
+from deq_jax.losses import cross_entropy, entropy, without
 from deq_jax.solvers import differentiable
-from deq_jax.types import Array, Gradient, Keys, Loss, Oracle, PyTree, Variables, require
+from deq_jax.types import Array, Gradient, InputError, Keys, Loss, Oracle, Prediction, PyTree, Variables, require
+
+
+def identity(x: Array) -> Array:
+    """x itself."""
+    return x
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BPDA:
+    """The gradient of a predictor ``classifier(g(x))`` with a proxy's derivative in place of that of g.
+
+    The logits are the predictor's own. The predictor is a frozen dataclass, one field of which is the classifier, and
+    which calls that one as any `Classifier` and asks nothing else of it. So g need not be named: what the classifier
+    is given is g(x). It may be random.
+
+    Attributes:
+      proxy: ``x [B, H, W, C] -> [B, ...]``, differentiable, of the shape of g(x); a named function or a frozen
+        dataclass.
+      part: name of the predictor's field that holds the classifier.
+      random: let the predictor draw from the keys of a query; for evaluations with `draws`.
+
+    References: Athalye et al. 2018, section 4.1.
+    """
+
+    proxy: Callable[[Array], Array] = field(default=identity, metadata={"static": True})
+    part: str = field(default="base", metadata={"static": True})
+    random: bool = field(default=False, metadata={"static": True})
+
+    def __call__(self, classifier: Any, variables: Variables) -> Oracle:
+        within = getattr(classifier, self.part, None)
+        wraps = callable(within) and is_dataclass(classifier) and not isinstance(classifier, EntropyReduced)
+        expected = f"BPDA: expected a dataclass that calls the classifier in its field {self.part!r}"
+        require(wraps, f"{expected}, got {type(classifier).__name__}")
+
+        def logits(x: Array, keys: Keys) -> Array:
+            proxy = self.proxy(x)
+
+            def classify(variables: Variables, seen: Array, **options: Any) -> Prediction:
+                same = seen.shape == proxy.shape
+                require(same, f"BPDA: the classifier is given images {seen.shape}, the proxy has {proxy.shape}")
+                return cast(Any, within)(variables, straight_through(seen, proxy.astype(seen.dtype)), **options)
+
+            predictor = replace(classifier, **{self.part: classify})
+            try:
+                return predictor(variables, x, keys=keys if self.random else None).logits
+            except AttributeError as error:
+                raise InputError(f"{expected} and asks nothing else of it ({error})") from None
+
+        return oracle_of(logits)
 
 
 def defended(classifier: Any) -> EntropyReduced:
@@ -78,6 +130,7 @@ class BPDAHead:
 
         return oracle_of(logits)
 
+    @compiled("defence")
     def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array:
         """Logits [T, B, K] led on from each regulated state, with the input with which it was solved."""
         found = _purified(defence, variables, x, keys)
@@ -129,6 +182,7 @@ class EndToEnd:
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
         return _regulated(self.differentiable(classifier), variables)
 
+    @compiled("defence")
     def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array:
         """Logits [T, B, K] of the regulated states."""
         states = reduce_entropy(self.differentiable(defence), variables, x, keys).solution.states
@@ -236,18 +290,13 @@ class LowEntropy:
           target: [B, 2] int, (label, class aimed at), as `attacks.Targeted` gives it; or labels [B], to aim at the
             class that is the likeliest wrong one at this query.
         """
-        if target.ndim == 1:
-            is_label = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
-            wrong = jnp.argmax(jnp.where(is_label, -jnp.inf, logits), axis=-1)
-        else:
-            wrong = target[:, 1]
+        wrong = jnp.argmax(without(logits, target), axis=-1) if target.ndim == 1 else target[:, 1]
         return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
 
 
 def _with_differentiable_solver(defence: EntropyReduced) -> EntropyReduced:
     """The same defence, whose solver's steps can be differentiated."""
-    dynamics = replace(defence.base.dynamics, solver=differentiable(defence.solver))
-    return replace(defence, base=replace(defence.base, dynamics=dynamics))
+    return replace(defence, base=defence.base.with_dynamics(solver=differentiable(defence.solver)))
 
 
 def _regulated(defence: EntropyReduced, variables: Variables) -> Oracle:

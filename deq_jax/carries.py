@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
-from deq_jax.solvers import Broyden, repeat
+from deq_jax.solvers import Broyden, repeat, unit_of
 from deq_jax.types import Array, PyTree, Solver, require
 
 
@@ -76,6 +76,7 @@ class _PairMemory(NamedTuple):
 
     z: Array
     fz: Array
+    unit: Array
     step: Array  # the next step
     u: Array  # [T, B, N]
     v: Array
@@ -87,7 +88,7 @@ class _RestartedBroyden(Broyden):
 
     def init(self, f: Callable, z: Array, u: PyTree) -> Any:
         fz, pairs = f(z, u), jnp.zeros((self.steps, *z.shape), z.dtype)
-        return _PairMemory(z, fz, fz - z, pairs, pairs, jnp.zeros((), jnp.int32))
+        return _PairMemory(z, fz, unit_of(self, fz), fz - z, pairs, pairs, jnp.zeros((), jnp.int32))
 
     def update(self, f: Callable, memory: Any, u: PyTree, active: Array) -> Any:
         def product(left: Array, right: Array, w: Array) -> Array:
@@ -102,7 +103,7 @@ class _RestartedBroyden(Broyden):
         sound = denominator != 0
         new_u = jnp.where(sound, (dz - product(memory.u, memory.v, dg)) / jnp.where(sound, denominator, 1), 0)
         left, right = (pairs.at[memory.taken].set(new) for pairs, new in ((memory.u, new_u), (memory.v, v)))
-        return _PairMemory(z, fz, -product(left, right, g), left, right, memory.taken + 1)
+        return _PairMemory(z, fz, memory.unit, -product(left, right, g), left, right, memory.taken + 1)
 
 
 def lowest_residual(states: Array, residuals: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,39 @@ class Checkpoints:
         """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    def shapes(self) -> PyTree:
+        """The newest checkpoint's state with entries that have a shape, as nested dicts and lists; None if damaged."""
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                return reader.metadata(self.folder / str(self.latest_step()) / "state").item_metadata.tree
+        except Exception:  # orbax, tensorstore and json each have their own; `restore` tells
+            return None
+
+    def restore(self, template: PyTree, *, only: Sequence[str] = ()) -> tuple[PyTree, dict[str, Any]]:
         """The newest checkpoint's state, shaped like `template`, and its meta data.
 
+        Args:
+          template: a pytree of arrays or their shapes.
+          only: names of the checkpoint's topmost parts that are compared with the template; all if empty.
+
         Raises:
-          InputError: if it cannot be read or does not fit the template.
+          InputError: if it cannot be read, or does not fit the template in structure, shapes and dtypes.
         """
+        restored = self._read()
+        found = {path: leaf for path, leaf in _leaves(restored.state) if not only or path.split("/")[0] in only}
+        expected = dict(_leaves(template))
+        where = f"checkpoint {self.folder / str(self.latest_step())} does not fit"
+        for path in expected | found:  # in the template's order
+            require(path in found, f"{where}: has no {path}")
+            require(path in expected, f"{where}: {path} was not expected")
+            for name in ("shape", "dtype"):
+                old, new = getattr(found[path], name), getattr(expected[path], name)
+                require(old == new, f"{where}: {path} has {name} {old}, expected {new}")
+        return jax.tree.unflatten(jax.tree.structure(template), [found[path] for path in expected]), restored.meta
+
+    def _read(self) -> ocp.args.Composite:
         step = self.latest_step()
-        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
         # After a failed restore tensorstore still answers reads that orbax no longer waits for.
         report = sys.unraisablehook
         sys.unraisablehook = lambda problem: None if _is_late_read(problem) else report(problem)
@@ -70,11 +95,13 @@ class Checkpoints:
             message = f"checkpoint {self.folder / str(step)} cannot be read; {advice} ({reason})"
             raise InputError(message) from None
         sys.unraisablehook = report
-        expected = jax.tree_util.tree_leaves_with_path(template)
-        for (path, leaf), found in zip(expected, jax.tree.leaves(restored.state), strict=True):
-            where = f"checkpoint {self.folder / str(step)} does not fit: {jax.tree_util.keystr(path)}"
-            require(leaf.shape == found.shape, f"{where} has shape {found.shape}, expected {leaf.shape}")
-        return restored.state, restored.meta
+        return restored
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves and their names, such as ``params/cell/kernel``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _is_late_read(problem: Any) -> bool:

@@ -28,7 +28,7 @@ from deq_jax.data import CropFlip, Dataset
 from deq_jax.gradients import Unrolled
 from deq_jax.objectives import Objective, Standard
 from deq_jax.readouts import FinalState
-from deq_jax.types import Attack, InputError, Readout, require
+from deq_jax.types import Attack, InputError, Optimizer, Readout, require
 
 Config = TypeVar("Config")
 MISTAKES = (ImportError, TypeError, NameError, AttributeError)  # of whoever wrote a config file
@@ -51,10 +51,14 @@ class AdamCosine:
         message = "AdamCosine: expected 0 <= final_learning_rate <= learning_rate and learning_rate > 0, got "
         require(rates, f"{message}{self.final_learning_rate!r} and {self.learning_rate!r}")
 
-    def transformation(self, steps: int) -> optax.GradientTransformation:
-        """The optax optimiser of a training of `steps` steps."""
+    def schedule(self, steps: int) -> optax.Schedule:
+        """The learning rate at each step, from 0, of a run of `steps` steps."""
         alpha = self.final_learning_rate / self.learning_rate
-        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, steps, alpha))
+        return optax.cosine_decay_schedule(self.learning_rate, steps, alpha)
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """The optax optimiser of a run of `steps` steps."""
+        return optax.adam(self.schedule(steps))
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class TrainConfig:
       dataset: where the images come from.
       validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
         training images.
-      optimizer: and its schedule.
+      optimizer: `AdamCosine`, or one of your own; see `Optimizer`.
       batch_size: images per step, over all devices.
       accumulate: parts into which each device divides its images of a step, one after the other, to save memory;
         their gradients are averaged, and each part is normalised by its own statistics.
@@ -83,7 +87,7 @@ class TrainConfig:
     objective: Objective
     dataset: Dataset
     validation_attack: Attack = PGD(Linf(8 / 255), steps=10)
-    optimizer: AdamCosine = field(default_factory=AdamCosine)
+    optimizer: Optimizer = field(default_factory=AdamCosine)
     batch_size: int = 96
     accumulate: int = 1
     epochs: int = 220
@@ -118,8 +122,8 @@ class TrainConfig:
             raise InputError("TrainConfig: pretrain_steps are for an Equilibrium with a solver")
         classifier = cast(Equilibrium, self.classifier)
         gradient = Unrolled(solver.steps)
-        dynamics = dataclasses.replace(classifier.dynamics, solver=None, readout=FinalState(), gradient=gradient)
-        shallow = dataclasses.replace(classifier, dynamics=dynamics, jacobian=None)
+        shallow = classifier.with_dynamics(solver=None, readout=FinalState(), gradient=gradient)
+        shallow = dataclasses.replace(shallow, jacobian=None)
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
 
     def at(self, step: int, steps_per_epoch: int) -> TrainConfig:
@@ -139,13 +143,12 @@ def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
     classifier = config.classifier
     if not isinstance(classifier, Equilibrium):
         raise InputError(f"with_readout: expected an Equilibrium, got {type(classifier).__name__}")
-    dynamics = dataclasses.replace(classifier.dynamics, readout=readout)
-    return dataclasses.replace(config, classifier=dataclasses.replace(classifier, dynamics=dynamics))
+    return dataclasses.replace(config, classifier=classifier.with_dynamics(readout=readout))
 
 
 def load_config(
     path: str | Path,
-    kind: type[Config] = TrainConfig,  # type: ignore[assignment]  # mypy has no defaults of generic parameters
+    kind: type[Config],
     *arguments: Any,
 ) -> Config:
     """The object returned by ``get_config(*arguments)`` in the Python file at `path`.
@@ -187,8 +190,16 @@ def _run_module(path: Path):
     except SyntaxError as error:
         raise InputError(f"{error.filename}: line {error.lineno}: {error.msg}") from None
     except (InputError, *MISTAKES) as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}{_advice(error)}") from None
     return module
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a name of the clone's folder configs/ that cannot be imported."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ImportError) or package != "configs":
+        return ""
+    return "; configs/ is not installed with deq_jax: run in the folder of its clone, or add that to PYTHONPATH"
 
 
 def _module_name(path: Path) -> str:
@@ -216,7 +227,7 @@ def set_fields(config: Any, assignments: list[str]) -> Any:
 
 def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
     name, *rest = names
-    fields = _fields(node) if dataclasses.is_dataclass(node) else {}
+    fields = fields_of(node) if dataclasses.is_dataclass(node) else {}
     prefix = whole[: len(whole) - len(".".join(names))]
     if name not in fields:
         valid = ", ".join(prefix + path for path in scalar_paths(node)) or "none"
@@ -224,8 +235,15 @@ def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
     current = fields[name]
     if rest:
         return _replaced(node, name, _set_field(current, whole, rest, text))
-    require(_is_scalar(current), f"{whole} is an object, not a scalar; set one of its fields, or write a config file")
+    require(is_scalar(current), f"{whole} is an object, not a scalar; {_instead(whole, current)}")
     return _replaced(node, name, _parse(text, _field_types(node, name), current))
+
+
+def _instead(name: str, current: Any) -> str:
+    """What to do where an object was to be set."""
+    paths = scalar_paths(current)
+    example = f"set one of its fields, such as --set {name}.{paths[0]}=VALUE, or " if paths else ""
+    return f"{example}replace it in a config file: replace(config, ...)"
 
 
 def _parse(text: str, types: tuple[type, ...], current: Any) -> Any:
@@ -249,7 +267,8 @@ def _replaced(node: Any, name: str, value: Any) -> Any:
     return node.clone(**{name: value}) if isinstance(node, nn.Module) else dataclasses.replace(node, **{name: value})
 
 
-def _fields(node: Any) -> dict[str, Any]:
+def fields_of(node: Any) -> dict[str, Any]:
+    """The fields of a config object by name, those that Flax adds to modules excepted."""
     hidden = ("parent", "name") if isinstance(node, nn.Module) else ()
     return {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init and f.name not in hidden}
 
@@ -257,25 +276,26 @@ def _fields(node: Any) -> dict[str, Any]:
 def scalar_paths(node: Any) -> list[str]:
     """Dotted names of all scalar fields below a config object."""
     paths = []
-    for name, value in _fields(node).items() if dataclasses.is_dataclass(node) else ():
-        paths += [name] if _is_scalar(value) else [f"{name}.{path}" for path in scalar_paths(value)]
+    for name, value in fields_of(node).items() if dataclasses.is_dataclass(node) else ():
+        paths += [name] if is_scalar(value) else [f"{name}.{path}" for path in scalar_paths(value)]
     return paths
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
+    """Whether a field is a number, a string or None, and so can be set by name."""
     return value is None or isinstance(value, bool | int | float | str)
 
 
 def to_tree(node: Any) -> Any:
     """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name."""
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return {"class": _name(type(node))} | {name: to_tree(value) for name, value in _fields(node).items()}
+        return {"class": _name(type(node))} | {name: to_tree(value) for name, value in fields_of(node).items()}
     if isinstance(node, FunctionType | type) and "<" not in node.__qualname__:
         return {"name": _name(node)}
     if isinstance(node, tuple | list):
         return [to_tree(item) for item in node]
     expected = "expected numbers, strings, named functions or frozen dataclasses"
-    require(_is_scalar(node), f"a config cannot hold {node!r}: {expected}")
+    require(is_scalar(node), f"a config cannot hold {node!r}: {expected}")
     return node
 
 
@@ -321,8 +341,8 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 
 def _upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """An object's tree as an older version wrote it, as this version writes it."""
-    if tree.get("class") == _name(PGD) and "epsilon" in tree:
-        ball = {"class": _name(Linf), "epsilon": tree["epsilon"]}
+    if tree.get("class") == "deq_jax.attacks.pgd.PGD" and "epsilon" in tree:
+        ball = {"class": "deq_jax.attacks.threat.Linf", "epsilon": tree["epsilon"]}
         others = {name: value for name, value in tree.items() if name != "epsilon"}
         return {"class": tree["class"], "threat": ball} | others
     return tree

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deq_jax.box import clip_to_box
 from deq_jax.types import AnyArray, Array, InputError, Keys, require
 
 SPLIT_SEED = 0
+COLOURS = (1, 3)  # channels that images have, where a shape must tell which axis they are
 
 
 class Images(NamedTuple):
@@ -70,24 +72,35 @@ class Npz:
     Attributes:
       path: of the npz file.
       validation: share of the training images that is held out.
+      channels: "last" for [N, H, W, C]; "first" for [N, C, H, W], as PyTorch has them; None: last, but a shape that
+        looks like channels first, such as [N, 3, 32, 32], is refused.
     """
 
     path: str
     validation: float = 0.1
+    channels: str | None = None
 
     def __post_init__(self):
         _check_share("Npz", self.validation)
+        known = self.channels in ("last", "first", None)
+        require(known, f"Npz: channels must be 'last', 'first' or None, got {self.channels!r}")
 
     def load(self) -> Splits:
         arrays = self._read()
-        parts = [
-            _checked_images(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{self.path}: {part}")
-            for part in ("train", "test")
-        ]
-        train, test = parts
+        train, test = (self._images(arrays, part) for part in ("train", "test"))
         same = train.x.shape[1:] == test.x.shape[1:]
         require(same, f"{self.path}: x_train has images {train.x.shape[1:]}, x_test {test.x.shape[1:]}")
         return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+
+    def _images(self, arrays: dict[str, np.ndarray], part: str) -> Images:
+        x, where = arrays[f"x_{part}"], f"{self.path}: {part}"
+        if x.ndim == 4 and self.channels == "first":
+            x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        if self.channels is None and _looks_channels_first(x.shape):
+            found = f"images must be [N, H, W, C], and {x.shape} looks like [N, C, H, W]"
+            ways = 'pass Npz(..., channels="first") for that, or channels="last" if it is not so'
+            raise InputError(f"{where}: {found}: {ways}")
+        return _checked_images(x, arrays[f"y_{part}"], where)
 
     def _read(self) -> dict[str, np.ndarray]:
         names = ["x_train", "y_train", "x_test", "y_test"]
@@ -238,19 +251,21 @@ def _held_out(size: int, share: float) -> int:
     return max(1, round(size * share))
 
 
+def _looks_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether axis 1 has as many entries as colours, and the last one more than colours and transparency."""
+    return len(shape) == 4 and shape[1] in COLOURS and shape[2] > 1 and shape[3] > 4
+
+
 def _checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
     if x.ndim == 3:
         x = x[..., None]
     require(x.ndim == 4, f"{where}: images must be [N, H, W, C], got shape {x.shape}")
     require(y.shape == (len(x),), f"{where}: expected one label per image, got {len(x)} images and labels {y.shape}")
-    require(len(x) > 0, f"{where}: holds no images")
+    require(x.size > 0, f"{where}: holds no images, or images without pixels: shape {x.shape}")
     require(np.issubdtype(y.dtype, np.integer), f"{where}: labels must be integers, got {y.dtype}")
     in_range = y.min() >= 0 and y.max() < 2**31
     require(in_range, f"{where}: labels must count from 0, found {y.min()} to {y.max()}")
     if x.dtype != np.uint8:
         require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
-        low, high = float(np.min(x)), float(np.max(x))
-        inside = 0 <= low <= high <= 1  # false for NaN
-        require(inside, f"{where}: floating images must lie in [0, 1], found [{low:g}, {high:g}]")
-        x = x.astype(np.float32)
+        x = clip_to_box(x, where).astype(np.float32)
     return Images(x, y.astype(np.int32))

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.carries import Carry, FullCarry, lowest_residual
+from deq_jax.cells import flat_cell
 from deq_jax.classifiers import Equilibrium
+from deq_jax.compilation import compiled
 from deq_jax.gradients import straight_through
 from deq_jax.losses import entropy
 from deq_jax.readouts import LastState
-from deq_jax.solvers import advance, flat_cell
+from deq_jax.solvers import advance
 from deq_jax.types import Array, Keys, Prediction, PyTree, Readout, Solution, Solver, Variables, require
 
 
@@ -207,6 +209,7 @@ class Purified(NamedTuple):
     solution: Solution
 
 
+@compiled("defence")
 def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys: Keys | None = None) -> Purified:
     """Solves the equilibrium of images x [B, H, W, C] in [0, 1] while lowering the entropy of their predictions.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TaskProgressColumn
 
 from deq_jax.attacks import PGD, Linf
 from deq_jax.cli import add_process_options, add_set_option, command_line, console, join
 from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
 from deq_jax.data import to_unit
+from deq_jax.moments import Moment
 from deq_jax.processes import agreed, is_primary
+from deq_jax.progress import Display
 from deq_jax.readouts import EnsembleState, LastState
 from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
 from deq_jax.surrogates import deployed
@@ -51,6 +54,7 @@ examples:
     --transfer reference=runs/a/evaluation/test-eval_white_box
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
+SILENCE = 30  # seconds after which a file or a pipe gets a line
 READOUTS = ("trained", "early", "last", "ensemble")
 RAW: dict[str, Readout] = {"last": LastState(), "ensemble": EnsembleState()}
 
@@ -91,24 +95,29 @@ def evaluate(
         data, config = train.dataset.load(), choose(train)
     images = getattr(data, split)
     about = {"checkpoint": f"{checkpoint}, step {step}", "split": split}
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1.0)
+    with Display(TaskProgressColumn(), transient=True) as display:
+        tell = teller(display)
         result = worst_case(
-            config,
-            train.classifier,
-            variables,
-            images,
-            out,
-            validation=data.validation,
-            about=about,
-            report=lambda name, share: progress.update(task, description=name, completed=share),
+            config, train.classifier, variables, images, out, validation=data.validation, about=about, report=tell
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     report = {**report_of(result), "workdir": str(workdir), **about, "versions": versions, "config": to_tree(train)}
     if is_primary():
         write_report(out, report, result, np.asarray(to_unit(images.x[: config.max_images])))
     return report
+
+
+def teller(display: Display) -> Callable[[Moment], None]:
+    """Shows every moment on a terminal; elsewhere what begins or ends, and some of what goes on between."""
+    last = time.monotonic()
+
+    def tell(moment: Moment) -> None:
+        nonlocal last
+        if console.is_terminal or moment.milestone or time.monotonic() - last >= SILENCE:
+            display.show(moment.share, 1.0, moment.name, moment.line)
+            last = time.monotonic()
+
+    return tell
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -182,8 +191,7 @@ def name_of(options: argparse.Namespace) -> str:
 def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
     """The evaluation that the command line asks for, at the radius that the training validates with."""
     if options.epsilon is not None:
-        threat_of(train)
-        train = set_fields(train, [f"validation_attack.threat.epsilon={options.epsilon}"])
+        train = at_radius(train, options.epsilon)
     if options.config:
         config = set_fields(load_config(options.config, EvalConfig, train), options.assignments)
     else:
@@ -191,6 +199,35 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
     given = {"batch_size": options.batch_size, "seed": options.seed}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     return with_transfers(with_deployed(config, train, options.readout), options.transfer)
+
+
+def at_radius(train: TrainConfig, epsilon: float) -> TrainConfig:
+    """The training's config with another radius of its validation attack, in the same norm.
+
+    Raises:
+      InputError: see `threat_of`; the threat refuses the radius; the attack does not hold its threat as a field.
+    """
+    old = threat_of(train)
+    new = dataclasses.replace(cast(Any, old), epsilon=epsilon)
+    changed = dataclasses.replace(train, validation_attack=_exchanged(train.validation_attack, old, new))
+    expected = f"expected a validation_attack that holds its threat as a field, got {train.validation_attack!r}"
+    require(threat_of(changed) == new, f"no other radius than {old}: {expected}")
+    return changed
+
+
+def _exchanged(node: Any, old: Any, new: Any) -> Any:
+    """The object with `new` wherever it, or an object within, holds `old`."""
+    if type(node) is type(old) and node == old:
+        return new
+    if isinstance(node, tuple):
+        items = tuple(_exchanged(item, old, new) for item in node)
+        return items if any(a is not b for a, b in zip(items, node, strict=True)) else node
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return node
+    parts = {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init}
+    found = {name: _exchanged(part, old, new) for name, part in parts.items()}
+    changes = {name: part for name, part in found.items() if part is not parts[name]}
+    return dataclasses.replace(node, **changes) if changes else node
 
 
 def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalConfig:
@@ -214,9 +251,10 @@ def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalC
 def attack_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
     """The evaluation with the one attack that --attack names."""
     if options.attack == "pgd":
-        step_size = max(threat_of(train).epsilon / 10, 1e-6)
-        validation = cast(PGD, train.validation_attack)
-        attack = dataclasses.replace(validation, step_size=step_size, steps=50, restarts=5, best_of=True)
+        threat, validation = threat_of(train), train.validation_attack
+        first = validation if isinstance(validation, PGD) else PGD(threat)  # with its loss and its start
+        step_size = max(threat.epsilon / 10, 1e-6)
+        attack = dataclasses.replace(first, step_size=step_size, steps=50, restarts=5, best_of=True)
         attack = set_fields(attack, options.assignments)
         return EvalConfig(attack.threat, (Trial("pgd", attack),), skip_broken=False)
     require(not options.assignments, f"--set goes with a config or an attack, not with --attack {options.attack}")

@@ -13,15 +13,16 @@ from jax import lax
 
 from deq_jax.classifiers import Equilibrium
 from deq_jax.data import EvaluationBatch, Images, evaluation_batches, to_unit
-from deq_jax.losses import entropy, margin
+from deq_jax.gradients import adjoint_residual, has_adjoint
+from deq_jax.losses import cross_entropy, entropy, margin
 from deq_jax.parallel import check_batch_size, replicate_and_split
 from deq_jax.readouts import EnsembleState
-from deq_jax.regularizers import gaussian_probes, spectral_radius
+from deq_jax.regularizers import SpectralRadius, gaussian_probes, spectral_radius
 from deq_jax.surrogates import Direct, Surrogate, deployed, judged
-from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, PyTree, Solution, Variables
+from deq_jax.types import AnyArray, Array, Attack, Classifier, Keys, PyTree, Solution, Variables, prng_key
 
 DEPLOYED = 1 << 30  # the keys that a random predictor draws from are folded with it; attacks never see those
-POWER_STEPS = 30
+RADIUS_STEPS = 30
 
 
 class Measured(NamedTuple):
@@ -51,12 +52,14 @@ class Outcomes(NamedTuple):
       clean: on the images as they are.
       attacked: on the adversarial images; None without attack.
       x_adv: [N, H, W, C]; None without attack.
+      adjoint_residual: [N], of the images as they are, see `adjoint_residuals`; None where there is no adjoint state.
     """
 
     y: AnyArray
     clean: Measured
     attacked: Measured | None
     x_adv: AnyArray
+    adjoint_residual: AnyArray = None
 
 
 def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys | None = None) -> Measured:
@@ -68,7 +71,7 @@ def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, ke
     prediction = classifier(variables, x, keys=keys and keys.fold(DEPLOYED))
     logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
     residual, solution = unknown, prediction.solution
-    if solution is not None:
+    if solution is not None and len(solution.residuals):  # without a solver there are no states
         decode: Callable[[PyTree], Array] = partial(cast(Any, classifier).decode, variables)
         mean = decode(EnsembleState()(solution))[None]
         logits = jnp.concatenate([lax.map(decode, solution.states), mean, logits])
@@ -78,22 +81,40 @@ def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, ke
     return Measured(jnp.argmax(logits, axis=-1).T, margins.T, jax.vmap(entropy)(logits).T, residual.T)
 
 
-def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys: Keys) -> Array:
-    """The spectral radius of the cell's Jacobian at the equilibrium of each image [B, H, W, C]: [B].
+def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys: Keys) -> SpectralRadius:
+    """The spectral radius of the cell's Jacobian at the equilibrium of each image [B, H, W, C].
 
-    Near the equilibrium plain iteration of the cell converges if it is below 1. It is the last of `POWER_STEPS`
-    estimates of `regularizers.spectral_radius`, which do not settle where a complex pair of eigenvalues is the largest;
-    NaN for an explicit network, and without a solver.
+    Near the equilibrium plain iteration of the cell converges if it is below 1. The radius is NaN for an explicit
+    network, and without a solver.
     """
-    if not isinstance(classifier, Equilibrium):
-        return jnp.full(len(x), jnp.nan)
-    solution = classifier(variables, x).solution
-    if solution is None:
-        return jnp.full(len(x), jnp.nan)
+    solution = classifier(variables, x).solution if isinstance(classifier, Equilibrium) else None
+    if solution is None or not len(solution.residuals) or not isinstance(classifier, Equilibrium):
+        return SpectralRadius(jnp.full(len(x), jnp.nan), jnp.zeros(len(x), bool))
     params, u, z = variables["params"]["cell"], classifier.encode(variables, x), solution.z
     start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys, z, 1))
-    estimates, _ = spectral_radius(classifier.apply_cell, params, u, z, start, POWER_STEPS)
-    return estimates[-1]
+    return spectral_radius(classifier.apply_cell, params, u, z, start, RADIUS_STEPS)
+
+
+def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, y: Array) -> Array | None:
+    """How well the classifier's own gradient estimator solves the adjoint equation of its cross-entropy, [B].
+
+    Args:
+      classifier: as trained.
+      variables: of the classifier.
+      x: images [B, H, W, C] in [0, 1].
+      y: labels [B].
+
+    Returns:
+      Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ whose estimator has an adjoint
+      state.
+    """
+    if not isinstance(classifier, Equilibrium) or not has_adjoint(classifier.dynamics.gradient):
+        return None
+    solution: Any = classifier(variables, x).solution
+    z, params, u = classifier.dynamics.readout(solution), variables["params"]["cell"], classifier.encode(variables, x)
+    fz = classifier.apply_cell(params, z, u)
+    g = jax.grad(lambda z: jnp.sum(cross_entropy(classifier.decode(variables, z), y)))(fz)
+    return adjoint_residual(classifier.dynamics.gradient, classifier.apply_cell, params, u, z, g)
 
 
 def attack_batch(
@@ -122,7 +143,7 @@ def attack_batch(
     Returns:
       Adversarial images [B, H, W, C], and how they are classified.
     """
-    keys = Keys(jax.random.key(seed), batch.number)
+    keys = Keys(prng_key(seed), batch.number)
     oracle = judged(Direct() if surrogate is None else surrogate, classifier, variables, draws)
     x_adv = attack(oracle, to_unit(batch.x), batch.y, keys)
     return x_adv, measure(classifier, variables, x_adv, batch.y, None if draws is None else keys)
@@ -152,10 +173,13 @@ def evaluator(
 
     def on_device(variables: Variables, batch: EvaluationBatch) -> Outcomes:
         clean = measure(classifier, variables, to_unit(batch.x), batch.y)
+        found = Outcomes(
+            batch.y, clean, None, None, adjoint_residuals(classifier, variables, to_unit(batch.x), batch.y)
+        )
         if attack is None:
-            return Outcomes(batch.y, clean, None, None)
+            return found
         x_adv, attacked = attack_batch(classifier, variables, attack, batch, seed=seed)
-        return Outcomes(batch.y, clean, attacked, x_adv)
+        return found._replace(attacked=attacked, x_adv=x_adv)
 
     run = replicate_and_split(on_device, joint=False)
 
@@ -172,7 +196,14 @@ def evaluator(
 
 
 def choose_early_state(
-    classifier: Classifier, variables: Variables, images: Images, attack: Attack, *, batch_size: int, seed: int = 0
+    classifier: Classifier,
+    variables: Variables,
+    images: Images,
+    attack: Attack,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    report: Callable[[int, int, float | None], None] = lambda t, states, accuracy: None,
 ) -> list[float]:
     """Accuracy under attack of every raw state z_1 .. z_T as a predictor of its own; the early state is the best one.
 
@@ -184,6 +215,7 @@ def choose_early_state(
       images: to choose on.
       attack: aimed at each of the predictors, with their own gradients; compiled once for all.
       batch_size, seed: as in `evaluator`.
+      report: called with t, the number of states and the accuracy of z_t; before the first one, with None for it.
 
     References: Yang et al. 2022, section 5.
     """
@@ -212,7 +244,13 @@ def choose_early_state(
 
     first = to_unit(jnp.asarray(images.x[:1]))
     solution = jax.eval_shape(deployed(classifier, EnsembleState()), variables, first).solution
-    return [accuracy(t) for t in range(1, 1 + len(solution.residuals))]
+    found: list[float] = []
+    states = len(solution.residuals)
+    report(1, states, None)
+    for t in range(1, 1 + states):
+        found.append(accuracy(t))
+        report(t, states, found[-1])
+    return found
 
 
 def is_correct(measured: Measured, y: AnyArray) -> AnyArray:
@@ -246,6 +284,14 @@ def summary(outcomes: Outcomes) -> dict[str, Any]:
         if robust is not None and outcomes.attacked is not None:
             rows[name]["attacked"] = _means(robust, outcomes.attacked, row)
     return {"images": len(outcomes.y), "rows": rows}
+
+
+def mean_and_largest(values: np.ndarray | None) -> dict[str, float | None]:
+    """Of the finite ones of a number per image; None where there is none."""
+    finite = np.array([]) if values is None else values[np.isfinite(values)]
+    if len(finite) == 0:
+        return {"mean": None, "largest": None}
+    return {"mean": float(np.mean(finite)), "largest": float(np.max(finite))}
 
 
 def _means(correct: np.ndarray, measured: Measured, row: int) -> dict[str, float | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from deq_jax.briefs import brief, classifier_text, dynamics_lines, number, short_name, trial_text
+from deq_jax.evaluation import Measured, Outcomes, correctness
 from deq_jax.records import read_json
 from deq_jax.red_flags import Flag
 from deq_jax.trials import REFERENCE, UNDEFENDED
 from deq_jax.types import InputError, require
 
 SCHEDULE = ("epochs", "batch_size", "pretrain_steps", "optimizer", "augmentation")
+CONDITIONS = ("clean", "attacked")
 QUANTITIES = ("accuracy", "entropy", "residual")
+Measurements = dict[tuple[str, str], np.ndarray]
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
 
 
@@ -57,10 +61,13 @@ class Evaluation:
       config: of the training, as JSON data.
       evaluation: its own config, as JSON data.
       images: how many were evaluated.
-      rows: state -> "clean" or "attacked" -> accuracy, entropy or residual.
+      states: names of the R rows in which each image was measured: z_1 .. z_T, their mean, what is deployed.
+      measured: "clean" or "attacked", and accuracy (True or False), entropy or residual -> [N, R].
       accuracy: name of the images -> predictor -> accuracy.
       correct: name of the images -> [N] bool, which the deployed predictor classifies correctly.
+      attacked: trial -> how many images were left to attack; those that are known.
       flags: of `red_flags`.
+      warnings: sentences on what is wrong with the model; those that are known.
       defence: what the deployed predictor is called.
       early_state: accuracies of z_1 .. z_T on held-out images, by which the deployed one was chosen; None if none was.
       cost: of a prediction for an image: "evaluations" of the cell, "seconds"; those that are known.
@@ -72,10 +79,13 @@ class Evaluation:
     config: dict[str, Any]
     evaluation: dict[str, Any]
     images: int
-    rows: dict[str, dict[str, dict[str, float | None]]]
+    states: tuple[str, ...]
+    measured: Measurements = field(compare=False)  # arrays have no single truth value
     accuracy: dict[str, dict[str, float]]
-    correct: dict[str, np.ndarray] = field(compare=False)  # arrays have no single truth value
+    correct: dict[str, np.ndarray] = field(compare=False)
+    attacked: dict[str, int]
     flags: tuple[Flag, ...]
+    warnings: tuple[str, ...]
     defence: str
     early_state: list[float] | None
     cost: dict[str, float]
@@ -103,7 +113,7 @@ class Evaluation:
         """See `Setting`."""
         threat = self.evaluation["threat"]
         kind = self.checkpoint.partition(",")[0]
-        dataset = brief(self.config["dataset"])
+        dataset = brief({name: value for name, value in self.config["dataset"].items() if value is not None})
         return Setting(dataset, self.split, self.images, kind, short_name(threat), threat["epsilon"])
 
     @property
@@ -141,28 +151,48 @@ class Evaluation:
         """[N] bool, which withstand all attacks; None without attack."""
         return self.correct.get("union")
 
+    def in_state(self, state: str, condition: str, quantity: str) -> np.ndarray | None:
+        """[N], what was measured of each image, or None; the arguments are as in `states` and `measured`."""
+        table = self.measured.get((condition, quantity))
+        if table is None or state not in self.states:
+            return None
+        values = table[:, self.states.index(state)]
+        return None if np.isnan(values).any() else values
 
-def read_evaluations(runs: Iterable[Path]) -> list[Evaluation]:
+
+def read_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
     """All finished evaluations of trainings, and single ones.
 
     Args:
-      runs: workdirs of trainings, or folders of evaluations.
+      runs: workdirs of trainings, or folders of evaluations; see `unfinished`.
 
     Raises:
       InputError: there are none, one is damaged, or two are the same.
     """
+    for run in runs:
+        require(run.is_dir(), f"{run}: no such folder")
     files = {path.resolve(): path for run in runs for path in _files(run)}
+    where = ", ".join(map(str, runs))
+    expected = "expected evaluation.json or evaluation/*/evaluation.json in it"
+    require(bool(files), f"{where}: no finished evaluation: {expected}")
     evaluations = [_read(path) for path in files.values()]
     _check_repetitions(evaluations)
     return evaluations
 
 
+def unfinished(runs: Sequence[Path]) -> list[Path]:
+    """Folders of evaluations that were begun and not finished, and those of `runs` that have none at all."""
+    found: list[Path] = []
+    for run in runs:
+        finished = {path.parent for path in _files(run)}
+        begun = {path.parent for path in run.glob("evaluation/*/manifest.json")} if run not in finished else set()
+        found += sorted(begun - finished) or ([] if finished else [run])
+    return list(dict.fromkeys(found))
+
+
 def _files(run: Path) -> list[Path]:
     own = run / "evaluation.json"
-    found = [own] if own.is_file() else sorted(run.glob("evaluation/*/evaluation.json"))
-    expected = "expected evaluation.json or evaluation/*/evaluation.json in it"
-    require(bool(found), f"{run}: no finished evaluation: {expected}")
-    return found
+    return [own] if own.is_file() else sorted(run.glob("evaluation/*/evaluation.json"))
 
 
 def _read(path: Path) -> Evaluation:
@@ -171,6 +201,7 @@ def _read(path: Path) -> Evaluation:
         evaluation = _parsed(path.parent, report)
         _ = evaluation.identity, evaluation.reference, protocol_text(evaluation)
         _check_accuracy(evaluation)
+        _check_states(evaluation, report["rows"])
     except DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not an evaluation as this version writes it ({reason})") from None
@@ -179,23 +210,20 @@ def _read(path: Path) -> Evaluation:
 
 def _parsed(folder: Path, report: dict[str, Any]) -> Evaluation:
     predictor = report["evaluation"]["predictor"]
-    rows = {
-        state: {
-            condition: {name: None if values[name] is None else float(values[name]) for name in QUANTITIES}
-            for condition, values in row.items()
-        }
-        for state, row in report["rows"].items()
-    }
+    arrays = _arrays(folder / "evaluation.npz")
     return Evaluation(
         folder=folder,
         workdir=report["workdir"],
         config=report["config"],
         evaluation=report["evaluation"],
         images=int(report["images"]),
-        rows=rows,
+        states=tuple(report["rows"]),
+        measured=_measured(arrays),
         accuracy={name: {key: float(value) for key, value in row.items()} for name, row in report["accuracy"].items()},
-        correct=_correct(folder / "evaluation.npz"),
+        correct=dict(zip(map(str, arrays["rows"]), arrays["correct"], strict=True)),
+        attacked={name: int(trial["attacked"]) for name, trial in report.get("trials", {}).items()},
         flags=tuple(Flag(**flag) for flag in report["red_flags"]),
+        warnings=tuple(map(str, report.get("warnings", ()))),
         defence=report.get("defence", UNDEFENDED if predictor is None else brief(predictor)),
         early_state=report.get("early_state"),
         cost={name: float(value) for name, value in report.get("cost", {}).items() if value is not None},
@@ -205,12 +233,27 @@ def _parsed(folder: Path, report: dict[str, Any]) -> Evaluation:
     )
 
 
-def _correct(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            return dict(zip(map(str, arrays["rows"]), arrays["correct"], strict=True))
+            return {name: arrays[name] for name in arrays.files if name != "x_adv"}
     except (OSError, BadZipFile) as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def _measured(arrays: dict[str, np.ndarray]) -> Measurements:
+    parts = {name: _part(arrays, name) for name in CONDITIONS if f"{name}_label" in arrays}
+    outcomes = Outcomes(arrays["y"], parts["clean"], parts.get("attacked"), None)
+    correct = dict(zip(CONDITIONS, correctness(outcomes), strict=True))
+    return {
+        (condition, quantity): table
+        for condition, part in parts.items()
+        for quantity, table in zip(QUANTITIES, (correct[condition], part.entropy, part.residual), strict=True)
+    }
+
+
+def _part(arrays: dict[str, np.ndarray], condition: str) -> Measured:
+    return Measured(*(arrays[f"{condition}_{name}"] for name in Measured._fields))
 
 
 def _check_accuracy(evaluation: Evaluation) -> None:
@@ -222,6 +265,19 @@ def _check_accuracy(evaluation: Evaluation) -> None:
     counts = {len(row) for row in evaluation.correct.values()}
     if counts != {evaluation.images} or means != {name: row["deployed"] for name, row in evaluation.accuracy.items()}:
         raise ValueError("evaluation.npz is of another evaluation")
+
+
+def _check_states(evaluation: Evaluation, rows: dict[str, Any]) -> None:
+    found = {(state, condition) for state, row in rows.items() for condition in row}
+    shapes = {table.shape for table in evaluation.measured.values()}
+    same = shapes == {(evaluation.images, len(rows))}
+    for (condition, quantity), table in evaluation.measured.items():
+        for state, mean in zip(rows, table.mean(axis=0), strict=True):
+            stored = rows[state][condition][quantity]
+            same &= bool(np.isnan(mean) if stored is None else np.isclose(mean, float(stored)))
+            found.discard((state, condition))
+    if found or not same:
+        raise ValueError("evaluation.npz has other states")
 
 
 def _check_repetitions(evaluations: list[Evaluation]) -> None:
@@ -239,8 +295,8 @@ def protocol_text(one: Evaluation) -> str:
         "training": f"{one.workdir}, seed {one.seed}, checkpoint {one.checkpoint}",
         "objective": brief(one.config["objective"]),
         "schedule": ", ".join(f"{name} {brief(one.config[name])}" for name in SCHEDULE),
-        "classifier": _classifier_text(classifier),
-        **_dynamics_lines(classifier.get("dynamics") or {}),
+        "classifier": classifier_text(classifier),
+        **dynamics_lines(classifier.get("dynamics") or {}),
         "deployed": _deployed_text(one),
         "threat": f"{short_name(evaluation['threat'])}, epsilon = {number(evaluation['threat']['epsilon'])}",
         "images": f"{one.images} of {brief(one.config['dataset'])}, {one.split} split",
@@ -250,60 +306,13 @@ def protocol_text(one: Evaluation) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in one.versions.items()),
     }
     text = [f"{name}: {value}" for name, value in lines.items()]
-    return "\n".join([*text, f"attacks ({len(one.trials)}):", *(f"  {_trial_text(trial)}" for trial in one.trials)])
+    return "\n".join([*text, f"attacks ({len(one.trials)}):", *(f"  {trial_text(trial)}" for trial in one.trials)])
 
 
 def _deployed_text(one: Evaluation) -> str:
     predictor = one.evaluation["predictor"]
     chosen = "" if one.early_state is None else f" z_{1 + int(np.argmax(one.early_state))}"
     return f"{one.defence}{chosen}: {brief(predictor)}" if predictor else one.defence
-
-
-def _classifier_text(classifier: dict) -> str:
-    parts = [f"{name} {brief(part)}" for name, part in classifier.items() if name not in ("class", "dynamics")]
-    return f"{short_name(classifier)}: {', '.join(parts)}"
-
-
-def _dynamics_lines(dynamics: dict) -> dict[str, str]:
-    solver, gradient = dynamics.get("solver"), dynamics.get("gradient")
-    lines = {"readout": brief(dynamics["readout"])} if "readout" in dynamics else {}
-    if solver:
-        states = f"T = {solver['steps']}, tolerance {number(solver['tolerance'])}"
-        lines["solver"] = f"{states}: {brief(solver)}"
-    if gradient:
-        steps = f"K = {gradient['steps']}: " if short_name(gradient) == "Phantom" else ""
-        lines["gradient"] = steps + brief(gradient)
-    return lines
-
-
-def _trial_text(trial: dict) -> str:
-    suite = f" [{trial['suite']}]" if trial["suite"] else ""
-    start = ", from the worst image so far" if trial["from_worst"] else ""
-    return f"{trial['name']}{suite}: {brief(trial['attack'])}{start}, gradients: {brief(trial['surrogate'])}"
-
-
-def brief(tree: Any) -> str:
-    """A config as `to_tree` writes it, as one line without module names: ``PGD(epsilon=0.1, steps=10)``."""
-    if isinstance(tree, list):
-        return f"[{', '.join(brief(item) for item in tree)}]"
-    if not isinstance(tree, dict):
-        return number(tree) if isinstance(tree, float) else str(tree)
-    if "class" not in tree:
-        return short_name(tree)
-    fields = [f"{name}={brief(value)}" for name, value in tree.items() if name != "class"]
-    return f"{short_name(tree)}({', '.join(fields)})" if fields else short_name(tree)
-
-
-def short_name(tree: dict[str, Any]) -> str:
-    """Of a class or function in a config, without its module."""
-    return str(tree.get("class", tree.get("name", ""))).rpartition(".")[2]
-
-
-def number(value: float) -> str:
-    """With six digits, or as a small number of 255 grey levels where that is exact and shorter."""
-    text, numerator = f"{value:g}", round(255 * value)
-    is_fraction = len(text) > 6 and 0 < numerator <= 32 and abs(255 * value - numerator) < 1e-9
-    return f"{numerator}/255" if is_fraction else text
 
 
 def _canonical(tree: Any) -> str:

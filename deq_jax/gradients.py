@@ -6,8 +6,10 @@ parameters and to the injection: ``gradient(cell, params, u, z) -> state``.
 
 With J the cell's Jacobian at z* and g the incoming cotangent, the implicit function theorem gives the
 gradient ``w^T df/d(params, u)`` where ``w = (I - J^T)^{-1} g``. `Implicit` solves for w, `Neumann` sums
-the first terms of its (damped) series, `Phantom` differentiates a few damped steps, which is a
-truncation of the same series, and `Unrolled` differentiates plain steps.
+the truncation of the same series, and `Unrolled` differentiates plain steps.
+
+`Implicit` and `Neumann` have derivatives of all orders, in reverse mode: z* and w are themselves differentiated
+as solutions of their equations. Use ``jax.jacrev(jax.jacrev(f))`` where ``jax.hessian`` would need forward mode.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deq_jax.cells import apply, flat_cell
+from deq_jax.compilation import compiled
 from deq_jax.readouts import FinalState
-from deq_jax.solvers import Broyden, advance, flat_cell, solve
+from deq_jax.solvers import Broyden, advance, relative_distance, solve
 from deq_jax.types import Array, Cell, Gradient, Keys, Params, PyTree, Readout, Solution, Solver, require
 
 
+@compiled("cell", "solver", "readout", "gradient")
 def deq(
     cell: Cell,
     params: Params,
@@ -39,8 +44,11 @@ def deq(
 ) -> tuple[PyTree, Solution]:
     """A deep equilibrium layer: solves z = cell(params, z, u) and reads out a differentiable state.
 
+    It is compiled once for equal cells, choices and shapes. A function made anew for every call, such as a lambda in a
+    loop, is compiled at every call outside `jax.jit`.
+
     Args:
-      cell: ``(params, z, u) -> z``, samples independent. It must not close over traced values.
+      cell: ``(params, z, u) -> z``, samples independent; pure. It must not close over traced values.
       params: of the cell; differentiable.
       u: injection, leaves [B, ...]; differentiable.
       z0: start of the solver, leaves [B, ...]; carries no gradient.
@@ -51,6 +59,9 @@ def deq(
 
     Returns:
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
+
+    Raises:
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
     """
     constant = lax.stop_gradient
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))
@@ -81,6 +92,7 @@ class Phantom:
         """See `types.Gradient`."""
         return self.steps + 1
 
+    @compiled("self", "cell")
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         def step(z, damping):
             return _damped_step(cell, params, u, z, damping), None
@@ -110,13 +122,18 @@ class PhantomUpTo:
         return self.steps + 1
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        return self._take(cell, params, u, z, self.max_steps, self.steps, self.damping)
+
+    @staticmethod
+    @compiled("cell", "max_steps")
+    def _take(cell: Cell, params: Params, u: PyTree, z: PyTree, max_steps: int, steps: Any, damping: Any) -> PyTree:
         def step(z, scheduled):
             number, damping = scheduled
             advance = partial(_damped_step, cell, params, u)
-            return lax.cond(number <= self.steps, advance, lambda z, damping: z, z, damping), None
+            return lax.cond(number <= steps, advance, lambda z, damping: z, z, damping), None
 
-        numbers = jnp.arange(self.max_steps + 1)
-        damping = jnp.where(numbers == 0, 1, self.damping).astype(_dtype(z))
+        numbers = jnp.arange(max_steps + 1)
+        damping = jnp.where(numbers == 0, 1, damping).astype(_dtype(z))
         return lax.scan(step, z, (numbers, damping))[0]
 
 
@@ -167,9 +184,10 @@ class Unrolled:
 class Implicit:
     """The exact gradient: value f(z*), backward pass by solving ``w = J^T w + g`` from w = 0.
 
+    Where g is not finite, neither is the gradient.
+
     Attributes:
-      solver: of the adjoint equation. Few steps can be far from its solution; `adjoint` returns the
-        residuals.
+      solver: of the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
 
     References: Bai et al. 2019, theorem 1.
     """
@@ -181,8 +199,9 @@ class Implicit:
         """See `types.Gradient`."""
         return 1
 
+    @compiled("self", "cell")
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        return _apply_with_adjoint(cell, self, params, u, z)
+        return _apply_with_adjoint(partial(apply, cell), self, params, u, z)
 
     def solve_adjoint(self, vjp: Callable, cotangent: PyTree) -> Solution:
         """Solution w of ``w = vjp(w) + cotangent``."""
@@ -194,7 +213,14 @@ class Implicit:
         return solve(self.solver, linear_cell, vjp, start, cotangent)
 
     def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
-        return self.solve_adjoint(vjp, cotangent).z
+        solution = self.solve_adjoint(vjp, cotangent)
+        finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(cotangent)]
+        is_finite = jnp.stack(finite).all(axis=0)
+
+        def where_finite(w: Array, g: Array) -> Array:
+            return jnp.where(is_finite.reshape(-1, *[1] * (w.ndim - 1)), w, g)
+
+        return jax.tree.map(where_finite, solution.z, cotangent)
 
 
 @dataclass(frozen=True)
@@ -217,8 +243,9 @@ class Neumann:
         """See `types.Gradient`."""
         return 1
 
+    @compiled("self", "cell")
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        return _apply_with_adjoint(cell, self, params, u, z)
+        return _apply_with_adjoint(partial(apply, cell), self, params, u, z)
 
     def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
         def add_term(w, _):
@@ -229,6 +256,40 @@ class Neumann:
 
         w = lax.scan(add_term, cotangent, length=self.terms)[0]
         return jax.tree.map(lambda leaf: self.damping * leaf, w)
+
+
+def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: PyTree, cotangent: PyTree) -> Array:
+    """How far an estimator's adjoint state w is from solving its equation, per sample, whatever the scale.
+
+    Args:
+      gradient: `Implicit`, `Neumann`, or `AtState` of one of them; see `has_adjoint`.
+      cell: ``(params, z, u) -> z``.
+      params: of the cell.
+      u: injection, leaves [B, ...].
+      z: solved state, leaves [B, ...].
+      cotangent: g, the gradient of a loss with respect to the state, leaves [B, ...].
+
+    Returns:
+      [B], ``||g + J^T w - w|| / ||w||``; 0 where g is 0.
+
+    Raises:
+      InputError: the estimator has no adjoint state.
+    """
+    require(has_adjoint(gradient), f"adjoint_residual: expected Implicit or Neumann, got {gradient!r}")
+    gradient = _innermost(gradient)
+    vjp = jax.vjp(lambda z: cell(params, z, u), z)[1]
+    w = gradient.adjoint(vjp, cotangent)
+    following = jax.tree.map(jnp.add, vjp(w)[0], cotangent)
+    return relative_distance(following, w)
+
+
+def has_adjoint(gradient: Any) -> bool:
+    """Whether an estimator's backward pass has an adjoint state, as that of `Implicit` and `Neumann` has."""
+    return hasattr(_innermost(gradient), "adjoint")
+
+
+def _innermost(gradient: Any) -> Any:
+    return _innermost(gradient.gradient) if isinstance(gradient, AtState) else gradient
 
 
 def simultaneous_adjoint(
@@ -256,12 +317,13 @@ def simultaneous_adjoint(
         memory, adjoint = carry
         _, vjp = jax.vjp(lambda z: f(z, u), memory.z)
         z, flatten = jax.vjp(unravel, memory.z)
-        defect = vjp(adjoint)[0] - adjoint + flatten(cotangent(z))[0]
+        defect = vjp(adjoint.astype(start.dtype))[0] - adjoint + flatten(cotangent(z))[0]
         adjoint -= solver.left_multiply(memory, defect)
         memory, *_ = advance(solver, f, memory, u)
         return (memory, adjoint), (memory.z, adjoint)
 
-    carry = solver.init(f, start, u), jnp.zeros_like(start)
+    memory = solver.init(f, start, u)
+    carry = memory, jnp.zeros_like(memory.step)
     _, (states, adjoints) = lax.scan(step, carry, length=solver.steps)
     return jax.vmap(unravel)(states), jax.vmap(unravel)(adjoints)
 
@@ -272,11 +334,40 @@ def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
     return value
 
 
-straight_through.defvjp(lambda value, proxy: (value, None), lambda _, cotangent: (None, cotangent))
+straight_through.defvjp(
+    lambda value, proxy: (straight_through(value, proxy), None), lambda _, cotangent: (None, cotangent)
+)
 
 
 class _Adjoint(Protocol):
     def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree: ...
+
+
+class _Point(NamedTuple):
+    """Where a cell is linearised."""
+
+    params: Params
+    u: PyTree
+    z: PyTree
+
+
+@dataclass(frozen=True)
+class _Jacobian:
+    """``x -> J^T x`` of a cell, or ``x -> J x``; both by reverse mode, the only one that every cell has."""
+
+    cell: Cell
+    transposed: bool = True
+
+    def at(self, point: _Point) -> Callable[[PyTree], tuple[PyTree]]:
+        """The linear map at a point, which is visited once."""
+        vjp = jax.vjp(lambda z: self.cell(point.params, z, point.u), point.z)[1]
+        if self.transposed:
+            return vjp
+        return jax.vjp(lambda w: vjp(w)[0], jax.tree.map(jnp.zeros_like, point.z))[1]
+
+    @property
+    def transpose(self) -> _Jacobian:
+        return _Jacobian(self.cell, not self.transposed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -286,21 +377,46 @@ def _apply_with_adjoint(cell: Cell, method: _Adjoint, params: Params, u: PyTree,
 
 
 def _forward(cell, method, params, u, z):
-    return cell(params, z, u), (params, u, z)
+    fz = _apply_with_adjoint(cell, method, params, u, z)
+    # To further derivatives the saved z is the equilibrium, which depends on params and u as the output does.
+    return fz, _Point(params, u, straight_through(z, fz))
 
 
-def _backward(cell, method, saved, cotangent):
-    params, u, z = saved
-    w = method.adjoint(jax.vjp(lambda z: cell(params, z, u), z)[1], cotangent)
-    gradient = jax.vjp(lambda params, u: cell(params, z, u), params, u)[1](w)
-    return *gradient, jax.tree.map(jnp.zeros_like, z)
+def _backward(cell, method, point, cotangent):
+    w = _linear_solution(method, _Jacobian(cell), point, cotangent)
+    gradient = jax.vjp(lambda params, u: cell(params, point.z, u), point.params, point.u)[1](w)
+    return *gradient, jax.tree.map(jnp.zeros_like, point.z)
 
 
 _apply_with_adjoint.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_solution(method: _Adjoint, jacobian: _Jacobian, point: _Point, g: PyTree) -> PyTree:
+    """x = A x + g with A = J^T (or J), as the method solves it; differentiated as the solution that it is."""
+    return method.adjoint(jacobian.at(point), g)
+
+
+def _linear_forward(method, jacobian, point, g):
+    x = _linear_solution(method, jacobian, point, g)
+    return x, (point, x)
+
+
+def _linear_backward(method, jacobian, saved, cotangent):
+    point, x = saved
+    t = _linear_solution(method, jacobian.transpose, point, cotangent)
+    return jax.vjp(lambda point: jacobian.at(point)(x)[0], point)[1](t)[0], t
+
+
+_linear_solution.defvjp(_linear_forward, _linear_backward)
+
+
 def _damped_step(cell: Cell, params: Params, u: PyTree, z: PyTree, damping: Array) -> PyTree:
-    return jax.tree.map(lambda a, b: (1 - damping) * a + damping * b, z, cell(params, z, u))
+    def step(a, b):
+        weight = damping.astype(a.dtype)
+        return (1 - weight) * a + weight * b
+
+    return jax.tree.map(step, z, apply(cell, params, z, u))
 
 
 def _dtype(tree: PyTree):

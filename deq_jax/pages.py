@@ -8,14 +8,16 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deq_jax.comparisons import Mean
-from deq_jax.finished import Evaluation, protocol_text
+from deq_jax.comparisons import Estimate
+from deq_jax.finished import CONDITIONS, Evaluation, protocol_text
 from deq_jax.studies import (
     Curve,
     Group,
@@ -30,21 +32,17 @@ from deq_jax.studies import (
 )
 from deq_jax.studies import training_pairs as pairs_of_trainings
 from deq_jax.summaries import (
-    CONDITIONS,
-    DEFENCE,
     FORMS,
-    TRAINING,
     accuracy_table,
     cost_table,
     flags_table,
     headline_table,
-    measured,
     pair_table,
     radius_table,
-    sentences,
     states_table,
 )
-from deq_jax.tables import Table, mean_of
+from deq_jax.tables import Table
+from deq_jax.wording import DEFENCE, TRAINING, quotes, sentences, worst_case
 
 COLORS = ("#2a6f97", "#c8553d", "#3d8b5f", "#8a5aa3", "#b9851f", "#5c677d")
 STYLES = {"clean": "-", "attacked": "--"}
@@ -91,11 +89,12 @@ class Section:
     is_open: bool = False
 
 
-def report_files(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
+def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()) -> dict[str, bytes]:
     """The page, as index.html, and the PNG and CSV files of its figures and tables: name -> content.
 
     Args:
       evaluations: as `read_evaluations` gives them.
+      missing: folders to be named as not evaluated; see `unfinished`.
     """
     groups = groups_of(evaluations)
     defences = pair_table("defences", "Every defence minus the undefended predictor", defence_pairs(groups), DEFENCE)
@@ -113,6 +112,13 @@ def report_files(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
     dynamics, radii, cost, headline = _dynamics(groups), _radii(groups), cost_table(groups), headline_table(groups)
     page = _template().render(
         evaluations=evaluations,
+        missing=missing,
+        quotes=quotes(groups),
+        warnings=[
+            f"{g.training}, {g.defence}, seed {e.seed}: {t}" for g in groups for e in g.evaluations for t in e.warnings
+        ],
+        worst_case=worst_case(groups),
+        is_defended=any(group.is_defended for group in groups),
         headline=headline,
         defences=defences,
         defence_sentences=[sentences(pair, DEFENCE) for pair in defence_pairs(groups)],
@@ -151,7 +157,7 @@ def _section(group: Group, table: Table, is_open: bool = False) -> Section:
 
 def _dynamics(groups: Sequence[Group]) -> list[Section]:
     """Of the defences of each training, and of all trainings without a defence, whose predictors have states."""
-    known = [group for group in groups if len(group.evaluations[0].rows) > 1]
+    known = [group for group in groups if len(group.evaluations[0].states) > 1]
     shown = [
         (training, dict(zip(labels(alike), alike, strict=True))) for (training, _), alike in by_training(known).items()
     ]
@@ -167,11 +173,11 @@ def _dynamics(groups: Sequence[Group]) -> list[Section]:
 
 def _dynamics_picture(name: str, title: str, quantity: str, groups: Mapping[str, Group]) -> Picture:
     figure, axis = _figure(groups)
-    states = list(dict.fromkeys(state for group in groups.values() for state in group.evaluations[0].rows))
+    states = list(dict.fromkeys(state for group in groups.values() for state in group.evaluations[0].states))
     states.sort(key=lambda state: state in SHORT)
     for color, (label, group) in zip(_colors(groups), groups.items(), strict=True):
         for condition in CONDITIONS:
-            means = [mean_of(measured(group, state, condition, quantity)) for state in states]
+            means = [group.in_state(state, condition, quantity) for state in states]
             if any(means):
                 raw = sum(state not in SHORT for state in states)
                 look = {"color": color, "linestyle": STYLES[condition]}
@@ -203,21 +209,26 @@ def _radius_picture(name: str, training: str, curves: Sequence[Curve]) -> Pictur
     figure, axis = _figure([curve.label for curve in curves])
     for color, curve in zip(_colors(curves), curves, strict=True):
         radii = [0.0, *(group.setting.epsilon for group in curve.groups)]
-        means = [mean_of(curve.groups[0].means(clean)), *(mean_of(group.means(robust)) for group in curve.groups)]
+        means = [curve.groups[0].accuracy(clean), *(group.accuracy(robust) for group in curve.groups)]
         _plot(axis, radii, means, color=color, linestyle="-", marker="o", label=_wrapped(curve.label))
         flagged = [i for i, group in enumerate(curve.groups, 1) if group.raised]
         hollow = {"color": color, "linestyle": "none", "marker": "o", "markerfacecolor": "white", "zorder": 3}
         _plot(axis, [radii[i] for i in flagged], [means[i] for i in flagged], **hollow)
-    axis.set_title("accuracy (%), adaptive worst case; hollow: flagged", fontsize=9)
+    title = worst_case([group for curve in curves for group in curve.groups])
+    axis.set_title(f"accuracy (%), {title}; hollow: flagged", fontsize=9)
     axis.set_xlabel("epsilon", fontsize=8)
     axis.set_ylim(bottom=0)
     alt = f"Robust accuracy of {training} against the radius epsilon; defences: "
     return Picture(name, alt + ", ".join(curve.label for curve in curves) + ".", _png(figure))
 
 
-def _plot(axis: Axes, x, means: Sequence[Mean | None], **look) -> None:
+def _plot(axis: Axes, x: Iterable[float], means: Sequence[Estimate | None], **look: Any) -> None:
     y = [np.nan if mean is None else mean.value for mean in means]
-    errors = [0.0 if mean is None or mean.standard_error is None else mean.standard_error for mean in means]
+    ends = [
+        (value, value) if mean is None or mean.interval is None else mean.interval
+        for mean, value in zip(means, y, strict=True)
+    ]
+    errors = np.abs(np.transpose(ends) - y)
     axis.errorbar(list(x), y, errors, markersize=3.5, linewidth=1.3, elinewidth=0.8, capsize=2, **look)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from deq_jax.types import Array, Keys, PyTree, Solution, require
+from deq_jax.types import Array, Keys, PyTree, Solution, prng_key, require
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class LastState:
     """The state z_T after the last step, whatever its residual."""
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        _require_states("LastState", solution)
         return jax.tree.map(lambda states: states[-1], solution.states)
 
 
@@ -73,7 +74,7 @@ class RandomIntermediateState:
         def draw(key: Array) -> Array:
             return jax.random.randint(key, (), self.first - 1, steps)
 
-        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(keys.shared))
+        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(prng_key(keys.shared)))
         if self.best_so_far:
             residuals = jnp.where(jnp.isnan(solution.residuals), jnp.inf, solution.residuals)
             last = jnp.argmin(jnp.where(jnp.arange(steps)[:, None] <= last, residuals, jnp.inf), axis=0)
@@ -88,4 +89,9 @@ class EnsembleState:
     """
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        _require_states("EnsembleState", solution)
         return jax.tree.map(lambda states: jnp.mean(states, axis=0), solution.states)
+
+
+def _require_states(name: str, solution: Solution) -> None:
+    require(len(solution.residuals) > 0, f"{name}: expected a solver's states z_1 .. z_T, got none (no solver)")

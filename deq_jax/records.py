@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from deq_jax.types import InputError
+from deq_jax.types import InputError, PyTree
 
 
 def make_folder(folder: Path) -> Path:
@@ -28,7 +30,7 @@ def make_folder(folder: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON."""
-    _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def read_json(path: Path) -> Any:
@@ -45,10 +47,21 @@ def read_json(path: Path) -> Any:
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes named arrays as a compressed npz file."""
-    _write(path, lambda file: np.savez_compressed(file, **cast(Any, arrays)))
+    write_whole(path, lambda file: np.savez_compressed(file, **cast(Any, arrays)))
 
 
-def _write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
+def digest(tree: PyTree) -> str:
+    """SHA-256 of all arrays of a pytree and of where they are, shortened to 16 digits."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:16]
+
+
+def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that is there whole or not at all, by `writer(file)`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         writer(file)
@@ -68,17 +81,18 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int):
         path = folder / "metrics.jsonl"
         lines = [line for line in read_metrics(path) if line["step"] <= step]
-        _write(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
+        write_whole(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def append(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> dict[str, Any]:
-        """Appends a line, hands it to the operating system at once, and returns it."""
+    def append(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Appends a line, hands it to the operating system at once, and returns it; its numbers become events."""
         line = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{split}/{name}", value, step)
         return line
 
     def close(self) -> None:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from deq_jax.adaptive import OnBase
-from deq_jax.attacks import SPSA, Square
 from deq_jax.results import Probe, WorstCase
 from deq_jax.transfers import Transfer
-from deq_jax.trials import Noise, Trial
+from deq_jax.trials import Trial
 
 DRAWS = 20  # over which attacks on a random predictor must average
 POINTS = 0.002  # of accuracy: 0.2 percentage points
@@ -62,19 +61,25 @@ def red_flags(result: WorstCase) -> list[Flag]:
         not_finite(result),
         batch_dependence(result.probe),
         randomness(result.probe, result.config.draws),
-        no_collapse(far, result.probe.whole.shape[1]),
+        no_collapse(far, result.probe.whole.shape[1], _far_radius(result)),
         no_plateau(gain),
         order_of_strength(_strength(result, correct)),
     ]
 
 
-def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool]) -> Flag:
-    """Whether attacks that know less about the model broke images that no white-box attack did by itself."""
+def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool | None]) -> Flag:
+    """Whether attacks that know less about the model broke images that no white-box attack did by itself.
+
+    Attacks that do not say whether they use gradients count neither for nor against. Where they alone broke images
+    that would raise the flag if they were suspects, it is not checked.
+    """
     trials = [*result.config.trials, *result.config.extra_trials]
     counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
-    suspects = [counted[trial.name] for trial in trials if is_suspect(trial)]
-    others = [counted[t.name] for t in trials if not (_is_black_box(t) or _is_transferred(t) or t.from_worst)]
-    return only_by(name, suspects, others)
+    others = [counted[trial.name] for trial in trials if is_white_box(trial)]
+    certain = [counted[trial.name] for trial in trials if is_suspect(trial)]
+    possible = [counted[trial.name] for trial in trials if is_suspect(trial) is not False]
+    known, worst = only_by(name, certain, others), only_by(name, possible, others)
+    return replace(known, raised=None, value=None) if worst.raised and not known.raised else known
 
 
 def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Flag:
@@ -88,13 +93,15 @@ def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarr
     share = None
     if suspects and others:
         share = float(np.mean(np.logical_or.reduce(suspects) & ~np.logical_or.reduce(others)))
-    return Flag.of(name, share, POINTS, "images that no white-box attack broke: the gradients are masked")
+    cure = "give trials a surrogate whose gradient is not masked, such as BPDA"
+    return Flag.of(name, share, POINTS, f"images that no white-box attack broke: the gradients are masked; {cure}")
 
 
 def zero_gradients(is_zero: np.ndarray) -> Flag:
-    """The share of images at which the gradient vanishes, given which do, [N] bool."""
+    """The share of images at which every gradient that attacks take vanishes, given which do, [N] bool."""
     share = float(np.mean(is_zero))
-    return Flag.of("zero gradients", share, ZERO_GRADIENTS, "gradient attacks cannot move from these images")
+    cure = "try the surrogate BPDA if a step before the classifier has no derivative, for trials and diagnostics"
+    return Flag.of("zero gradients", share, ZERO_GRADIENTS, f"gradient attacks cannot move from these images; {cure}")
 
 
 def not_finite(result: WorstCase) -> Flag:
@@ -114,12 +121,20 @@ def randomness(probe: Probe, draws: int | None) -> Flag:
     """How far the logits move with the key, relative to the largest logit, unless attacks average over enough draws."""
     averaged = draws is not None and draws >= DRAWS
     moved = 0.0 if averaged else _distance(probe.whole, probe.other_key)
-    return Flag.of("randomness", moved, ROUNDING, "logits are random, and the attacks do not average over it")
+    cure = f"average over it with EvalConfig(draws={DRAWS}) (EOT)"
+    return Flag.of("randomness", moved, ROUNDING, f"logits are random, and the attacks do not average over it; {cure}")
 
 
-def no_collapse(accuracy: float | None, classes: int) -> Flag:
-    """The accuracy at a radius so large that nothing can be robust, compared with that of guessing."""
-    return Flag.of("no collapse at 8 epsilon", accuracy, 1 / classes, "at this radius every model can be broken")
+def no_collapse(accuracy: float | None, classes: int, radius: float = 8.0) -> Flag:
+    """The accuracy so far out that nothing can be robust, compared with that of guessing.
+
+    Args:
+      accuracy: there; None where it was not run.
+      classes: number of classes.
+      radius: in multiples of epsilon.
+    """
+    name = f"no collapse at {radius:.3g} epsilon"
+    return Flag.of(name, accuracy, 1 / classes, "at this radius every model can be broken")
 
 
 def no_plateau(gain: float | None) -> Flag:
@@ -150,8 +165,15 @@ def _strength(result: WorstCase, correct: dict[str, np.ndarray]) -> list[np.ndar
     extra = result.config.diagnostics
     if extra is None:
         return None
-    suite = [t for t in result.config.trials if t.suite is not None and not isinstance(t.attack, Transfer)]
+    suite = [trial for trial in result.config.trials if trial.suite is not None and is_white_box(trial)]
     return [correct[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
+
+
+def _far_radius(result: WorstCase) -> float:
+    """That of the far attack, in multiples of epsilon; 8 where it is not known."""
+    extra, epsilon = result.config.diagnostics, result.config.threat.epsilon
+    threat = None if extra is None else getattr(extra.far.attack, "threat", None)
+    return 8.0 if threat is None or epsilon == 0 else threat.epsilon / epsilon
 
 
 def _is_transferred(trial: Trial) -> bool:
@@ -159,8 +181,22 @@ def _is_transferred(trial: Trial) -> bool:
     return isinstance(trial.attack, Transfer) or isinstance(trial.surrogate, OnBase)
 
 
-def _is_black_box(trial: Trial) -> bool:
-    return isinstance(trial.attack, Square | SPSA | Noise)
+def _uses_gradients(trial: Trial) -> bool | None:
+    """As the attack declares; None where it does not."""
+    return getattr(trial.attack, "uses_gradients", None)
+
+
+def _is_black_box(trial: Trial) -> bool | None:
+    """None where it is not known."""
+    if isinstance(trial.attack, Transfer):
+        return False
+    uses = _uses_gradients(trial)
+    return None if uses is None else not uses
+
+
+def is_white_box(trial: Trial) -> bool:
+    """Whether what it breaks shows that gradients of the deployed predictor can."""
+    return _uses_gradients(trial) is True and not _is_transferred(trial) and not trial.from_worst
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deq_jax.cli import command_line, console
-from deq_jax.finished import read_evaluations
+from deq_jax.finished import read_evaluations, unfinished
 from deq_jax.pages import report_files
 from deq_jax.records import make_folder
 
 EPILOG = """\
 Writes index.html, one page that needs no network, no script and no other file, and the figures and tables on it as
-PNG and CSV files. Trainings that differ in their seed alone become one row, with mean and standard error; defences
-and trainings are compared seed by seed and image by image, with 95 % confidence intervals. A robust accuracy is
-marked as not trustworthy where an evaluation has raised a red flag.
+PNG and CSV files. Trainings that differ in their seed alone become one row; defences and trainings are compared seed
+by seed and image by image. All intervals are 95 % confidence intervals for other training seeds and other images. A
+robust accuracy is marked as not trustworthy where an evaluation has raised a red flag.
 
 examples:
   python -m deq_jax.report runs/a --out report
@@ -31,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     options = parse(arguments)
     with command_line():
-        files = report_files(read_evaluations(options.runs))
+        evaluations, missing = read_evaluations(options.runs), unfinished(options.runs)
+        files = report_files(evaluations, missing)
         out = make_folder(options.out)
         for name, content in files.items():
             (out / name).write_bytes(content)
+        if missing:
+            console.print(f"not evaluated: {', '.join(map(str, missing))}")
         console.print(f"report: {out / 'index.html'}")
 
 

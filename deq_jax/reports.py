@@ -10,22 +10,25 @@ import numpy as np
 from rich.table import Table
 
 from deq_jax.config import to_tree
-from deq_jax.evaluation import summary
+from deq_jax.evaluation import mean_and_largest, summary
 from deq_jax.plots import plot_accuracies, plot_images, plot_states
 from deq_jax.records import write_json, write_npz
 from deq_jax.red_flags import red_flags
 from deq_jax.results import WorstCase
-from deq_jax.trials import gradient_queries
+from deq_jax.verdicts import exact_interval, warnings_of
 
 
 def report_of(result: WorstCase) -> dict[str, Any]:
     """All numbers, as JSON data.
 
     rows: what was measured in each state, clean and on the worst case of each image; accuracy: of each predictor,
-    on the images of each trial, and under all of them; trials: what they did and cost; defence: what the predictor is
+    on the images of each trial, and under all of them; trials: what they did and cost, and which threat model they
+    declare, None if their images alone were checked; defence: what the predictor is
     called; cost: of a prediction, in applications of the cell and in seconds per image; spectral_radius: mean and
-    largest one of the trained cell at the equilibria of the images as they are; robust_accuracy: of the deployed
-    predictor, under all trials, not to be trusted while a red flag is raised.
+    largest one of the trained cell at the equilibria of the images as they are, and how many have not settled;
+    adjoint_residual: mean and largest one of the trained estimator's adjoint states; robust_accuracy: of the deployed
+    predictor, under all trials, not to be trusted while a red flag is raised; intervals: of the deployed predictor's
+    accuracies, clean and under all trials, for other images; warnings: sentences on what is wrong with the model.
     """
     flags = red_flags(result) if result.attempts else []
     accuracy = result.accuracies()
@@ -37,7 +40,14 @@ def report_of(result: WorstCase) -> dict[str, Any]:
         "defence": result.config.defence,
         "cost": _cost(result),
         "spectral_radius": _spectral_radius(result),
+        "adjoint_residual": mean_and_largest(result.adjoint_residual),
         "robust_accuracy": accuracy["union"]["deployed"] if result.attempts else None,
+        "intervals": {
+            name: exact_interval(accuracy[name]["deployed"], len(result.y))
+            for name in ("clean", "union")
+            if name in accuracy
+        },
+        "warnings": warnings_of(result),
         "red_flags": [dataclasses.asdict(flag) for flag in flags],
         "early_state": result.early_state,
         "evaluation": to_tree(result.config),
@@ -50,7 +60,8 @@ def _trials(result: WorstCase) -> dict[str, Any]:
             "attacked": int(np.sum(result.attempts[trial.name].attacked)),
             "broken": int(np.sum(result.broken(trial.name))),
             "seconds": round(result.attempts[trial.name].seconds, 2),
-            "gradient_queries": gradient_queries(trial.attack),
+            "threat": to_tree(getattr(trial.attack, "threat", None)),
+            "gradient_queries": getattr(trial.attack, "gradient_queries", None),
         }
         for trial in (*result.config.trials, *result.config.extra_trials)
     }
@@ -63,23 +74,35 @@ def _cost(result: WorstCase) -> dict[str, float | None]:
 
 
 def _spectral_radius(result: WorstCase) -> dict[str, float | None]:
-    found = {"mean": float(np.mean(result.spectral_radius)), "largest": float(np.max(result.spectral_radius))}
-    return {name: None if np.isnan(value) else value for name, value in found.items()}
+    found = mean_and_largest(result.spectral_radius)
+    settled = result.radius_settled
+    return found | {"unsettled": None if found["mean"] is None or settled is None else int(np.sum(~settled))}
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The robust accuracy in one line, with what speaks against it."""
+    """The robust accuracy in one line, with what speaks against it; then a line for each raised flag and warning."""
+    raised = [flag for flag in report["red_flags"] if flag["raised"]]
+    explained = [f"{flag['name']}: {flag['explanation']}" for flag in raised]
+    warned = [f"warning: {text}" for text in report["warnings"]]
+    return "\n".join([_number_line(report, raised), *explained, *warned])
+
+
+def _number_line(report: dict[str, Any], raised: list[dict[str, Any]]) -> str:
     if report["robust_accuracy"] is None:
-        clean = report["rows"]["deployed"]["clean"]["accuracy"]
-        return f"clean accuracy: {100 * clean:.2f} % of {report['images']} images; nothing has attacked them"
-    number = f"{100 * report['robust_accuracy']:.2f} % of {report['images']} images"
-    raised = [f"{f['name']} ({f['value']:.3g})" for f in report["red_flags"] if f["raised"]]
-    missing = [f["name"] for f in report["red_flags"] if f["raised"] is None]
+        clean = _accuracy_text(report, report["rows"]["deployed"]["clean"]["accuracy"], "clean")
+        return f"clean accuracy: {clean}; nothing has attacked them"
+    number = _accuracy_text(report, report["robust_accuracy"], "union")
+    missing = [flag["name"] for flag in report["red_flags"] if flag["raised"] is None]
     unchecked = f"; not checked: {', '.join(missing)}" if missing else ""
     if raised:
-        flags = f"flags raised: {', '.join(raised)}{unchecked}"
-        return f"robust accuracy: NOT TRUSTWORTHY, an upper bound only: {number} ({flags})"
-    return f"robust accuracy: at most {number} (no flags raised{unchecked})"
+        flags = ", ".join(f"{flag['name']} ({flag['value']:.3g})" for flag in raised)
+        return f"robust accuracy: NOT TRUSTWORTHY, an upper bound only: {number}; flags raised: {flags}{unchecked}"
+    return f"robust accuracy: at most {number}; no flags raised{unchecked}"
+
+
+def _accuracy_text(report: dict[str, Any], accuracy: float, name: str) -> str:
+    low, high = (100 * end for end in report["intervals"][name])
+    return f"{100 * accuracy:.2f} % of {report['images']} images (95 %: {low:.1f} to {high:.1f})"
 
 
 def write_report(out: Path, report: dict[str, Any], result: WorstCase, x: np.ndarray) -> None:
@@ -95,6 +118,8 @@ def write_report(out: Path, report: dict[str, Any], result: WorstCase, x: np.nda
     correct = {name: row[:, -1] for name, row in result.robust().items()}
     arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
     arrays["spectral_radius"] = result.spectral_radius
+    further = {"radius_settled": result.radius_settled, "adjoint_residual": result.adjoint_residual}
+    arrays |= {name: values for name, values in further.items() if values is not None}
     arrays |= {f"clean_{name}": value for name, value in outcomes.clean._asdict().items()}
     if outcomes.attacked is not None:
         arrays |= {f"attacked_{name}": value for name, value in outcomes.attacked._asdict().items()}
@@ -113,11 +138,16 @@ def accuracy_table(report: dict[str, Any]) -> Table:
     grid.add_column("images of")
     for name in predictors:
         grid.add_column(name, justify="right", style="bold" if name == "deployed" else None)
-    grid.add_column("seconds", justify="right")
+    for name in ("attacked", "seconds"):
+        grid.add_column(name, justify="right")
     for name, row in report["accuracy"].items():
-        seconds = f"{report['trials'][name]['seconds']:.1f}" if name in report["trials"] else ""
+        trial = report["trials"].get(name)
+        if trial is not None and trial["attacked"] == 0:
+            grid.add_row(name, *[""] * len(predictors), "0", "nothing left to attack")
+            continue
         cells = [f"{100 * row[predictor]:.2f}" for predictor in predictors]
-        grid.add_row(name, *cells, seconds, style="bold" if name == "union" else None)
+        cost = ["", ""] if trial is None else [str(trial["attacked"]), f"{trial['seconds']:.1f}"]
+        grid.add_row(name, *cells, *cost, style="bold" if name == "union" else None)
     return grid
 
 
@@ -126,11 +156,20 @@ def _caption(report: dict[str, Any]) -> str:
     return judged + ("; trials are cumulative" if report["cumulative"] and len(report["trials"]) > 1 else "")
 
 
+def diagnoses(report: dict[str, Any]) -> str:
+    """Spectral radius and adjoint residual, where they are known, for a caption."""
+    radius, adjoint, known = report["spectral_radius"], report["adjoint_residual"], ""
+    if radius["mean"] is not None:
+        known += "; spectral radius of the cell: mean {mean:.2f}, largest {largest:.2f}".format(**radius)
+        known += f" ({radius['unsettled']} not settled)" if radius["unsettled"] else ""
+    if adjoint["mean"] is not None:
+        known += "; adjoint residual: mean {mean:.2e}, largest {largest:.2e}".format(**adjoint)
+    return known
+
+
 def states_table(report: dict[str, Any]) -> Table:
     """Accuracy, entropy and residual of every state, clean and on the worst case of each image, for the terminal."""
-    radius = report["spectral_radius"]
-    known = "" if radius["mean"] is None else "; spectral radius of the cell: mean {mean:.2f}, largest {largest:.2f}"
-    caption = "attacked: the worst case of each image" + known.format(**radius)
+    caption = "attacked: the worst case of each image" + diagnoses(report)
     grid = Table(title="accuracy (%), entropy (nats), relative residual", caption=caption)
     conditions = list(report["rows"]["deployed"])
     grid.add_column("state")

@@ -65,7 +65,8 @@ class WorstCase:
       config: whose trials they are.
       y: [N], the true labels.
       clean: of the images as they are.
-      zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes, or is NaN.
+      zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes, or is NaN. If
+        that is so for too many images: whether the gradients of all surrogates vanish.
       spectral_radius: [N], of the trained cell at the image's equilibrium; NaN for an explicit network.
       probe, cost: of the deployed predictor.
       attempts: by the names of trials and diagnostics, in the order in which they ran.
@@ -73,6 +74,8 @@ class WorstCase:
         then the one of highest margin. The image itself if none is worse.
       worst: of x_adv.
       early_state: accuracy under attack of z_1 .. z_T on held-out images, if the predictor was chosen by it.
+      radius_settled: [N] bool, whether the estimate of the spectral radius has settled.
+      adjoint_residual: [N], of the trained classifier's gradient estimator; None where it has no adjoint state.
     """
 
     config: EvalConfig
@@ -86,6 +89,8 @@ class WorstCase:
     x_adv: np.ndarray
     worst: Measured
     early_state: list[float] | None = None
+    radius_settled: np.ndarray | None = None
+    adjoint_residual: np.ndarray | None = None
 
     @property
     def outcomes(self) -> Outcomes:

@@ -5,9 +5,11 @@ A solver is a frozen object with two pure functions over flat states ``[B, N]``:
     memory = solver.init(f, z0, u)                  # evaluates f(z0)
     memory = solver.update(f, memory, u, active)    # one new iterate, one evaluation of f
 
-where ``f(z, u)`` is the cell with its parameters. Every memory has the fields ``z`` (the last iterate)
-and ``fz`` (``f(z)``), so that T steps cost T + 1 evaluations. A sample that is not `active` has
-converged: it must stay where it is.
+where ``f(z, u)`` is the cell with its parameters. Every memory has the fields ``z`` (the last iterate),
+``fz`` (``f(z)``), so that T steps cost T + 1 evaluations, and ``unit`` (see `unit_of`). A sample that is not
+`active` has converged: it must stay where it is.
+
+Nothing depends on the scale of a problem: inner products are taken in units of f(z0), in at least float32.
 
 `FixedPoint` is jaxopt's; `Anderson` and `Broyden` are kernels over whole batches with the iterates of
 ``jaxopt.AndersonAcceleration`` and ``jaxopt.Broyden``, which work on one sample at a time. jaxopt is imported
@@ -25,15 +27,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deq_jax.cells import flat_cell, ravel
+from deq_jax.compilation import compiled
 from deq_jax.types import Array, Cell, Params, PyTree, Solution, Solver, require
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
     import jaxopt
 
-RESIDUAL_FLOOR = 1e-9
+RESIDUAL_FLOOR = 1e-9  # in units of f(z0); keeps an equilibrium at 0 within reach
 
 
+@compiled("solver", "cell")
 def solve(
     solver: Solver | None,
     cell: Cell,
@@ -49,7 +54,7 @@ def solve(
 
     Args:
       solver: which trajectory; None for none: the solution is z0 and T is 0.
-      cell: ``(params, z, u) -> z``.
+      cell: ``(params, z, u) -> z``; pure. What is compiled is kept for equal cells; see `gradients.deq`.
       params: of the cell.
       z0: start, leaves [B, ...]. Not read where `memory` is given.
       u: injection, leaves [B, ...].
@@ -59,6 +64,9 @@ def solve(
       `Solution` with T = solver.steps; see there for shapes. Failure to converge is told by its
       residuals, never by an exception. A sample whose every residual is NaN keeps its start as z.
 
+    Raises:
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
+
     Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
     each sample's own (the reference stops and chooses by the norm of the whole batch).
     """
@@ -66,7 +74,7 @@ def solve(
     if solver is None:
         empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), z0)
         batch = flat.shape[0]
-        return Solution(z0, empty, jnp.zeros((0, batch), flat.dtype), jnp.zeros(batch, jnp.int32), None)
+        return Solution(z0, empty, jnp.zeros((0, batch), wide(flat).dtype), jnp.zeros(batch, jnp.int32), None)
 
     first_evaluation = 1 if memory is None else 0
     if memory is None:
@@ -80,16 +88,10 @@ def solve(
         lowest = jnp.where(better, residual, lowest)
         return (memory, best, lowest), (memory.z, residual, active)
 
-    carry = memory, memory.z, jnp.full(flat.shape[0], jnp.inf, flat.dtype)
+    carry = memory, memory.z, jnp.full(flat.shape[0], jnp.inf, memory.unit.dtype)
     (memory, best, _), (states, residuals, active) = lax.scan(step, carry, length=solver.steps)
     evaluations = first_evaluation + jnp.sum(active, axis=0, dtype=jnp.int32)
     return Solution(unravel(best), jax.vmap(unravel)(states), residuals, evaluations, memory)
-
-
-def flat_cell(cell: Cell, params: Params, z0: PyTree) -> tuple[Callable, Array, Callable[[Array], PyTree]]:
-    """What a solver works on: ``f(z, u)`` over flat states, z0 as a flat state [B, N], and the way back."""
-    flat, unravel = _ravel(z0)
-    return lambda z, u: _ravel(cell(params, unravel(z), u))[0], flat, unravel
 
 
 def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
@@ -97,7 +99,7 @@ def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, A
 
     Args:
       solver: whose step.
-      f: over flat states; see `flat_cell`.
+      f: over flat states; see `cells.flat_cell`.
       memory: of the solver.
       u: injection, leaves [B, ...].
 
@@ -110,7 +112,7 @@ def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, A
         return lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
 
     memory = solver.update(unless_all_converged, memory, u, active)
-    return memory, _residual(solver, memory.z, memory.fz), active
+    return memory, residual_of(solver, memory), active
 
 
 def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
@@ -121,7 +123,7 @@ def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
 
     Args:
       solver: whose step.
-      f: over flat states; see `flat_cell`.
+      f: over flat states; see `cells.flat_cell`.
       before: the memory before that step.
       u: the new injection, leaves [B, ...].
     """
@@ -130,7 +132,31 @@ def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
 
 def _active(solver: Solver, memory: Any) -> Array:
     tolerance = max(solver.tolerance, float(jnp.finfo(memory.z.dtype).eps))
-    return ~(_residual(solver, memory.z, memory.fz) < tolerance)
+    return ~(residual_of(solver, memory) < tolerance)
+
+
+def unit_of(solver: Any, fz: Array) -> Array:
+    """The unit of each sample's inner products, [B, 1]: the power of two next to the largest entry of f(z0).
+
+    Squares of tiny or huge states leave the range of their dtype; in this unit they do not. Scaling by a power of
+    two rounds nothing. The unit is 1 where f(z0) is 0 or not finite.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(wide(fz))), axis=1, keepdims=True, initial=0)
+    if solver.batch_joint:
+        largest = jnp.broadcast_to(jnp.max(largest), largest.shape)
+    return power_of_two(largest)
+
+
+def relative_distance(a: PyTree, b: PyTree) -> Array:
+    """``||a - b|| / ||b||`` per sample, [B], whatever the scale of b; 0 where a is b.
+
+    Args:
+      a, b: leaves [B, ...].
+    """
+    a, b = (wide(ravel(tree)) for tree in (a, b))
+    unit = power_of_two(jnp.max(jnp.abs(b), axis=1, keepdims=True, initial=0))
+    difference, size = (jnp.linalg.norm(x / unit, axis=1) for x in (a - b, b))
+    return jnp.where(difference == 0, 0, difference / size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +183,7 @@ class _Settings:
 class FixedPointMemory(NamedTuple):
     z: Array
     fz: Array
+    unit: Array
     proposal: Array
 
 
@@ -183,19 +210,21 @@ class FixedPoint(_Settings):
 
         iteration = jaxopt.FixedPointIteration(damped, has_aux=True)
         proposal, state = iteration.update(z, iteration.init_state(z, u), u)
-        return FixedPointMemory(z, state.aux, proposal)
+        return FixedPointMemory(z, state.aux, unit_of(self, state.aux), proposal)
 
     def update(self, f: Callable, memory: FixedPointMemory, u: PyTree, active: Array) -> FixedPointMemory:
-        return self.init(f, jnp.where(active[:, None], memory.proposal, memory.z), u)
+        following = self.init(f, jnp.where(active[:, None], memory.proposal, memory.z), u)
+        return following._replace(unit=memory.unit)
 
 
 class AndersonMemory(NamedTuple):
     """Of the last points z_i the residuals r_i = f(z_i) - z_i and where they point, z_i + beta r_i, in ``[m, B, N]``
-    rings, and the residuals' Gram matrix.
+    rings, and the residuals' Gram matrix. Residuals are kept in the sample's unit.
     """
 
     z: Array
     fz: Array
+    unit: Array
     targets: Array
     residuals: Array
     gram: Array  # [B, m, m]
@@ -210,17 +239,22 @@ class Anderson(_Settings):
     Attributes:
       steps: T.
       history_size: number of points kept, at least 2.
-      ridge: added to the diagonal of the residuals' Gram matrix.
+      ridge: by which share the diagonal entries of the residuals' Gram matrix are enlarged; at least what its
+        rounding needs.
       beta: mixing.
+      absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
+        since the iterates then depend on the scale of the problem.
 
-    References: Walker & Ni 2011. Iterates equal those of ``jaxopt.AndersonAcceleration``, except that it
-    accelerates from the first two points on, where jaxopt's own start makes `history_size` plain steps first.
+    References: Walker & Ni 2011. With the absolute ridge the iterates equal those of
+    ``jaxopt.AndersonAcceleration``, except that it accelerates from the first two points on, where jaxopt's own
+    start makes `history_size` plain steps first.
     """
 
     steps: int
     history_size: int = 6
-    ridge: float = 1e-4
+    ridge: float = 1e-5
     beta: float = 1.0
+    absolute_ridge: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -230,36 +264,43 @@ class Anderson(_Settings):
         require(0 < self.beta <= 1, f"Anderson: beta must be in (0, 1], got {self.beta!r}")
 
     def init(self, f: Callable, z: Array, u: PyTree) -> AndersonMemory:
-        size, dtype = self.history_size, z.dtype
-        # A place not yet filled has a residual so large that its weight rounds to nothing.
-        unfilled = jnp.eye(size, dtype=dtype) / jnp.finfo(dtype).eps ** 2
-        gram = jnp.broadcast_to(unfilled, (z.shape[0], size, size))
-        empty = jnp.zeros((size, *z.shape), dtype)
-        memory = AndersonMemory(z, z, empty, empty, gram, jnp.zeros(z.shape[0], jnp.int32))
-        return self._visit(f, memory, z, u, jnp.ones(z.shape[0], bool))
+        size, batch = self.history_size, len(z)
+        fz, unit = f(z, u), jnp.ones((batch, 1), wide(z).dtype)
+        empty = jnp.zeros((size, *z.shape), unit.dtype)
+        gram, taken = jnp.zeros((batch, size, size), unit.dtype), jnp.zeros(batch, jnp.int32)
+        memory = AndersonMemory(z, fz, unit_of(self, fz), empty, empty, gram, taken)
+        return self._visit(memory, z, fz, jnp.ones(batch, bool))
 
     def update(self, f: Callable, memory: AndersonMemory, u: PyTree, active: Array) -> AndersonMemory:
-        z = jnp.where(active[:, None], self._mixed(memory), memory.z)
-        return self._visit(f, memory, z, u, active)
+        z = jnp.where(active[:, None], self._mixed(memory).astype(memory.z.dtype), memory.z)
+        return self._visit(memory, z, f(z, u), active)
 
     def _mixed(self, memory: AndersonMemory) -> Array:
-        size, dtype = self.history_size, memory.gram.dtype
-        system = jnp.ones((memory.gram.shape[0], size + 1, size + 1), dtype).at[:, 0, 0].set(0)
-        system = system.at[:, 1:, 1:].set(memory.gram + self.ridge * jnp.eye(size, dtype=dtype))
-        alpha = jnp.linalg.solve(system, jnp.eye(size + 1, 1, dtype=dtype))[:, 1:]
-        return sum(alpha[:, i] * memory.targets[i] for i in range(size))
+        """The combination, its system scaled so that the diagonal is 1."""
+        size, limits = self.history_size, jnp.finfo(memory.gram.dtype)
+        diagonal = jnp.diagonal(memory.gram, axis1=1, axis2=2)
+        share = max(self.ridge, 2 * size * float(limits.eps))  # keeps the rounded matrix positive definite
+        ridge = self.ridge / memory.unit**2 if self.absolute_ridge else share * diagonal
+        norms = jnp.sqrt(jnp.maximum(diagonal + ridge, limits.tiny))
+        is_filled = jnp.arange(size) < memory.taken[:, None]
+        smallest = jnp.min(jnp.where(is_filled, norms, jnp.inf), axis=1, keepdims=True)
+        weights = jnp.where(is_filled, smallest / norms, 0)
+        off_diagonal = memory.gram * (1 - jnp.eye(size, dtype=memory.gram.dtype))
+        system = off_diagonal / (norms[:, :, None] * norms[:, None]) + jnp.eye(size, dtype=memory.gram.dtype)
+        alpha = weights * jnp.linalg.solve(system, weights[:, :, None])[:, :, 0]
+        alpha /= jnp.sum(alpha, axis=1, keepdims=True)
+        return sum(alpha[:, i : i + 1] * memory.targets[i] for i in range(size))
 
-    def _visit(self, f: Callable, memory: AndersonMemory, z: Array, u: PyTree, active: Array) -> AndersonMemory:
+    def _visit(self, memory: AndersonMemory, z: Array, fz: Array, active: Array) -> AndersonMemory:
         """The memory with z as its newest point; where a sample is not active, as its last one once more."""
-        fz = f(z, u)
         taken, samples = memory.taken + active, jnp.arange(z.shape[0])
-        slot, residual = (taken - 1) % self.history_size, fz - z
-        targets = memory.targets.at[slot, samples].set(z + self.beta * residual)
+        slot, residual = (taken - 1) % self.history_size, wide(fz) - wide(z)
+        targets = memory.targets.at[slot, samples].set(wide(z) + self.beta * residual)
+        residual = in_unit(memory, residual)
         residuals = memory.residuals.at[slot, samples].set(residual)
         products = jnp.stack([jnp.sum(row * residual, axis=1) for row in residuals], axis=1)
-        # Products with unfilled places are 0.
         gram = memory.gram.at[samples, slot].set(products).at[samples, :, slot].set(products)
-        return AndersonMemory(z, fz, targets, residuals, gram, taken)
+        return AndersonMemory(z, fz, memory.unit, targets, residuals, gram, taken)
 
 
 class BroydenMemory(NamedTuple):
@@ -267,9 +308,10 @@ class BroydenMemory(NamedTuple):
 
     z: Array
     fz: Array
+    unit: Array
     step: Array  # -B g(z), the next step
-    steps: Array
-    weights: Array  # [H + 1, B], 1 / ||s_k||^2, or 0 for a pair that is left out
+    steps: Array  # in the sample's unit
+    weights: Array  # [H + 1, B], 1 / ||s_k||^2 in that unit, or 0 for a pair that is left out
     taken: Array  # steps
 
 
@@ -303,21 +345,23 @@ class Broyden(_Settings):
 
     def init(self, f: Callable, z: Array, u: PyTree) -> BroydenMemory:
         fz = f(z, u)
-        size, batch = 1 + (self.history_size or self.steps), len(z)
+        size, step, unit = 1 + (self.history_size or self.steps), wide(fz) - wide(z), unit_of(self, fz)
         steps = jnp.zeros((size, *z.shape), self.history_dtype or z.dtype)
-        return BroydenMemory(z, fz, fz - z, steps, jnp.zeros((size, batch), z.dtype), jnp.zeros((), jnp.int32))
+        weights = jnp.zeros((size, len(z)), unit.dtype)
+        return BroydenMemory(z, fz, unit, step, steps, weights, jnp.zeros((), jnp.int32))
 
     def update(self, f: Callable, memory: BroydenMemory, u: PyTree, active: Array) -> BroydenMemory:
         steps = self._with_next_step(memory)
-        z = jnp.where(active[:, None], memory.z + memory.step, memory.z)
+        z = jnp.where(active[:, None], (memory.z + memory.step).astype(memory.z.dtype), memory.z)
         fz = f(z, u)
-        bg = self._multiply(steps, memory, fz - z)
-        square, product = _dot(memory.step, memory.step), _dot(memory.step, bg)
+        step, bg = in_unit(memory, memory.step), self._multiply(steps, memory, in_unit(memory, wide(fz) - wide(z)))
+        square, product = inner(step, step), inner(step, bg)
         denominator = square + product  # s^T B dg, where B dg = B g - B g_old = bg + s
-        sound = active[:, None] & (jnp.abs(denominator) > jnp.finfo(z.dtype).eps * (square + jnp.abs(product)))
+        sound = active[:, None] & (jnp.abs(denominator) > jnp.finfo(bg.dtype).eps * (square + jnp.abs(product)))
         square, denominator = jnp.where(sound, square, 1), jnp.where(sound, denominator, 1)
         weights = memory.weights.at[memory.taken % len(steps)].set((sound / square)[:, 0])
-        return BroydenMemory(z, fz, bg * (-square / denominator), steps, weights, memory.taken + 1)
+        following = bg * (-square / denominator * memory.unit)
+        return BroydenMemory(z, fz, memory.unit, following, steps, weights, memory.taken + 1)
 
     def multiply(self, memory: BroydenMemory, g: Array) -> Array:
         """``B g`` for vectors g [B, N]."""
@@ -329,9 +373,9 @@ class Broyden(_Settings):
 
         def apply(k, w):
             step, following, weight = _pair(steps, memory, 1 + k)
-            return w + step * (weight * _dot(following, w))
+            return w + step * (weight * inner(following, w))
 
-        return lax.fori_loop(0, count, apply, -w)
+        return lax.fori_loop(0, count, apply, -wide(w))
 
     def count(self, memory: BroydenMemory) -> Array | int:
         """How many pairs of consecutive steps the memory holds, the next step included."""
@@ -342,12 +386,13 @@ class Broyden(_Settings):
 
         def apply(k, product):
             step, following, weight = _pair(steps, memory, count - k)
-            return product + following * (weight * _dot(step, product))
+            return product + following * (weight * inner(step, product))
 
-        return lax.fori_loop(0, count, apply, -g)
+        return lax.fori_loop(0, count, apply, -wide(g))
 
     def _with_next_step(self, memory: BroydenMemory) -> Array:
-        return memory.steps.at[memory.taken % len(memory.steps)].set(memory.step.astype(memory.steps.dtype))
+        step = in_unit(memory, memory.step).astype(memory.steps.dtype)
+        return memory.steps.at[memory.taken % len(memory.steps)].set(step)
 
 
 def differentiable(solver: Solver) -> Solver:
@@ -364,41 +409,41 @@ class _DifferentiableBroyden(Broyden):
 
 def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:
     """A step, the one after it, and the step's weight [B, 1]; at age 1 the one after it is the next step."""
-    size, dtype = len(steps), memory.z.dtype
+    size, dtype = len(steps), memory.weights.dtype
     first, second = (memory.taken - age) % size, (memory.taken - age + 1) % size
     return steps[first].astype(dtype), steps[second].astype(dtype), memory.weights[first][:, None]
 
 
-def _residual(solver: Any, z: Array, fz: Array) -> Array:
+def residual_of(solver: Any, memory: Any) -> Array:
     """Relative residuals [B]."""
-    z, fz = lax.stop_gradient((z, fz))  # a diagnostic, whose gradient at 0 would be NaN
-    difference, scale = _dot(fz - z, fz - z)[:, 0], _dot(fz, fz)[:, 0]
+    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic, whose gradient at 0 would be NaN
+    difference, scale = in_unit(memory, fz - z), in_unit(memory, fz)
+    difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]
     if solver.batch_joint:
         difference, scale = (jnp.broadcast_to(jnp.sum(norm), norm.shape) for norm in (difference, scale))
     return jnp.sqrt(difference) / (jnp.sqrt(scale) + RESIDUAL_FLOOR)
 
 
-def _dot(a: Array, b: Array) -> Array:
+def inner(a: Array, b: Array) -> Array:
     """Per-sample inner products, [B, 1]."""
     return jnp.sum(a * b, axis=1, keepdims=True)
 
 
-def _ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
-    """One vector per sample [B, N], and the way back."""
-    leaves = jax.tree.leaves(tree)
-    structure: Any = jax.tree.structure(tree)
-    shapes = [leaf.shape for leaf in leaves]
-    require(len({shape[0] for shape in shapes}) == 1, f"state leaves need one common batch size, got {shapes}")
-    flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
-    ends = [sum(leaf[0].size for leaf in leaves[: i + 1]) for i in range(len(leaves) - 1)]
+def in_unit(memory: Any, x: Array) -> Array:
+    """x in each sample's unit."""
+    return x * (1 / memory.unit)
 
-    def unravel(flat: Array) -> PyTree:
-        parts = jnp.split(flat, ends, axis=1)
-        return structure.unflatten(
-            [part.reshape(part.shape[0], *shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
-        )
 
-    return flat, unravel
+def power_of_two(size: Array) -> Array:
+    """The power of two next to a positive size; 1 where it is 0 or not finite. Its inverse is a normal number."""
+    limits = jnp.finfo(size.dtype)
+    size = jnp.where((size > 0) & (size < jnp.inf), size, 1)
+    return lax.reduce_precision(jnp.clip(size, 2 * limits.tiny, 0.5 / limits.tiny), limits.nexp, 0)
+
+
+def wide(x: Array) -> Array:
+    """x in at least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _positive_int(value: Any) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,35 +19,79 @@ from deq_jax.records import write_npz
 from deq_jax.types import InputError, require
 
 Arrays = dict[str, np.ndarray]
+Entries = dict[str, dict[str, Any]]  # of a file: by place, arrays of numpy or torch by name
 
 SAFE_TORCH = (2, 10)  # older ones can be made to corrupt memory or run code by a file, weights_only or not
-STATE_DICTS = ("state_dict", "model_state_dict", "model")  # entries under which trainings save it
-PREFIX = "module."  # of every name under DataParallel
+DEPTH = 3  # of entries within entries
 
 
-def read_state_dict(path: str | Path) -> Arrays:
-    """Arrays by their PyTorch names; DataParallel's prefix ``module.`` is left out.
+class StateDict(NamedTuple):
+    """What was read of a network.
+
+    Attributes:
+      arrays: by name, without a prefix.
+      left_out: names beside it, that do not have its prefix.
+    """
+
+    arrays: Arrays
+    left_out: list[str]
+
+
+def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
+    """The arrays of the network that has the expected names, under these names.
+
+    The network may be the whole file, or an entry of a file of PyTorch at whatever place (``state_dict``, ``ema``), and
+    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): entry
+    and prefix are those under which all expected names are found, or most of them if there are no such ones.
 
     Args:
-      path: ``.pth.tar``, ``.pth`` or ``.pt``, with the state_dict itself or under ``state_dict``,
-        ``model_state_dict`` or ``model``; ``.safetensors``; ``.npz``.
+      path: ``.pth.tar``, ``.pth`` or ``.pt``; ``.safetensors``; ``.npz``.
+      expected: names of the network's arrays.
 
     Raises:
-      InputError: if the file is missing, damaged, or holds anything but arrays by name; if torch >= 2.10 or
-        safetensors is needed and missing.
+      InputError: if the file is missing, damaged, or holds anything but arrays by name; if two of its entries or
+        prefixes have all expected names; if torch >= 2.10 or safetensors is needed and missing.
     """
     path = Path(path)
     read = _by_ending(path, _READERS)
     require(path.is_file(), f"{path}: no such file")
     try:
-        arrays = read(path)
+        found = _network(path, read(path), frozenset(expected))
+        return found._replace(arrays={name: _to_numpy(array) for name, array in found.arrays.items()})
     except InputError:
         raise
     except Exception as error:  # torch, pickle, numpy, zipfile and safetensors each have their own
         message = "not read: damaged, or more than arrays by name; no code in it was run"
-        raise InputError(f"{path}: {message} ({_reason(error)})") from None
-    wrapped = all(name.startswith(PREFIX) for name in arrays)
-    return {name.removeprefix(PREFIX): array for name, array in arrays.items()} if wrapped else arrays
+        raise InputError(f"{path}: {message} ({_reason(error)}){_way_out(path)}") from None
+
+
+def _network(path: Path, entries: Entries, expected: frozenset[str]) -> StateDict:
+    """The network under the entry and the prefix that have all expected names, or most of them."""
+    found = {
+        (entry, prefix): count
+        for entry, arrays in entries.items()
+        for prefix, count in _prefixes(arrays, expected).items()
+    }
+    whole = [where for where, count in found.items() if count == len(expected)]
+    places = [".".join(filter(None, (entry, prefix.rstrip(".")))) for entry, prefix in whole]
+    named = ", ".join(repr(place) if place else "the whole file" for place in places)
+    message = f"{path}: holds {len(whole)} networks with the expected names: {named}; save one of them alone"
+    require(len(whole) < 2, message)
+    entry, prefix = max(found, key=found.__getitem__, default=(next(iter(entries), ""), ""))
+    arrays = entries.get(entry, {})
+    inside = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    return StateDict(inside, sorted(name for name in arrays if not name.startswith(prefix)))
+
+
+def _prefixes(arrays: Mapping[str, Any], expected: frozenset[str]) -> Counter[str]:
+    """How many expected names are there under each prefix; a prefix ends with a dot or is empty."""
+    counts: Counter[str] = Counter()
+    for name in arrays:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in expected:
+                counts["".join(f"{part}." for part in parts[:i])] += 1
+    return counts
 
 
 def write_state_dict(path: str | Path, arrays: Arrays) -> None:
@@ -70,15 +115,15 @@ def _by_ending(path: Path, functions: dict[str, Callable]) -> Callable:
     raise InputError(f"{path}: expected a file ending in {', '.join(functions)}")
 
 
-def _read_npz(path: Path) -> Arrays:
+def _read_npz(path: Path) -> Entries:
     with path.open("rb") as opened:  # numpy leaves a damaged file open
         file = np.load(opened, allow_pickle=False)
         require(isinstance(file, Mapping), f"{path}: expected an npz file, found a single array")
-        return dict(file)
+        return {"": dict(file)}
 
 
-def _read_safetensors(path: Path) -> Arrays:
-    return _import_safetensors(path).load_file(path)
+def _read_safetensors(path: Path) -> Entries:
+    return {"": _import_safetensors(path).load_file(path)}
 
 
 def _write_safetensors(path: Path, arrays: Arrays) -> None:
@@ -95,16 +140,27 @@ def _import_safetensors(path: Path) -> Any:
     return safetensors.numpy
 
 
-def _read_torch(path: Path) -> Arrays:
+def _read_torch(path: Path) -> Entries:
     torch = _import_torch(path)
     with warnings.catch_warnings(action="ignore"):
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    tensors = _find_state_dict(loaded)
-    for name, tensor in tensors.items():
-        wanted = f"expected tensors by name, themselves or under {', '.join(STATE_DICTS)}"
-        is_entry = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        require(is_entry, f"{path}: {wanted}; found {name!r}, {type(tensor).__name__}")
-    return {name: _to_numpy(torch, tensor) for name, tensor in tensors.items()}
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"expected a state_dict, found {type(loaded).__name__}")
+    entries = _tensors(torch, loaded)
+    wanted = "expected tensors by name, themselves or in an entry"
+    require(bool(entries), f"{path}: {wanted}; found {', '.join(map(repr, loaded)) or 'nothing'}")
+    return entries
+
+
+def _tensors(torch: Any, node: Mapping, path: tuple[str, ...] = ()) -> Entries:
+    """Entries that hold tensors, at any place: name with dots -> tensors by name."""
+    named = {name: value for name, value in node.items() if isinstance(name, str)}
+    own = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    found = {".".join(path): own} if own else {}
+    for name, value in named.items():
+        if isinstance(value, Mapping) and len(path) < DEPTH:
+            found |= _tensors(torch, value, (*path, name))
+    return found
 
 
 def _import_torch(path: Path) -> Any:
@@ -119,17 +175,19 @@ def _import_torch(path: Path) -> Any:
     return torch
 
 
-def _find_state_dict(loaded: Any) -> Mapping:
-    """The state_dict in what was loaded; beside it `model` may be a mere name."""
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"expected a state_dict, found {type(loaded).__name__}")
-    inner = (loaded[name] for name in STATE_DICTS if isinstance(loaded.get(name), Mapping))
-    return next(inner, loaded)
+def _to_numpy(array: Any) -> np.ndarray:
+    """An array of numpy or torch as one of numpy."""
+    if isinstance(array, np.ndarray):
+        return array
+    tensor = array.detach()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()  # numpy has no bfloat16
 
 
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # numpy has no bfloat16
+def _way_out(path: Path) -> str:
+    if _by_ending(path, _READERS) is not _read_torch:
+        return ""
+    alone = 'torch.save(torch.load(path, weights_only=False)["state_dict"], out)'
+    return f"; where the file is trusted, save its state_dict alone: {alone}"
 
 
 def _reason(error: Exception) -> str:

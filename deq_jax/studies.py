@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from deq_jax.comparisons import Difference, Mean, paired_difference
+from deq_jax.briefs import short_name
+from deq_jax.comparisons import Estimate, paired_difference
 from deq_jax.finished import Evaluation, Setting
+from deq_jax.surrogates import Direct
+from deq_jax.transfers import Transfer
 from deq_jax.trials import UNDEFENDED
 
 T = TypeVar("T")
@@ -51,6 +55,15 @@ class Group:
         return self.evaluations[0].defence != UNDEFENDED
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether a defence was attacked, or a trial had a surrogate's gradients or transferred images."""
+        trials = self.evaluations[0].trials
+        return self.is_defended or any(
+            short_name(trial["surrogate"]) != Direct.__name__ or short_name(trial["attack"]) == Transfer.__name__
+            for trial in trials
+        )
+
+    @property
     def trials(self) -> str:
         """The attacks in a few words: their suites, or the first parts of their names, and how many there are."""
         evaluation = self.evaluations[0].evaluation
@@ -77,9 +90,17 @@ class Group:
         found = {one.seed: quantity(one) for one in self.evaluations}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def means(self, quantity: Quantity) -> dict[int, float]:
-        """Seed -> mean over the images."""
-        return {seed: float(np.mean(value)) for seed, value in self.values(quantity).items()}
+    def accuracy(self, quantity: Quantity) -> Estimate | None:
+        """The mean over seeds and images; None if no evaluation has the quantity."""
+        found = list(self.values(quantity).values())
+        return Estimate.of_accuracies(found) if found else None
+
+    def in_state(self, state: str, condition: str, quantity: str) -> Estimate | None:
+        """The mean of what was measured; accuracies in percent. See `Evaluation.in_state`."""
+        found = list(self.values(lambda one: one.in_state(state, condition, quantity)).values())
+        if not found:
+            return None
+        return Estimate.of_accuracies(100.0 * np.array(found)) if quantity == "accuracy" else Estimate.of_images(found)
 
 
 @dataclass(frozen=True)
@@ -100,7 +121,7 @@ class Pair:
         """Whether a red flag is raised for either."""
         return bool(self.first.raised or self.second.raised)
 
-    def difference(self, quantity: Quantity) -> Difference | None:
+    def difference(self, quantity: Quantity) -> Estimate | None:
         """Over the seeds for which both have the quantity; None if there is no such seed."""
         return paired_difference(self.first.values(quantity), self.second.values(quantity))
 
@@ -242,7 +263,8 @@ def _curves(several: list[dict[float, Group]]) -> list[Curve]:
 
 
 def _mean_robust(group: Group) -> float:
-    return Mean.of(list(group.means(robust).values())).value
+    found = group.accuracy(robust)
+    return math.inf if found is None else found.value
 
 
 def clean(evaluation: Evaluation) -> np.ndarray | None:

@@ -3,47 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-from deq_jax.comparisons import Difference, Mean, paired_quotient
-from deq_jax.finished import Evaluation, number
-from deq_jax.studies import Curve, Group, Pair, clean, overestimate, reference, robust, undefended
-from deq_jax.tables import ERROR, INTERVAL, Cell, Column, Form, Table, difference_cell, mean_cell, mean_of, text_cell
+import numpy as np
+
+from deq_jax.briefs import number
+from deq_jax.comparisons import Estimate, paired_quotient
+from deq_jax.finished import CONDITIONS, Evaluation
+from deq_jax.studies import Curve, Group, Pair, clean, reference, robust, undefended
+from deq_jax.tables import INTERVAL, Cell, Column, Form, Table, difference_cell, estimate_cell, text_cell
+from deq_jax.wording import Words, pair_title, verdict, worst_case
 
 NOT_TRUSTWORTHY = "NOT TRUSTWORTHY, an upper bound only"
 WARNING = "not trustworthy"
-NOT_SHOWN = "no verdict (not shown the images that broke the undefended predictor)"
+NOTHING_LEFT = "nothing left to attack"
+OVER_BOTH = "mean and 95 % interval for other training seeds and other images; of one seed, for other images alone"
+OVER_SEEDS = "mean and 95 % interval for other training seeds alone"
 FORMS: dict[str, Form] = {"accuracy": "{:.2f}".format, "entropy": "{:.3f}".format, "residual": "{:.2e}".format}
-CONDITIONS = ("clean", "attacked")
 
 
 def headline_table(groups: Sequence[Group]) -> Table:
     """A row for each training, defence and set of attacks; a section for each setting."""
+    defended = any(group.is_defended for group in groups)
     columns = (
         Column("training", kind="text"),
         Column("defence", kind="text"),
         Column("seeds"),
-        Column("clean", ERROR),
-        Column("reference protocol", ERROR),
-        Column("adaptive worst case", ERROR, kind="main"),
+        Column("clean", INTERVAL),
+        *[Column("reference protocol", INTERVAL)][: int(defended)],
+        Column(worst_case(groups), INTERVAL, kind="main"),
         Column("red flags", kind="text"),
         Column("attacks", kind="text"),
     )
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for group in groups:
-        sections.setdefault(str(group.setting), []).append(_headline_row(group))
-    caption = "Accuracy in percent of the deployed predictor, mean ± standard error over the seeds of the training"
+        sections.setdefault(str(group.setting), []).append(_headline_row(group, defended))
+    caption = f"Accuracy in percent of the deployed predictor, {OVER_BOTH}"
     return Table("headline", caption, "setting", columns, sections)
 
 
-def _headline_row(group: Group) -> tuple[Cell, ...]:
+def _headline_row(group: Group, with_reference: bool) -> tuple[Cell, ...]:
     worst = _robust_cell(group)
+    under_reference = estimate_cell(group.accuracy(reference)) if group.is_defended else worst
     return (
         text_cell(group.training),
         text_cell(group.defence),
         text_cell(str(len(group.evaluations))),
-        mean_cell(mean_of(group.means(clean))),
-        mean_cell(mean_of(group.means(reference))) if group.is_defended else worst,
+        estimate_cell(group.accuracy(clean)),
+        *[under_reference][: int(with_reference)],
         worst,
         text_cell(_flags(group)),
         text_cell(group.trials),
@@ -51,7 +57,7 @@ def _headline_row(group: Group) -> tuple[Cell, ...]:
 
 
 def _robust_cell(group: Group) -> Cell:
-    return mean_cell(mean_of(group.means(robust)))._replace(warning=WARNING if group.raised else "")
+    return estimate_cell(group.accuracy(robust))._replace(warning=WARNING if group.raised else "")
 
 
 def _flags(group: Group) -> str:
@@ -66,60 +72,38 @@ def _raised(group: Group) -> str:
     return ", ".join(f"{name} ({count} of {seeds})" for name, count in group.raised.items())
 
 
-class Words(NamedTuple):
-    """What a difference whose interval lies below, around or above 0 is called."""
-
-    below: str
-    around: str
-    above: str
-
-    def of(self, difference: Difference) -> str:
-        """One of them; a single seed shows nothing."""
-        if difference.sign is None:
-            return "one seed, no interval"
-        return (self.around, self.above, self.below)[difference.sign]
-
-
-DEFENCE = Words("hurts", "no difference shown", "helps")
-TRAINING = Words("less accurate", "no difference shown", "more accurate")
-
-
-def pair_title(pair: Pair) -> str:
-    """What is compared with what."""
-    if pair.first.training == pair.second.training:
-        return f"{pair.first.training}: {pair.first.defence} against {pair.second.defence}"
-    defence = f" (both: {pair.first.defence})" if pair.first.is_defended else ""
-    return f"{pair.first.training} against {pair.second.training}{defence}"
-
-
 def pair_table(name: str, caption: str, pairs: Sequence[Pair], words: Words) -> Table:
     """A row for each pair: differences over the seeds that both have, and what they are called."""
+    defended = any(pair.first.is_defended for pair in pairs)
+    on_reference = Column("reference protocol", INTERVAL), Column("verdict on it", kind="text")
     columns = (
         Column("comparison", kind="text"),
         Column("seeds"),
         Column("clean", INTERVAL),
-        Column("reference protocol", INTERVAL),
-        Column("verdict on it", kind="text"),
-        Column("adaptive worst case", INTERVAL, kind="main"),
+        *(on_reference if defended else ()),
+        Column(worst_case([group for pair in pairs for group in (pair.first, pair.second)]), INTERVAL, kind="main"),
         Column("verdict", kind="text"),
         Column("red flags", kind="text"),
     )
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for pair in pairs:
-        found = [pair.difference(quantity) for quantity in (clean, reference, robust)]
-        cells = [difference_cell(difference) for difference in found]
-        on_reference, verdict = (text_cell(_verdict(pair, difference, words)) for difference in found[1:])
-        verdict = verdict._replace(warning=WARNING if pair.is_flagged else "")
-        title, seeds = text_cell(pair_title(pair)), text_cell(str(found[0].seeds if found[0] else 0))
-        row = (title, seeds, cells[0], cells[1], on_reference, cells[2], verdict, text_cell(_flags_of_pair(pair)))
+        row = _pair_row(pair, words, defended)
         sections.setdefault(f"{pair.first.setting}; attacks: {pair.first.trials}", []).append(row)
     return Table(name, caption, "setting", columns, sections)
 
 
-def _verdict(pair: Pair, difference: Difference | None, words: Words) -> str:
-    if difference is None:
-        return ""
-    return words.of(difference) if pair.is_fair else NOT_SHOWN
+def _pair_row(pair: Pair, words: Words, with_reference: bool) -> tuple[Cell, ...]:
+    on_clean, on_reference, worst = (pair.difference(quantity) for quantity in (clean, reference, robust))
+    under_reference = difference_cell(on_reference), text_cell(verdict(pair, on_reference, words))
+    return (
+        text_cell(pair_title(pair)),
+        text_cell(str(on_clean.seeds if on_clean else 0)),
+        difference_cell(on_clean),
+        *(under_reference if with_reference else ()),
+        difference_cell(worst),
+        text_cell(verdict(pair, worst, words))._replace(warning=WARNING if pair.is_flagged else ""),
+        text_cell(_flags_of_pair(pair)),
+    )
 
 
 def _flags_of_pair(pair: Pair) -> str:
@@ -128,100 +112,61 @@ def _flags_of_pair(pair: Pair) -> str:
     return "; ".join(f"{name}: {_raised(group)}" for name, group in named.items() if group.raised) or "none raised"
 
 
-def sentences(pair: Pair, words: Words) -> str:
-    """What a pair shows, in words; and what the adaptive attacks take away from a defence."""
-    parts = [
-        _sentence(protocol, pair, pair.difference(quantity), words)
-        for protocol, quantity in (("the adaptive worst case", robust), ("the reference protocol", reference))
-    ]
-    known = "; ".join(part for part in parts if part) or "nothing that both were attacked with"
-    trust = " Red flags are raised, so this is not trustworthy." if pair.is_flagged else ""
-    return f"{pair_title(pair)}: {known}.{_taken_away(pair.first)}{trust}"
-
-
-def _sentence(protocol: str, pair: Pair, difference: Difference | None, words: Words) -> str:
-    if difference is None:
-        return ""
-    return f"{_verdict(pair, difference, words)} under {protocol}, {_points(difference)}"
-
-
-def _taken_away(group: Group) -> str:
-    lost = group.values(overestimate)
-    if not (group.is_defended and lost):
-        return ""
-    difference = Difference.of(list(lost.values()))
-    return f" The adaptive attacks take away {_points(difference, sign='')} of what the reference protocol gives it."
-
-
-def _points(difference: Difference, sign: str = "+") -> str:
-    value = f"{difference.value:{sign}.2f} points"
-    if difference.interval is None:
-        return value
-    low, high = difference.interval
-    return f"{value} (95 % interval [{low:.2f}, {high:.2f}], {difference.seeds} seeds)"
-
-
 def accuracy_table(name: str, group: Group) -> Table:
     """Accuracy of every predictor on the images of every trial, mean over the seeds."""
-    first = group.evaluations[0].accuracy
-    predictors = list(first["clean"])
+    tables = {trial: [one.accuracy[trial] for one in group.evaluations] for trial in group.evaluations[0].accuracy}
+    predictors = list(tables["clean"][0])
     kinds = ["main" if predictor == "deployed" else "number" for predictor in predictors]
     columns = [Column(predictor, kind=kind) for predictor, kind in zip(predictors, kinds, strict=True)]
     rows = []
-    for trial in first:
-        tables = [one.accuracy[trial] for one in group.evaluations]
-        means = [Mean.of([table[predictor] for table in tables]).value for predictor in predictors]
-        cells = [text_cell(f"{100 * mean:.2f}") for mean in means]
+    for trial, several in tables.items():
+        means = [float(np.mean([100 * table[predictor] for table in several])) for predictor in predictors]
+        cells = [text_cell(f"{mean:.2f}") for mean in means]
         if trial == "union" and group.raised:
             cells[-1] = cells[-1]._replace(warning=WARNING)
+        if _left_nothing(group, trial):
+            cells = [*[text_cell("")] * (len(cells) - 1), text_cell(NOTHING_LEFT)]
         rows.append((text_cell(trial), *cells))
     seeds = f"mean over {len(group.evaluations)} seeds" if len(group.evaluations) > 1 else "one seed"
     caption = f"Accuracy (%) of each predictor on the images of each trial, {seeds}"
     return Table(name, caption, "", (Column("images of", kind="text"), *columns), {"": rows})
 
 
+def _left_nothing(group: Group, trial: str) -> bool:
+    """Whether earlier trials had broken all images of every seed, or all were misclassified as they are."""
+    return all(one.attacked.get(trial) == 0 for one in group.evaluations)
+
+
 def states_table(name: str, groups: Mapping[str, Group]) -> Table:
     """What was measured in every state of the dynamics, clean and attacked; a section for each labelled group."""
     shown = [(quantity, condition) for quantity in FORMS for condition in CONDITIONS]
-    columns = [Column(f"{quantity}, {condition}", ERROR) for quantity, condition in shown]
+    columns = [Column(f"{quantity}, {condition}", INTERVAL) for quantity, condition in shown]
     sections = {}
     for label, group in groups.items():
         rows = []
-        for state in group.evaluations[0].rows:
-            means = [(mean_of(measured(group, state, c, quantity)), FORMS[quantity]) for quantity, c in shown]
-            rows.append((text_cell(state), *(mean_cell(mean, form) for mean, form in means)))
+        for state in group.evaluations[0].states:
+            found = [(group.in_state(state, condition, quantity), FORMS[quantity]) for quantity, condition in shown]
+            rows.append((text_cell(state), *(estimate_cell(estimate, form) for estimate, form in found)))
         sections[label] = rows
     known = "attacked: the worst case of each image; residual of what is deployed: the lowest one of all states"
-    caption = f"Accuracy (%), prediction entropy (nats) and relative residual; {known}"
+    caption = f"Accuracy (%), prediction entropy (nats) and relative residual, {OVER_BOTH}; {known}"
     return Table(name, caption, "predictor", (Column("state", kind="text"), *columns), sections)
-
-
-def measured(group: Group, state: str, condition: str, quantity: str) -> dict[int, float]:
-    """Seed -> what was measured in a state, "clean" or "attacked"; accuracies in percent."""
-    scale = 100 if quantity == "accuracy" else 1
-
-    def value(one: Evaluation) -> float | None:
-        found = one.rows.get(state, {}).get(condition, {}).get(quantity)
-        return None if found is None else scale * found
-
-    return group.values(value)
 
 
 def radius_table(name: str, curves: Sequence[Curve]) -> Table:
     """Clean and robust accuracy at several radii; a section for each curve."""
-    worst, flags = Column("adaptive worst case", ERROR, "main"), Column("red flags", kind="text")
-    columns = Column("epsilon"), Column("seeds"), Column("clean", ERROR), worst, flags
+    title = worst_case([group for curve in curves for group in curve.groups])
+    worst, flags = Column(title, INTERVAL, "main"), Column("red flags", kind="text")
+    columns = Column("epsilon"), Column("seeds"), Column("clean", INTERVAL), worst, flags
     sections = {curve.label: [_radius_row(group) for group in curve.groups] for curve in curves}
-    return Table(
-        name, "Accuracy (%) at several radii, mean ± standard error over the seeds", "defence", columns, sections
-    )
+    return Table(name, f"Accuracy (%) at several radii, {OVER_BOTH}", "defence", columns, sections)
 
 
 def _radius_row(group: Group) -> tuple[Cell, ...]:
     return (
         text_cell(number(group.setting.epsilon)),
         text_cell(str(len(group.evaluations))),
-        mean_cell(mean_of(group.means(clean))),
+        estimate_cell(group.accuracy(clean)),
         _robust_cell(group),
         text_cell(_flags(group)),
     )
@@ -253,10 +198,10 @@ def cost_table(groups: Sequence[Group]) -> Table:
         Column("training", kind="text"),
         Column("defence", kind="text"),
         Column("attacks", kind="text"),
-        Column("cell evaluations per image", ERROR),
-        Column("× undefended", ERROR),
-        Column("seconds per image", ERROR),
-        Column("× undefended", ERROR),
+        Column("cell evaluations per image", INTERVAL),
+        Column("× undefended", INTERVAL),
+        Column("seconds per image", INTERVAL),
+        Column("× undefended", INTERVAL),
     )
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for group in groups:
@@ -267,7 +212,7 @@ def cost_table(groups: Sequence[Group]) -> Table:
             ]
             sections.setdefault(str(group.setting), []).append((*heads, *cells))
     counted = "cell evaluations: applications to the image; a vector-Jacobian product counts as one"
-    caption = f"Cost of a warm prediction, compilation excluded, mean ± standard error over the seeds; {counted}"
+    caption = f"Cost of a warm prediction, compilation excluded, {OVER_SEEDS}; {counted}"
     return Table("cost", caption, "setting", columns, sections)
 
 
@@ -277,4 +222,5 @@ def _costs(group: Group, base: Group | None, name: str) -> tuple[Cell, Cell]:
 
     own = group.values(quantity)
     quotient = paired_quotient(own, base.values(quantity)) if base is not None and group.is_defended else None
-    return mean_cell(mean_of(own), "{:.4g}".format), mean_cell(quotient)
+    mean = Estimate.of_seeds(list(own.values())) if own else None
+    return estimate_cell(mean, "{:.4g}".format), estimate_cell(quotient)

@@ -23,7 +23,8 @@ from jax import lax
 from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.combine import surrogate as gradient_from
 from deq_jax.attacks.oracle import classifier_oracle, oracle_of
-from deq_jax.classifiers import Equilibrium
+from deq_jax.classifiers import Equilibrium, require_deq, zero_state
+from deq_jax.compilation import compiled
 from deq_jax.entropy import EntropyReduced
 from deq_jax.gradients import AtState, Phantom, PhantomUpTo, simultaneous_adjoint
 from deq_jax.readouts import FinalState
@@ -33,14 +34,12 @@ from deq_jax.types import (
     Classifier,
     Gradient,
     Injection,
-    InputError,
     Keys,
     Loss,
     Oracle,
     PyTree,
     Readout,
     Solution,
-    Solver,
     Variables,
     require,
 )
@@ -83,8 +82,8 @@ def deployed(classifier: Classifier, readout: Readout) -> Equilibrium | EntropyR
     """
     if isinstance(classifier, EntropyReduced):
         return replace(classifier, readout=readout)
-    model, _ = _deq(classifier)
-    return _run_as(model, readout, AtState(model.dynamics.gradient))
+    model, _ = require_deq(classifier)
+    return model.with_dynamics(readout=readout, gradient=AtState(model.dynamics.gradient))
 
 
 @jax.tree_util.register_dataclass
@@ -108,8 +107,8 @@ class WithGradient:
     gradient: Gradient = field(metadata={"static": True})
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, _ = _deq(classifier)
-        return classifier_oracle(_run_as(model, model.dynamics.readout, self.gradient), variables)
+        model, _ = require_deq(classifier)
+        return classifier_oracle(model.with_dynamics(gradient=self.gradient), variables)
 
 
 @jax.tree_util.register_dataclass
@@ -122,12 +121,12 @@ class ThroughSolver:
     """
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = _deq(classifier)
+        model, solver = require_deq(classifier)
         params, readout = variables["params"]["cell"], model.dynamics.readout
 
         def logits(x: Array, keys: Keys) -> Array:
             u = model.encode(variables, x)
-            solution = solve(differentiable(solver), model.apply_cell, params, _start(u), u)
+            solution = solve(differentiable(solver), model.apply_cell, params, zero_state(u), u)
             return model.decode(variables, self._lead_on(model, params, u, readout(solution)))
 
         return oracle_of(logits)
@@ -165,9 +164,10 @@ class Intermediate:
         _check_damped_steps(self)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = _deq(classifier)
+        model, solver = require_deq(classifier)
         _check_count("Intermediate: state", self.state, 1, solver.steps)
-        unrolled = _run_as(model, _RawState(self.state), PhantomUpTo(MAX_STEPS, self.steps, self.damping))
+        gradient = PhantomUpTo(MAX_STEPS, self.steps, self.damping)
+        unrolled = model.with_dynamics(readout=_RawState(self.state), gradient=gradient)
         return classifier_oracle(unrolled, variables)
 
 
@@ -190,19 +190,21 @@ class MeanOverStates:
         _check_damped_steps(self)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, _ = _deq(classifier)
-        unrolled = _run_as(model, FinalState(), PhantomUpTo(MAX_STEPS, self.steps, self.damping))
+        model, _ = require_deq(classifier)
+        return oracle_of(partial(self._logits, model, variables))
 
-        def logits(x: Array, keys: Keys) -> Array:
-            final, u = unrolled(variables, x), model.encode(variables, x)
-            solution: Any = final.solution
-            advance = partial(model.apply_cell, variables["params"]["cell"], u=u)
-            later = lax.map(
-                lambda z: model.decode(variables, advance(z)), jax.tree.map(lambda z: z[1:], solution.states)
-            )
-            return (final.logits + jnp.sum(later, axis=0)) / (1 + len(later))
+    @compiled("model")
+    def _logits(self, model: Equilibrium, variables: Variables, x: Array, keys: Keys) -> Array:
+        gradient = PhantomUpTo(MAX_STEPS, self.steps, self.damping)
+        unrolled = model.with_dynamics(readout=FinalState(), gradient=gradient)
+        final, u = unrolled(variables, x), model.encode(variables, x)
+        solution: Any = final.solution
 
-        return oracle_of(logits)
+        def lead_on(z: PyTree) -> Array:
+            return model.decode(variables, model.apply_cell(variables["params"]["cell"], z, u))
+
+        later = lax.map(lead_on, jax.tree.map(lambda states: states[1:], solution.states))
+        return (final.logits + jnp.sum(later, axis=0)) / (1 + len(later))
 
 
 @jax.tree_util.register_dataclass
@@ -226,7 +228,7 @@ class SimultaneousAdjoint:
         _check_count("SimultaneousAdjoint: step", self.step, 1, np.inf)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = _deq(classifier)
+        model, solver = require_deq(classifier)
         require(isinstance(solver, Broyden), f"SimultaneousAdjoint: the solver must be Broyden, got {solver!r}")
         _check_count("SimultaneousAdjoint: step", self.step, 1, solver.steps)
         return Oracle(partial(self._logits, model, variables), partial(self._grad, model, variables))
@@ -235,6 +237,7 @@ class SimultaneousAdjoint:
         solution: Any = model(variables, x).solution
         return model.decode(variables, _RawState(self.step)(solution))
 
+    @compiled("model", "loss")
     def _grad(
         self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, target: Array, keys: Keys
     ) -> tuple[Array, Array, Array]:
@@ -249,7 +252,7 @@ class SimultaneousAdjoint:
         def cotangent(z: PyTree) -> PyTree:
             return jax.grad(total, has_aux=True)(z)[0]
 
-        run = simultaneous_adjoint(solver, model.apply_cell, params, u, _start(u), cotangent)
+        run = simultaneous_adjoint(solver, model.apply_cell, params, u, zero_state(u), cotangent)
         z, adjoint = jax.tree.map(lambda leaf: leaf[self.step - 1], run)
         _, vjp = jax.vjp(lambda x: model.apply_cell(params, z, model.encode(variables, x)), x)
         return *total(z)[1], vjp(adjoint)[0]
@@ -263,21 +266,6 @@ class _RawState:
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         return jax.tree.map(lambda states: states[self.t - 1], solution.states)
-
-
-def _deq(classifier: Classifier) -> tuple[Equilibrium, Solver]:
-    """A DEQ and its solver; refuses other classifiers."""
-    if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
-        raise InputError(f"surrogate: expected an Equilibrium with a solver, got {type(classifier).__name__}")
-    return classifier, classifier.dynamics.solver
-
-
-def _run_as(model: Equilibrium, readout: Readout, gradient: Gradient) -> Equilibrium:
-    return replace(model, dynamics=replace(model.dynamics, readout=readout, gradient=gradient))
-
-
-def _start(u: Injection) -> PyTree:
-    return jax.tree.map(jnp.zeros_like, u.features)
 
 
 def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:

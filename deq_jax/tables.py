@@ -1,16 +1,17 @@
-"""Tables of texts, for pages and for CSV files, and how means and differences are written in them."""
+"""Tables of texts, for pages and for CSV files, and how means and their intervals are written in them."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from deq_jax.comparisons import Difference, Mean
+from deq_jax.comparisons import Estimate
 
-ERROR, INTERVAL = ("", "standard error"), ("", "95 % interval low", "95 % interval high")
+INTERVAL = "", "95 % interval low", "95 % interval high"
+AGREE = "no spread between seeds"
 Form = Callable[[float], str]
 
 
@@ -18,22 +19,26 @@ class Cell(NamedTuple):
     """Texts that become one cell of a page and as many of a CSV file.
 
     Attributes:
-      parts: a text; a mean and its standard error; or a difference and the ends of its interval.
-      warning: beside it, on the page.
+      parts: a text; or a mean and the ends of its interval.
+      warning, note: beside them on the page, and in the last column of a CSV file.
     """
 
     parts: tuple[str, ...]
     warning: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
-        match self.parts:
-            case (value, low, high):
-                return f"{value} [{low}, {high}]"
-            case (value, error):
-                return f"{value} ± {error}"
-            case (value,):
-                return value or "–"
-        raise ValueError(f"Cell: expected 1 to 3 texts, got {self.parts!r}")
+        return " ".join(filter(None, (self.value, self.interval)))
+
+    @property
+    def value(self) -> str:
+        """The text, or a dash for none."""
+        return self.parts[0] or "–"
+
+    @property
+    def interval(self) -> str:
+        """As ``[low, high]``; empty for none."""
+        return f"[{', '.join(self.parts[1:])}]" if len(self.parts) > 1 else ""
 
 
 class Column(NamedTuple):
@@ -69,18 +74,23 @@ class Table:
     sections: dict[str, list[tuple[Cell, ...]]]
 
     def csv(self) -> str:
-        """The same texts, every number in a column of its own."""
+        """The same texts, every number in a column of its own, and remarks in the last one if there are any."""
+        heads = [f"{column.name} {part}".strip() for column in self.columns for part in column.parts]
+        lines = [
+            [title, *(part for cell, column in zip(row, self.columns, strict=True) for part in _filled(cell, column))]
+            for title, rows in self.sections.items()
+            for row in rows
+        ]
+        remarks = [self._remarks(row) for rows in self.sections.values() for row in rows]
+        table = [[self.section, *heads, "remarks"]] + [[*line, text] for line, text in zip(lines, remarks, strict=True)]
+        first, last = (0 if any(self.sections) else 1), (None if any(remarks) else -1)
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        titled = any(self.sections)
-        names = [f"{column.name} {part}".strip() for column in self.columns for part in column.parts]
-        writer.writerow([self.section, *names] if titled else names)
-        for title, rows in self.sections.items():
-            for row in rows:
-                cells = [_filled(cell, column) for cell, column in zip(row, self.columns, strict=True)]
-                parts = [part for cell in cells for part in cell]
-                writer.writerow([title, *parts] if titled else parts)
+        csv.writer(text, lineterminator="\n").writerows(line[first:last] for line in table)
         return text.getvalue()
+
+    def _remarks(self, row: tuple[Cell, ...]) -> str:
+        marked = zip(self.columns, row, strict=True)
+        return "; ".join(f"{column.name}: {text}" for column, cell in marked for text in cell[1:] if text)
 
 
 def text_cell(text: str) -> Cell:
@@ -88,24 +98,17 @@ def text_cell(text: str) -> Cell:
     return Cell((text,))
 
 
-def mean_cell(mean: Mean | None, form: Form = "{:.2f}".format) -> Cell:
-    """A mean and, if there is one, its standard error."""
-    if mean is None:
+def estimate_cell(estimate: Estimate | None, form: Form = "{:.2f}".format, value_form: Form | None = None) -> Cell:
+    """A mean and, if there is one, its interval. The mean may have a form of its own."""
+    if estimate is None:
         return text_cell("")
-    error = () if mean.standard_error is None else (form(mean.standard_error),)
-    return Cell((form(mean.value), *error))
+    ends = tuple(form(end) for end in estimate.interval or ())
+    return Cell(((value_form or form)(estimate.value), *ends), note=AGREE if estimate.agree else "")
 
 
-def mean_of(values: Mapping[int, float]) -> Mean | None:
-    """The mean over seeds; None if there are none."""
-    return Mean.of(list(values.values())) if values else None
-
-
-def difference_cell(difference: Difference | None) -> Cell:
+def difference_cell(difference: Estimate | None) -> Cell:
     """A difference with its sign and, if there is one, its interval."""
-    if difference is None:
-        return text_cell("")
-    return Cell((f"{difference.value:+.2f}", *(f"{end:.2f}" for end in difference.interval or ())))
+    return estimate_cell(difference, value_form="{:+.2f}".format)
 
 
 def _filled(cell: Cell, column: Column) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from deq_jax.types import Variables, require
 
+STEM = "downsample.0.weight"  # of the first convolution, [channels, channels of the images, 3, 3]
 IGNORED = "num_batches_tracked"  # a counter that PyTorch keeps and nothing reads
 
 _ENTRIES = {
@@ -39,9 +40,7 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
       InputError: listing the entries that are missing, unexpected or of another shape.
     """
     arrays = {name: array for name, array in arrays.items() if not name.endswith(IGNORED)}
-    leaves = flatten_dict(like)
-    names = _torch_names(like)
-    expected = {names[path]: _torch_shape(path, leaf.shape) for path, leaf in leaves.items()}
+    names, expected = _torch_names(like), torch_shapes(like)
     misshaped = [
         f"{name} {arrays[name].shape} instead of {shape}"
         for name, shape in expected.items()
@@ -66,6 +65,16 @@ def to_torch(variables: Variables) -> dict[str, np.ndarray]:
     """The way back: arrays under their torch names, without the counters of seen batches."""
     names = _torch_names(variables)
     return {names[path]: _to_torch(path, np.asarray(leaf)) for path, leaf in flatten_dict(variables).items()}
+
+
+def torch_shapes(like: Variables) -> dict[str, tuple[int, ...]]:
+    """Shape of every entry in PyTorch, by its name.
+
+    Args:
+      like: as in `from_torch`.
+    """
+    names = _torch_names(like)
+    return {names[path]: _torch_shape(path, leaf.shape) for path, leaf in flatten_dict(like).items()}
 
 
 def torch_modules(branches: int) -> dict[str, str]:

@@ -8,27 +8,33 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from deq_jax.cli import add_process_options, add_set_option, command_line, console, fail, join
-from deq_jax.config import load_config, set_fields
+from deq_jax.config import TrainConfig, load_config, set_fields
 from deq_jax.processes import agreed
+from deq_jax.progress import Display, duration
 from deq_jax.training import Interrupted, NonFiniteLoss, train
 
 EPILOG = """\
-The workdir gets: config.json (what is trained), metrics.jsonl (one line per log step and per epoch),
-tensorboard/ (the same as events), checkpoints/latest and checkpoints/best (best accuracy under the
-config's validation attack, on held-out training images). Run the same command again to resume;
-another config in the same workdir is refused. All local devices are used. With several processes the same
-command starts each of them, with its own --process; the batch is split over the devices of all, and process 0
-alone reads and writes the workdir.
+The workdir gets: config.json (what is trained), environment.json (settings and versions), metrics.jsonl (one line
+per log step and per epoch), tensorboard/ (the same as events), checkpoints/latest and checkpoints/best (best
+accuracy under the config's validation attack, on held-out training images). Run the same command again to resume;
+another config in the same workdir is refused, and settings of JAX that make other numbers. All local devices are
+used. With several processes the same command starts each of them, with its own --process; the batch is split over
+the devices of all, and process 0 alone reads and writes the workdir.
+
+--init-from starts a new run from another one's parameters, at step 0 with a fresh optimiser: with more epochs,
+another objective or learning rate, or after deq_jax.convert. The architecture must be the same. origin.json tells it.
 
 examples:
   python -m deq_jax.train --config configs/digits_pgd_at.py --workdir runs/a
   python -m deq_jax.train --config configs/digits_trades.py --workdir runs/b --set seed=1 --set epochs=20
+  python -m deq_jax.train --config configs/digits_trades.py --workdir runs/c --init-from runs/a
   python -m deq_jax.train ... --coordinator 10.0.0.1:1234 --processes 2 --process 0   (and --process 1 elsewhere)
 then:
   python -m deq_jax.evaluate --workdir runs/a
@@ -49,15 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser,
         "replace a scalar field of the config, by dotted name, e.g. objective.attack.steps=7; repeatable",
     )
+    parser.add_argument(
+        "--init-from", metavar="DIR", help="start a new run from the parameters and batch statistics of this workdir"
+    )
+    parser.add_argument(
+        "--init-checkpoint", choices=["best", "latest"], default="best", help="of --init-from; default: best"
+    )
     add_process_options(parser)
     options = parser.parse_args(arguments)
     with command_line():
         join(options)
         with agreed():
-            config = set_fields(load_config(options.config), options.assignments)
-        with _Display() as display:
+            config = set_fields(load_config(options.config, TrainConfig), options.assignments)
+        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
+        with Display(MofNCompleteColumn()) as display:
             try:
-                state = train(config, options.workdir, report=display.show)
+                state = train(
+                    config,
+                    options.workdir,
+                    init_from=options.init_from,
+                    init_checkpoint=options.init_checkpoint,
+                    report=partial(show, display),
+                    say=display.say,
+                )
             except NonFiniteLoss as error:
                 fail(str(error), 1)
             except Interrupted as stop:
@@ -69,38 +90,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")
 
 
-class _Display:
-    """A progress bar on a terminal, a line per validation elsewhere."""
+def show(display: Display, line: dict[str, Any]) -> None:
+    """Shows a line of metrics: beside the bar or, in a file, as a line of text; with what must be told of it."""
+    step, total = line["step"], line["total_steps"]
+    if line["split"] == "train":
+        names = ("loss", "accuracy", "adversarial_accuracy", "residual")
+        text = "  ".join(f"{name.replace('adversarial', 'adv')} {line[name]:.3f}" for name in names if name in line)
+        display.show(step, total, text, f"step {step}/{total}  {text}  {_pace(line)}")
+        return
+    accuracy = f"accuracy {100 * line['accuracy']:.1f} %  under attack {100 * line['adversarial_accuracy']:.1f} %"
+    residual = f"  residual {line['residual']:.3f}" if "residual" in line else ""
+    warnings = line.get("warnings", ())
+    signs = "".join(f"  ({warning.partition(':')[0]})" for warning in warnings)
+    display.say(f"epoch {line['epoch']:g}  step {step}/{total}  validation: {accuracy}{residual}{signs}")
+    for warning in warnings if step == total else ():
+        display.say(f"warning: {warning}")
 
-    def __init__(self):
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = None
 
-    def __enter__(self):
-        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self.progress.stop()
-
-    def show(self, line: dict[str, Any]) -> None:
-        """Shows a line of metrics."""
-        if self.task is None:
-            self.task = self.progress.add_task("", total=line["total_steps"])
-        if line["split"] == "train":
-            shown = {
-                name: line[name] for name in ("loss", "accuracy", "adversarial_accuracy", "residual") if name in line
-            }
-            text = "  ".join(f"{name.replace('adversarial', 'adv')} {value:.3f}" for name, value in shown.items())
-            self.progress.update(self.task, description=text, completed=line["step"])
-            return
-        accuracy = f"accuracy {100 * line['accuracy']:.1f} %  under attack {100 * line['adversarial_accuracy']:.1f} %"
-        residual = f"  residual {line['residual']:.3f}" if "residual" in line else ""
-        step = f"step {line['step']}/{line['total_steps']}"
-        console.print(f"epoch {line['epoch']:g}  {step}  validation: {accuracy}{residual}")
+def _pace(line: dict[str, Any]) -> str:
+    """How fast it goes, what compilation took beside it, and the time that is left at this pace."""
+    seconds = line["seconds_per_step"]
+    left = duration(seconds * (line["total_steps"] - line["step"]))
+    compilation = f"  compilation {duration(line['compile_seconds'])}" if "compile_seconds" in line else ""
+    return f"{seconds:.3g} s/step  {line['images_per_second']:.3g} images/s{compilation}  {left} left"
 
 
 if __name__ == "__main__":

@@ -1,59 +1,37 @@
-"""Training: one pure step, and the loop around it that logs, validates, saves and resumes."""
+"""Training: the loop around the step, which logs, validates, saves and resumes."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
 
 from deq_jax.checkpoints import Checkpoints
-from deq_jax.config import TrainConfig, first_difference, from_tree, to_tree
-from deq_jax.data import Splits, batch_indices, to_unit
-from deq_jax.evaluation import evaluator, summary
-from deq_jax.objectives import Outcome
+from deq_jax.config import TrainConfig, to_tree
+from deq_jax.data import batch_indices
+from deq_jax.evaluation import evaluator, mean_and_largest, summary
+from deq_jax.meters import Meter
 from deq_jax.parallel import AXIS, check_batch_size, replicate, replicate_and_split
-from deq_jax.processes import StopRequest, agreed, from_primary, gather_texts, is_primary
-from deq_jax.records import MetricsLog, make_folder, read_json, write_json
-from deq_jax.types import AnyArray, Array, InputError, Keys, PyTree, Variables, require
-
-AUGMENTATION = 17  # purpose of a step's randomness, beside those of the objectives
-
-
-class TrainState(NamedTuple):
-    """All the state there is: every step depends on it and on the config alone."""
-
-    step: Array
-    params: PyTree
-    batch_stats: PyTree
-    opt_state: PyTree
-
-    @property
-    def variables(self) -> Variables:
-        return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-class Batch(NamedTuple):
-    """Images of one step.
-
-    Attributes:
-      x: [B, H, W, C], uint8 or float32 in [0, 1].
-      y: [B] int32.
-      position: [B] int32, each image's place in the whole batch.
-    """
-
-    x: AnyArray
-    y: AnyArray
-    position: AnyArray
+from deq_jax.processes import StopRequest, agreed, from_primary, is_primary
+from deq_jax.records import MetricsLog, make_folder, write_json
+from deq_jax.runs import (
+    Origin,
+    check_origin,
+    check_same_config,
+    check_same_everywhere,
+    checkpoints_of,
+    environments_of,
+    read_config,
+    read_origin,
+)
+from deq_jax.sanity import plain_warnings
+from deq_jax.steps import Batch, TrainState, initial_state, initial_variables, learning_rate, optimizer_of, train_step
+from deq_jax.types import Variables, require
 
 
 class Interrupted(Exception):
@@ -64,128 +42,75 @@ class NonFiniteLoss(Exception):
     """The loss is no longer a finite number; the message names the step and the last good checkpoint."""
 
 
-def train_step(
-    config: TrainConfig,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    batch: Batch,
-    axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One step of optimisation; pure.
-
-    Args:
-      config: objective, classifier, augmentation and seed are used.
-      optimizer: whose state is in `state`.
-      state: before the step.
-      batch: this device's images.
-      axis_name: mapped axis over which gradients, batch statistics and metrics are averaged.
-
-    Returns:
-      The state after the step, and scalar metrics of the whole batch.
-    """
-
-    def add(carry, part):
-        total, batch_stats = carry
-        gradient, outcome = _gradient(config, state._replace(batch_stats=batch_stats), part, axis_name)
-        return (jax.tree.map(jnp.add, total, gradient), outcome.batch_stats), outcome.metrics
-
-    parts = jax.tree.map(lambda leaf: leaf.reshape(config.accumulate, -1, *leaf.shape[1:]), batch)
-    start = jax.tree.map(jnp.zeros_like, state.params), state.batch_stats
-    (gradient, batch_stats), metrics = lax.scan(add, start, parts)
-    gradient = jax.tree.map(lambda leaf: leaf / config.accumulate, gradient)
-    metrics = {name: (jnp.max if name.endswith("_max") else jnp.mean)(metric) for name, metric in metrics.items()}
-    if axis_name is not None:
-        gradient = lax.pmean(gradient, axis_name)
-        metrics = {
-            name: (lax.pmax if name.endswith("_max") else lax.pmean)(metric, axis_name)
-            for name, metric in metrics.items()
-        }
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
-
-
-def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: str | None) -> tuple[PyTree, Outcome]:
-    """Gradient of the loss on these images, and what else their passes gave."""
-    keys = Keys(jax.random.fold_in(jax.random.key(config.seed), state.step), batch.position)
-    x = to_unit(batch.x)
-    if config.augmentation is not None:
-        x = config.augmentation(x, keys.fold(AUGMENTATION))
-    classifier, objective = config.classifier, config.objective
-    x_adv = lax.stop_gradient(objective.perturb(classifier, state.variables, x, batch.y, keys))
-
-    def loss(params: PyTree):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        return objective.loss(classifier, variables, x, x_adv, batch.y, keys, axis_name)
-
-    (value, outcome), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return gradient, outcome._replace(metrics={"loss": value, **outcome.metrics})
-
-
-def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, data: Splits) -> TrainState:
-    """The state before the first step.
-
-    Raises:
-      InputError: if the classifier does not accept the dataset's images or has too few classes.
-    """
-    x = jnp.zeros((2, *data.train.x.shape[1:]))
-    try:
-        variables = config.classifier.init(jax.random.key(config.seed), x)
-        logits = jax.eval_shape(lambda v, x: config.classifier(v, x).logits, variables, x)
-    except InputError:
-        raise
-    except (TypeError, ValueError, ZeroDivisionError, flax.errors.FlaxError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"classifier does not fit images of shape {x.shape[1:]}: {reason}") from None
-    classes = logits.shape[-1]
-    for split, part in data._asdict().items():
-        highest = int(part.y.max())
-        expected = f"labels must be below the classifier's {classes} classes"
-        require(highest < classes, f"{expected}, found {highest} in the {split} split of {config.dataset}")
-    params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
-
-
 def train(
     config: TrainConfig,
     workdir: str | Path,
     *,
+    init_from: str | Path | None = None,
+    init_checkpoint: str = "best",
     report: Callable[[dict[str, Any]], None] = lambda line: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TrainState:
     """Trains to the end, resuming whatever `workdir` holds of the same training.
 
-    The workdir gets ``config.json``, ``metrics.jsonl``, TensorBoard events under ``tensorboard/``, and
-    checkpoints under ``checkpoints/latest`` and ``checkpoints/best`` (by accuracy under the config's
-    validation attack on held-out training images).
+    The workdir gets ``config.json``, ``environment.json`` (settings and versions), ``metrics.jsonl``, TensorBoard
+    events under ``tensorboard/``, and checkpoints under ``checkpoints/latest`` and ``checkpoints/best`` (by accuracy
+    under the config's validation attack on held-out training images).
+
+    A line of training metrics has means over the steps since the last one, and the largest value of `residual_max`;
+    an interval in which a run was stopped and resumed is whole. `learning_rate` is that of the last step, where the
+    optimiser tells it (see `Optimizer`). `seconds_per_step` and `images_per_second` are without compilation, which is
+    `compile_seconds` in the line after it, and without validation. A line of validation has `warnings` if there are any
+    (see `plain_warnings`).
 
     Args:
       config: what to train.
       workdir: folder of this training.
+      init_from: workdir of another run, whose parameters and batch statistics a new run starts from; its config may
+        differ in all but the shapes of these. Recorded in ``origin.json`` and not read again.
+      init_checkpoint: of `init_from`: best or latest.
       report: called with every line of metrics as it is written.
+      say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
+        environment than before.
 
     With several processes (`deq_jax.processes.connect`) all call this alike. Process 0 alone reads and writes
-    the workdir, which the others need not see, and calls `report`; it hands the state to the others.
+    the workdirs, which the others need not see, and calls `report` and `say`; it hands the state to the others.
 
     Raises:
-      InputError: for data, a device count or a workdir that do not fit.
+      InputError: for data, a device count, a workdir or an `init_from` that do not fit, and for a run that was begun
+        under settings of JAX that make other numbers.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
     """
-    return _Training(config, Path(workdir), report).run()
+    start = None if init_from is None else Path(init_from)
+    return _Training(config, Path(workdir), start, init_checkpoint, report, say).run()
 
 
 class _Training:
     """The parts of a running training; `train` is its public face."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, report: Callable[[dict[str, Any]], None]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: Path,
+        init_from: Path | None,
+        init_checkpoint: str,
+        report: Callable[[dict[str, Any]], None],
+        say: Callable[[str], None],
+    ):
         self.config, self.workdir, self.report = config, workdir, report
+        self.say = say if is_primary() else lambda text: None
         self.config_tree = to_tree(config)
         self.state: TrainState
+        self.meta: dict[str, Any] = {"config": self.config_tree, "best_accuracy": -1.0, "interval": {}, "origin": None}
         self.saved = -1  # step of the latest checkpoint
         check_same_everywhere(self.config_tree)
         check_batch_size(config.batch_size)
+        self.say("preparing: data and initial state ...")
         with agreed():
             self._prepare()
+            if is_primary():
+                self._restore(init_from, init_checkpoint)
         with agreed():
             if is_primary():
                 self._open_workdir()
@@ -209,49 +134,82 @@ class _Training:
         parts = f"accumulate = {config.accumulate} parts"
         require(per_device % config.accumulate == 0, f"the {per_device} images of a device do not divide into {parts}")
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.optimizer = config.optimizer.transformation(self.total_steps)
+        self.optimizer = optimizer_of(config, self.total_steps)
         self.state = initial_state(config, self.optimizer, self.data)
 
-    def _open_workdir(self) -> None:
-        """What only the process does that writes: it makes the workdir, or restores the state that is in it."""
-        make_folder(self.workdir)
-        write_json(self.workdir / "config.json", self.config_tree)
+    def _restore(self, init_from: Path | None, init_checkpoint: str) -> None:
+        """The state that the workdir holds, or the variables that a new run starts from; nothing is written."""
         self.latest = Checkpoints(self.workdir / "checkpoints" / "latest", keep=2)
         self.best = Checkpoints(self.workdir / "checkpoints" / "best", keep=1)
-        self.best_accuracy = -1.0
         latest = self.latest.latest_step()
+        self.environments, changed = environments_of(self.workdir, latest or 0)
         if latest is not None:
             self.saved = latest
             self.state, meta = self.latest.restore(self.state)
-            self.best_accuracy = meta["best_accuracy"]
+            self.meta |= meta | {"config": self.config_tree}
+            if init_from is not None:
+                check_origin(self.workdir, self._origin(), init_from, init_checkpoint)
+            if latest < self.total_steps:
+                self.say(f"going on after step {latest} of {self.total_steps}")
+        elif init_from is not None:
+            variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
+            self.state = self.state._replace(**variables)
+            self.meta["origin"] = origin._asdict()
+            self.say(f"starting from {init_from}, {init_checkpoint} checkpoint, step {origin.step}")
+            if self.config.pretrain_steps:
+                phase = f"{self.config.pretrain_steps} pre-training steps"
+                self.say(f"note: training begins with the {phase} of its config; pretrain_steps=0 leaves them out")
+        if changed:
+            self.say(f"note: numbers may differ from here on: {'; '.join(changed)}")
+
+    def _origin(self) -> Origin | None:
+        return self.meta["origin"] and Origin(**self.meta["origin"])
+
+    def _open_workdir(self) -> None:
+        """What only the process does that writes: it makes the workdir, and what a resumed run reads."""
+        make_folder(self.workdir)
+        write_json(self.workdir / "config.json", self.config_tree)
+        if int(self.state.step) < self.total_steps:
+            write_json(self.workdir / "environment.json", self.environments)
+        if self.meta["origin"] is not None:
+            if self.saved < 0:
+                self.saved = 0
+                self.latest.save(self.saved, self.state, self.meta)
+            write_json(self.workdir / "origin.json", self.meta["origin"])
         self.log = MetricsLog(self.workdir, int(self.state.step))
 
     def run(self) -> TrainState:
         self.steps: dict[TrainConfig, Callable] = {}
-        self.pending: list[dict[str, Array]] = []
-        self.started = time.perf_counter()
+        self.meter = Meter(self.config.batch_size, self.meta["interval"])
+        self.is_validated = False
         try:
             with StopRequest() as self.stop:
                 while self.done < self.total_steps:
-                    step = self._step(self.config.at(self.done, self.steps_per_epoch))
-                    self.state, metrics = step(self.state, self._batch(self.done))
-                    self.done += 1
-                    self.pending.append(metrics)
+                    self._step()
                     self._after()
         finally:
             if is_primary():
                 self.log.close()
         return self.state
 
-    def _step(self, config: TrainConfig) -> Callable:
-        """The compiled step of a config; a training has up to three: pre-training, with and without penalty."""
+    def _step(self) -> None:
+        """Starts the next step, compiled for its config: of pre-training, with or without the penalty."""
+        config, batch = self.config.at(self.done, self.steps_per_epoch), self._batch(self.done)
+        if config in self.steps:
+            self.state, metrics = self.steps[config](self.state, batch)
+        else:
+            self.say(f"compiling: {self._phase(config)} ...")
+            step = partial(train_step, config, self.optimizer, axis_name=AXIS)
+            self.steps[config] = replicate_and_split(step, joint=True)
+            with self.meter.compiling():
+                self.state, metrics = self.steps[config](self.state, batch)
+        self.done += 1
+        self.meter.add(metrics)
 
-        def on_device(state: TrainState, batch: Batch):
-            return train_step(config, self.optimizer, state, batch, AXIS)
-
-        if config not in self.steps:
-            self.steps[config] = replicate_and_split(on_device, joint=True)
-        return self.steps[config]
+    def _phase(self, config: TrainConfig) -> str:
+        if self.done < self.config.pretrain_steps:
+            return "shallow pre-training"
+        return "training" if getattr(config.classifier, "jacobian", None) is None else "training with Jacobian penalty"
 
     def _after(self) -> None:
         config = self.config
@@ -261,16 +219,20 @@ class _Training:
         logs = self._is_due(config.log_every)
         if not (epoch_ends or saves or logs or stop):
             return
-        metrics, seconds = self._check_finite()
+        self._check_finite()
         if logs:
-            self._write("train", {**metrics, "seconds_per_step": seconds})
+            rate = learning_rate(config.optimizer, self.total_steps, self.state)
+            self._write("train", self.meter.line() | ({} if rate is None else {"learning_rate": rate}))
         if epoch_ends:
             self._validate()
         if saves or stop:
-            self._save()
+            with agreed():
+                if is_primary():
+                    self._save(self.latest)
+            self.saved = self.done
         if stop:
             raise Interrupted(stop, self.done)
-        self.started = time.perf_counter()
+        self.meter.start()
 
     def _batch(self, step: int) -> Batch:
         size, batch_size = len(self.data.train.y), self.config.batch_size
@@ -280,66 +242,44 @@ class _Training:
     def _is_due(self, every: int) -> bool:
         return self.done % every == 0
 
-    def _check_finite(self) -> tuple[dict[str, float], float]:
-        """Waits for the pending steps; returns the last one's metrics and the seconds per step."""
-        metrics: dict[str, float] = {}
-        first = self.done - len(self.pending) + 1
-        for step, arrays in enumerate(self.pending, first):
-            metrics = {name: float(value) for name, value in arrays.items()}
-            if not math.isfinite(metrics["loss"]):
+    def _check_finite(self) -> None:
+        """Waits for the pending steps; raises `NonFiniteLoss` at the first that went wrong."""
+        losses = self.meter.wait()
+        for step, loss in enumerate(losses, self.done - len(losses) + 1):
+            if not math.isfinite(loss):
                 saved = self.workdir.absolute() / "checkpoints" / "latest" / str(self.saved)
                 good = f"last good one: {saved}" if self.saved >= 0 else "no checkpoint yet"
-                raise NonFiniteLoss(f"the loss is {metrics['loss']} at step {step} of {self.total_steps}; {good}")
-        seconds = (time.perf_counter() - self.started) / max(len(self.pending), 1)
-        self.pending = []
-        return metrics, seconds
+                raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {good}")
 
     def _validate(self) -> None:
+        if not self.is_validated:
+            self.say("compiling: validation ...")
+            self.is_validated = True
         outcomes = self.evaluate(self.state.variables, self.data.validation)
         row = summary(outcomes)["rows"]["deployed"]
-        accuracy = row["attacked"]["accuracy"]
+        accuracy, residual = row["attacked"]["accuracy"], row["clean"]["residual"]
         line = {"accuracy": row["clean"]["accuracy"], "adversarial_accuracy": accuracy}
-        if row["clean"]["residual"] is not None:
-            line["residual"] = row["clean"]["residual"]
-        self._write("validation", line)
+        if residual is not None:
+            line["residual"] = residual
+        adjoint = mean_and_largest(outcomes.adjoint_residual)["mean"]
+        if adjoint is not None:
+            line["adjoint_residual"] = adjoint
+        classes = 1 + int(self.data.train.y.max())
+        warnings = plain_warnings(line["accuracy"], len(self.data.validation.y), classes, residual)
+        self._write("validation", line | ({"warnings": warnings} if warnings else {}))
         with agreed():
-            if is_primary() and accuracy > self.best_accuracy:
-                self.best_accuracy = accuracy
-                self.best.save(self.done, self.state, self._meta())
+            if is_primary() and accuracy > self.meta["best_accuracy"]:
+                self.meta["best_accuracy"] = accuracy
+                self._save(self.best)
 
-    def _save(self) -> None:
-        with agreed():
-            if is_primary():
-                self.latest.save(self.done, self.state, self._meta())
-        self.saved = self.done
+    def _save(self, checkpoints: Checkpoints) -> None:
+        checkpoints.save(self.done, self.state, self.meta | {"interval": self.meter.sums})
 
-    def _meta(self) -> dict[str, Any]:
-        return {"config": self.config_tree, "best_accuracy": self.best_accuracy}
-
-    def _write(self, split: str, metrics: dict[str, float]) -> None:
+    def _write(self, split: str, metrics: dict[str, Any]) -> None:
         if not is_primary():
             return
         line = self.log.append(self.done, self.done / self.steps_per_epoch, split, metrics)
         self.report({**line, "total_steps": self.total_steps})
-
-
-def check_same_everywhere(tree: Any) -> None:
-    """Raises `InputError`, in all processes, naming the field, if they do not all train the same config."""
-    if jax.process_count() == 1:
-        return
-    texts = [json.loads(text) for text in gather_texts(json.dumps(tree))]
-    for process, other in enumerate(texts):
-        difference = first_difference(texts[0], other)
-        require(difference is None, f"process {process} trains another config than process 0: {difference}")
-
-
-def check_same_config(config: TrainConfig, workdir: Path) -> None:
-    """Raises `InputError`, naming the field, if the workdir holds another training."""
-    path = workdir / "config.json"
-    if path.exists():
-        difference = first_difference(read_json(path), to_tree(config))
-        message = f"{workdir} holds a training of another config: {difference}; choose another --workdir"
-        require(difference is None, message)
 
 
 def load_run(workdir: str | Path, *, best: bool = True) -> tuple[TrainConfig, Variables, int]:
@@ -349,13 +289,7 @@ def load_run(workdir: str | Path, *, best: bool = True) -> tuple[TrainConfig, Va
       InputError: if the folder holds no readable training.
     """
     workdir = Path(workdir)
-    require((workdir / "config.json").is_file(), f"{workdir}: not a training's workdir (no config.json)")
-    config = from_tree(read_json(workdir / "config.json"))
-    require(isinstance(config, TrainConfig), f"{workdir / 'config.json'}: expected a TrainConfig")
-    name = "best" if best else "latest"
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, keep=1 if best else 2)
-    require(checkpoints.latest_step() is not None, f"{workdir}: has no {name} checkpoint yet")
-    data = config.dataset.load()
-    template = initial_state(config, config.optimizer.transformation(1), data)
-    state, _ = checkpoints.restore(template)
-    return config, state.variables, int(state.step)
+    config, checkpoints = read_config(workdir), checkpoints_of(workdir, "best" if best else "latest")
+    template = initial_variables(config, config.dataset.load())
+    variables, _ = checkpoints.restore(template, only=list(template))
+    return config, variables, cast(int, checkpoints.latest_step())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from deq_jax.attacks.threat import Threat
+from deq_jax.box import clip_to_box
 from deq_jax.data import Images
 from deq_jax.records import read_json
 from deq_jax.types import InputError, require
@@ -27,6 +28,9 @@ class Transfer:
     """
 
     path: str
+
+    uses_gradients: ClassVar[bool] = False
+    gradient_queries: ClassVar[int] = 0
 
     @property
     def manifest(self) -> dict[str, Any] | None:
@@ -50,9 +54,7 @@ class Transfer:
         require(x_adv.shape == x.shape, f"{self.path}: expected x_adv of shape {x.shape}, got {x_adv.shape}")
         same = y is None or np.array_equal(y, images.y)
         require(same, f"{self.path}: its labels y are not those of the {len(x)} images that are evaluated")
-        inside = np.issubdtype(x_adv.dtype, np.floating) and np.all((x_adv >= 0) & (x_adv <= 1))
-        require(bool(inside), f"{self.path}: x_adv must be floating and within [0, 1]")
-        x_adv = x_adv.astype(np.float32)
+        x_adv = clip_to_box(x_adv, f"{self.path}: x_adv").astype(np.float32)
         check_radius(self.path, x_adv, x, threat)
         return x_adv
 

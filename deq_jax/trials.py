@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from types import FunctionType
+from typing import Any, ClassVar, cast
 
-from deq_jax.attacks import APGD, FAB, PGD, SPSA, AutoAttack, Linf, Square, Targeted, clean_start
+from deq_jax.attacks import PGD, AutoAttack, Linf, clean_start
+from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.threat import Threat
 from deq_jax.config import TrainConfig, first_difference, to_tree
 from deq_jax.records import read_json
@@ -32,9 +34,14 @@ class Noise:
 
     threat: Threat
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    uses_gradients: ClassVar[bool] = False
+    gradient_queries: ClassVar[int] = 0
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Perturbed images; see `APGD.__call__`. The oracle is not asked."""
-        keys = Keys.of(key, x.shape[0])
+        return carry_out(self._run, oracle, x, target, key, asks=False)
+
+    def _run(self, oracle, x, target, keys):
         return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
 
 
@@ -85,20 +92,33 @@ class Diagnostics:
     far: Trial
 
 
-def diagnostics(threat: Linf, steps: int = 1000) -> Diagnostics:
-    """Noise, FGSM, PGD-10, PGD with `steps` and half as many, and PGD-50 at 8 times the radius."""
+def diagnostics(threat: Threat, steps: int = 1000, surrogate: Surrogate | None = None) -> Diagnostics:
+    """Noise, FGSM, PGD-10, PGD with `steps` and half as many, and PGD-50 far beyond the radius; all in one norm.
 
-    def pgd(steps: int, relative_step: float, radius: float = 1.0) -> PGD:
-        epsilon = radius * threat.epsilon
-        return PGD(Linf(epsilon), steps=steps, step_size=max(relative_step * epsilon, 1e-6))
+    The far radius is 8 epsilon; in ℓ∞ at most 1, at which every image can become any other one. Each name begins with
+    "check." and the role.
 
+    Args:
+      threat: norm and radius.
+      steps: of the longest attack, at least 2.
+      surrogate: gives the gradients of all of them; None for the predictor's own.
+    """
+    require(steps >= 2, f"diagnostics: steps must be >= 2, got {steps!r}")
+    far = 8.0 * threat.epsilon
+    beyond = dataclasses.replace(cast(Any, threat), epsilon=min(far, 1.0) if isinstance(threat, Linf) else far)
+
+    def pgd(threat: Threat, steps: int, relative_step: float) -> PGD:
+        return PGD(threat, steps=steps, step_size=max(relative_step * threat.epsilon, 1e-6))
+
+    source = Direct() if surrogate is None else surrogate
+    fgsm = dataclasses.replace(pgd(threat, 1, 1.0), start=clean_start, best_of=False)
     return Diagnostics(
-        noise=Trial("noise", Noise(threat)),
-        fgsm=Trial("fgsm", dataclasses.replace(pgd(1, 1.0), start=clean_start, best_of=False)),
-        pgd=Trial("pgd-10", pgd(10, 0.25)),
-        half=Trial(f"pgd-{steps // 2}", pgd(steps // 2, 0.1)),
-        long=Trial(f"pgd-{steps}", pgd(steps, 0.1)),
-        far=Trial("pgd-50-at-8-epsilon", pgd(50, 0.1, radius=8.0)),
+        noise=Trial("check.noise", Noise(threat)),
+        fgsm=Trial("check.fgsm", fgsm, source),
+        pgd=Trial("check.pgd-10", pgd(threat, 10, 0.25), source),
+        half=Trial(f"check.half-pgd-{steps // 2}", pgd(threat, steps // 2, 0.1), source),
+        long=Trial(f"check.long-pgd-{steps}", pgd(threat, steps, 0.1), source),
+        far=Trial("check.far-pgd-50", pgd(beyond, 50, 0.1), source),
     )
 
 
@@ -120,6 +140,9 @@ class EarlyState:
 @dataclass(frozen=True)
 class EvalConfig:
     """Everything that determines an evaluation of a trained classifier.
+
+    An attack that declares a threat model must declare this one; `Diagnostics.far` may have another radius. Of an
+    attack that declares none only the images are checked, once they are made.
 
     Attributes:
       threat: the adversarial images that count lie within this ball.
@@ -158,27 +181,57 @@ class EvalConfig:
         named = (self.predictor is None) == (self.defence == UNDEFENDED)
         rule = f"a name for what is deployed if that is a predictor of its own, and {UNDEFENDED!r} otherwise"
         require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {self.predictor!r}")
-        names = [*RESERVED, *(trial.name for trial in (*self.trials, *self.extra_trials))]
-        names += sorted({trial.suite for trial in self.trials if trial.suite})
-        twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"EvalConfig: trials and suites need names of their own, found twice: {', '.join(twice)}")
+        _check_names(self)
         suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
         whole = not (self.skip_broken and suites)
         wanted = "expected skip_broken=False, without which its row would count what other trials broke"
         require(whole, f"EvalConfig: suite {', '.join(sorted(suites))} of transferred images: {wanted}")
-        for trial in self.trials:
-            radius = radius_of(trial.attack)
-            same = radius is None or radius == self.threat.epsilon
-            require(
-                same, f"EvalConfig: trial {trial.name} attacks with radius {radius}, but the threat is {self.threat}"
-            )
+        _check_threats(self)
 
     @property
     def extra_trials(self) -> tuple[Trial, ...]:
         """Those of the diagnostics."""
-        if self.diagnostics is None:
-            return ()
-        return tuple(getattr(self.diagnostics, f.name) for f in dataclasses.fields(self.diagnostics))
+        return tuple(_roles(self.diagnostics).values())
+
+
+def _check_names(config: EvalConfig) -> None:
+    """Refuses names that occur twice, and tells whose they are."""
+    owners: dict[str, list[str]] = {name: ["a row of every evaluation"] for name in RESERVED}
+    for i, trial in enumerate(config.trials):
+        owners.setdefault(trial.name, []).append(f"trials[{i}]")
+    for suite in dict.fromkeys(trial.suite for trial in config.trials if trial.suite):
+        owners.setdefault(suite, []).append("a suite")
+    for role, trial in _roles(config.diagnostics).items():
+        owners.setdefault(trial.name, []).append(f"diagnostics.{role}")
+    twice = [f"{name} ({' and '.join(parts)})" for name, parts in sorted(owners.items()) if len(parts) > 1]
+    require(not twice, f"EvalConfig: trials and suites need names of their own, found twice: {', '.join(twice)}")
+
+
+def _check_threats(config: EvalConfig) -> None:
+    """Refuses trials that declare another threat model than the evaluation's."""
+    roles, threat = _roles(config.diagnostics), config.threat
+    far = roles.pop("far", None)
+    for trial in (*config.trials, *roles.values()):
+        own = _declared_threat(trial)
+        same = own is None or own == threat
+        require(same, f"EvalConfig: trial {trial.name} attacks within {own}, but the threat is {threat}")
+    own = None if far is None else _declared_threat(far)
+    same = own is None or type(own) is type(threat)
+    require(same, f"EvalConfig: diagnostics.far attacks within {own}, expected the norm of {threat}")
+
+
+def _declared_threat(trial: Trial) -> Threat | None:
+    try:
+        return getattr(trial.attack, "threat", None)
+    except InputError as error:
+        raise InputError(f"EvalConfig: trial {trial.name}: {error}") from None
+
+
+def _roles(diagnostics: Diagnostics | None) -> dict[str, Trial]:
+    """The trials of diagnostics by the names of their fields."""
+    return (
+        {} if diagnostics is None else {f.name: getattr(diagnostics, f.name) for f in dataclasses.fields(diagnostics)}
+    )
 
 
 def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> EvalConfig:
@@ -223,49 +276,31 @@ def auto_attack(threat: Threat) -> tuple[Trial, ...]:
 
 
 def with_surrogates(name: str, attack: Attack, surrogates: Sequence[Surrogate]) -> tuple[Trial, ...]:
-    """One trial per surrogate, named by its class and numbers, such as ``pgd-10.Intermediate-3-5-0.5``."""
-
-    def label(surrogate: Surrogate) -> str:
-        numbers = [getattr(surrogate, f.name) for f in dataclasses.fields(cast(Any, surrogate))]
-        return "-".join([f"{name}.{type(surrogate).__name__}", *(f"{number:g}" for number in numbers)])
-
-    return tuple(Trial(label(surrogate), attack, surrogate) for surrogate in surrogates)
+    """One trial per surrogate, named by its class and what it is made of, such as ``pgd-10.Intermediate-3-5-0.5``."""
+    return tuple(Trial(f"{name}.{_label(surrogate)}", attack, surrogate) for surrogate in surrogates)
 
 
-def threat_of(train: TrainConfig) -> Linf:
-    """The ball that a training validates with.
+def _label(part: Any) -> str:
+    """Names and numbers of an object, in the characters of a trial's name; numbers that differ have different texts."""
+    if dataclasses.is_dataclass(part):
+        return "-".join([type(part).__name__, *(_label(getattr(part, f.name)) for f in dataclasses.fields(part))])
+    if isinstance(part, tuple):
+        return "-".join(map(_label, part))
+    if isinstance(part, FunctionType | type):
+        return part.__name__
+    short = f"{part:g}" if isinstance(part, int | float) else str(part)
+    exact = not isinstance(part, int | float) or float(short) == part
+    return re.sub(r"[^A-Za-z0-9._+-]", "", short if exact else repr(part))
+
+
+def threat_of(train: TrainConfig) -> Threat:
+    """The ball that a training run validates with.
 
     Raises:
-      InputError: its validation attack is no PGD.
+      InputError: its validation attack declares no threat model.
     """
     attack = train.validation_attack
-    if not isinstance(attack, PGD):
-        raise InputError("the training's validation_attack is no PGD and gives no radius")
-    return cast(Linf, attack.threat)
-
-
-def radius_of(attack: Attack | Transfer) -> float | None:
-    """The radius of an attack; None if that is not known."""
-    match attack:
-        case Targeted():
-            return radius_of(attack.attack)
-        case PGD() | APGD() | FAB() | Square() | SPSA() | Noise():
-            return attack.threat.epsilon
-        case _:
-            return None
-
-
-def gradient_queries(attack: Attack | Transfer) -> int | None:
-    """How many gradients an attack asks for, at most, per image; None if that is not known."""
-    match attack:
-        case Transfer() | Noise() | Square() | SPSA():
-            return 0
-        case PGD():
-            return attack.steps * attack.restarts
-        case APGD():
-            return (attack.steps + 1) * attack.restarts
-        case Targeted():
-            queries = gradient_queries(attack.attack)
-            return None if queries is None else queries * attack.classes
-        case _:
-            return None
+    threat = getattr(attack, "threat", None)
+    expected = "expected one that has, such as PGD(Linf(8 / 255))"
+    require(threat is not None, f"the run's validation_attack, {type(attack).__name__}, declares no threat; {expected}")
+    return cast(Threat, threat)

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+
+PRNG = "threefry2x32"
 
 Array = jax.Array
 AnyArray = Any  # of jax on a device, or of numpy on the host
@@ -40,6 +44,32 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def prng_key(seed: Any) -> Array:
+    """A PRNG key of the one kind that is used here, threefry, whatever JAX's default kind is.
+
+    Args:
+      seed: an integer, modulo 2^32, or a key: typed, or raw as ``jax.random.PRNGKey`` makes it. A key of another kind
+        becomes the threefry key of its first 64 bits; for ``jax.random.key(seed, impl="rbg")`` that is the key of the
+        same seed.
+
+    Raises:
+      InputError: neither of these.
+    """
+    expected = "key: expected one PRNG key or an integer seed, got"
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return jax.random.key(np.uint32(seed % 2**32), impl=PRNG)
+    is_array = isinstance(seed, jax.Array | np.ndarray | np.generic)
+    if not is_array:
+        raise InputError(f"{expected} {seed!r}")
+    is_key = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    words = jax.random.key_data(seed) if is_key else seed
+    if words.shape == () and jnp.issubdtype(words.dtype, jnp.integer):
+        return jax.random.key(words.astype(jnp.uint32), impl=PRNG)
+    is_one = words.dtype == jnp.uint32 and words.shape in ((2,), (4,))
+    require(is_one, f"{expected} {seed.dtype} of shape {seed.shape}")
+    return seed if is_key and str(jax.random.key_impl(seed)) == PRNG else jax.random.wrap_key_data(words[:2], impl=PRNG)
+
+
 class Injection(NamedTuple):
     """What an encoder hands to the cell: computed once per forward, constant along the dynamics.
 
@@ -60,7 +90,9 @@ class Solution(NamedTuple):
       z: ``[B, ...]`` leaves, the iterate with the lowest residual (z_0 is no candidate).
       states: ``[T, B, ...]`` leaves, the neural dynamics z_1 .. z_T; the entries of a sample that
         has converged repeat its converged state.
-      residuals: ``[T, B]``, relative residuals ``||f(z_t) - z_t|| / (||f(z_t)|| + 1e-9)``.
+      residuals: ``[T, B]``, relative residuals ``||f(z_t) - z_t|| / (||f(z_t)|| + 1e-9 s)``, where s is the largest
+        entry of the sample's f(z_0), to a power of two; in at least float32. Without a solver T is 0: ``[0, B]``, of
+        which no minimum can be taken.
       evaluations: ``[B]`` int32, cell applications that the sample needed.
       memory: the solver's resumable memory, to be passed to the next `solve`.
     """
@@ -87,17 +119,22 @@ class Keys(NamedTuple):
     images: Array
 
     @classmethod
-    def of(cls, key: Array | Keys, batch_size: int) -> Keys:
-        """Keys of a batch whose images are numbered from 0; returns `key` if it is `Keys` already."""
-        return key if isinstance(key, Keys) else cls(key, jnp.arange(batch_size, dtype=jnp.int32))
+    def of(cls, key: int | Array | Keys, batch_size: int) -> Keys:
+        """Keys of a batch whose images are numbered from 0; returns `key` if it is `Keys` already.
+
+        Args:
+          key: a seed or a PRNG key; see `prng_key`.
+          batch_size: B.
+        """
+        return key if isinstance(key, Keys) else cls(prng_key(key), jnp.arange(batch_size, dtype=jnp.int32))
 
     def fold(self, number: int | Array) -> Keys:
         """Fresh keys for the purpose (a step, a restart, a pass) with this number."""
-        return self._replace(shared=jax.random.fold_in(self.shared, number))
+        return self._replace(shared=jax.random.fold_in(prng_key(self.shared), number))
 
     def each(self) -> Array:
         """``[B]`` keys, one per image."""
-        return jax.vmap(lambda image: jax.random.fold_in(self.shared, image))(self.images)
+        return jax.vmap(jax.random.fold_in, (None, 0))(prng_key(self.shared), self.images)
 
     def draw(self, sampler: Callable[[Array], Array]) -> Array:
         """``[B, ...]``: `sampler(key)` once per image."""
@@ -173,6 +210,9 @@ class Classifier(Protocol):
 class Oracle(NamedTuple):
     """All that an attacker may ask. The gradient need not be that of the logits.
 
+    An attack asks in the dtype of its images; answers in another one are cast. Shapes are checked at every query, also
+    within `jax.jit`.
+
     Attributes:
       logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
       grad: ``(loss, x, target, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
@@ -184,6 +224,50 @@ class Oracle(NamedTuple):
 
 
 class Attack(Protocol):
-    """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1]."""
+    """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1].
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array: ...
+    The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
+    in their own dtype. The target is labels [B] of any integer type, from 0 to K - 1, or for some attacks pairs
+    (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
+
+    The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
+    [0, 1] by more than 1e-6, labels that are no classes, logits that are not [B, K] with K >= 2 or, on the images
+    themselves, not finite. Values are not known within `jax.jit`: there an image outside [0, 1] comes back as NaN, and
+    one without a class or without finite logits unchanged. Outside of it an attack is compiled as a whole, at the
+    first of all calls with the same program and shapes.
+
+    An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
+    `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
+    asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
+    """
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array: ...
+
+
+class Optimizer(Protocol):
+    """How gradients become steps: an optax optimiser and its schedule, made for a run of a known length.
+
+    Any frozen dataclass with this method is one; it is written into config.json, and ``--set optimizer.momentum=0.8``
+    reaches its fields. For example SGD with Nesterov momentum, weight decay, clipping and a warm-up::
+
+        @dataclass(frozen=True)
+        class Nesterov:
+            learning_rate: float = 0.1
+            momentum: float = 0.9
+            weight_decay: float = 5e-4
+            warmup: int = 500
+
+            def schedule(self, steps):
+                return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup, steps)
+
+            def transformation(self, steps):
+                sgd = optax.sgd(self.schedule(steps), self.momentum, nesterov=True)
+                return optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(self.weight_decay), sgd)
+
+    The structure of the optimiser's state must not depend on `steps`. A method ``schedule(steps)``, which returns the
+    learning rate as a function of the step (from 0), is not needed; it lets the metrics tell the learning rate.
+    """
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """The optax optimiser of a run of `steps` steps."""
+        ...

@@ -6,7 +6,6 @@ an evaluation consists of is in `deq_jax.trials`.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,24 +19,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.attacks import PGD
+from deq_jax.attacks.inputs import check_oracle
 from deq_jax.config import first_difference, to_tree
 from deq_jax.data import EvaluationBatch, Images, to_unit
-from deq_jax.evaluation import Measured, attack_batch, choose_early_state, is_correct, measure, spectral_radii
+from deq_jax.evaluation import (
+    Measured,
+    adjoint_residuals,
+    attack_batch,
+    choose_early_state,
+    is_correct,
+    measure,
+    spectral_radii,
+)
 from deq_jax.losses import cross_entropy
+from deq_jax.moments import Moment, Watch
 from deq_jax.parallel import check_batch_size, replicate_and_split
+from deq_jax.probes import several_answers, timed_answers
 from deq_jax.processes import agreed, from_primary, is_primary
 from deq_jax.readouts import IntermediateState
-from deq_jax.records import make_folder, read_json, write_json, write_npz
+from deq_jax.records import digest, make_folder, read_json, write_json, write_npz
+from deq_jax.red_flags import ZERO_GRADIENTS, is_white_box
 from deq_jax.results import Attempt, Cost, Probe, WorstCase, worst_of
 from deq_jax.surrogates import Direct, Surrogate, deployed, judged
 from deq_jax.transfers import Transfer, check_radius, is_within, read_npz, read_trial
 from deq_jax.trials import REFERENCE, EarlyState, EvalConfig, Trial
-from deq_jax.types import Array, Attack, Classifier, InputError, Keys, PyTree, Variables, require
+from deq_jax.types import Array, Attack, Classifier, InputError, Keys, Variables, prng_key, require
 
-TIMED = 5  # predictions that are timed
-PROBED = 16  # images on which the predictor is asked in several ways
-Report = Callable[[str, float], None]
-"""``(name of the trial, share of the whole evaluation that is done)``."""
+Report = Callable[[Moment], None]
 
 
 def worst_case(
@@ -49,7 +57,7 @@ def worst_case(
     *,
     validation: Images | None = None,
     about: dict[str, Any] | None = None,
-    report: Report = lambda name, share: None,
+    report: Report = lambda moment: None,
 ) -> WorstCase:
     """Attacks the deployed predictor with all trials, or goes on where `out` was left.
 
@@ -61,7 +69,7 @@ def worst_case(
       out: folder of the results: manifest.json, and trials/NAME/batch-NNNN.npz for each trial and "clean".
       validation: held-out training images, on which an early state is chosen.
       about: further JSON data that must be the same when an evaluation is resumed.
-      report: called after every batch.
+      report: called before what takes long, and after every batch.
 
     Raises:
       InputError: `out` holds another evaluation; the trials do not fit the classifier; the batch does not divide
@@ -71,16 +79,16 @@ def worst_case(
     images = Images(images.x[: config.max_images], images.y[: config.max_images])
     x = np.asarray(to_unit(jnp.asarray(images.x)))
     transfers = {
-        trial.name: _digest(trial.attack.load(images, x, config.threat))
+        trial.name: digest(trial.attack.load(images, x, config.threat))
         for trial in config.trials
         if isinstance(trial.attack, Transfer)
     }
-    _check_trials(config, classifier, variables)
-    digests = {"variables": _digest(variables), "images": _digest(images), "transfers": transfers}
+    _check_trials(config, classifier, variables, Images(x[:1], images.y))
+    digests = {"variables": digest(variables), "images": digest(images), "transfers": transfers}
     versions = {name: version(name) for name in ("deq_jax", "jax")}
-    _check_reference(config, _digest(variables))
+    _check_reference(config, digest(variables))
     _claim(out, {"class": "evaluation", **(about or {}), "config": to_tree(config), **digests, **versions})
-    predictor, early_state = _predictor(config, classifier, variables, validation, out)
+    predictor, early_state = _predictor(config, classifier, variables, validation, out, report)
     run = _Run(config, classifier, predictor, variables, images, x, out, report)
     return replace(run.all(), early_state=early_state)
 
@@ -102,52 +110,76 @@ class _Run:
 
     def all(self) -> WorstCase:
         y, every = self.images.y, np.arange(len(self.images.y))
-        stage = self._stage("clean", every, self._clean_stage())
+        stage = self._stage("clean", every, self._clean_stage(), np.ones(len(y), bool))
         clean = _measured(stage)
         bad = np.flatnonzero(~np.isfinite(clean.margin[:, -1]))
         require(len(bad) == 0, f"the logits of {len(bad)} clean images are not finite (first: image {bad[:1]})")
         correct = is_correct(clean, y)[:, -1]
+        withstood = correct
         attempts: dict[str, Attempt] = {}
         for trial in self.config.trials:
-            rows = every[correct] if self.config.skip_broken else every
+            rows, before = (every[withstood], withstood) if self.config.skip_broken else (every, correct)
             start = worst_of(self.x, y, clean, attempts)[0] if trial.from_worst else None
-            found = self._attempt(trial, rows, clean, start)
+            found = self._attempt(trial, rows, clean, before, start)
             if not found.inside.all():
                 check_radius(f"trial {trial.name}", found.x_adv, self.x, self.config.threat)
-            correct = correct & is_correct(found.measured, y)[:, -1]
+            withstood = withstood & is_correct(found.measured, y)[:, -1]
             attempts[trial.name] = found
         for trial in self.config.extra_trials:
-            attempts[trial.name] = self._attempt(trial, every, clean)
+            attempts[trial.name] = self._attempt(trial, every, clean, correct)
         x_adv, worst = worst_of(self.x, y, clean, attempts)
-        zero, radius = stage["zero_gradient"], stage["spectral_radius"]
-        return WorstCase(self.config, y, clean, zero, radius, self._probe(), self._cost(), attempts, x_adv, worst)
+        zero, radius = self._stuck(stage["zero_gradient"]), stage["spectral_radius"]
+        found = WorstCase(self.config, y, clean, zero, radius, *self._asked(), attempts, x_adv, worst)
+        settled, adjoint = stage.get("radius_settled"), stage.get("adjoint_residual")
+        return replace(found, radius_settled=settled, adjoint_residual=adjoint)
 
-    def _attempt(self, trial: Trial, rows: np.ndarray, clean: Measured, start: np.ndarray | None = None) -> Attempt:
+    def _attempt(
+        self, trial: Trial, rows: np.ndarray, clean: Measured, before: np.ndarray, start: np.ndarray | None = None
+    ) -> Attempt:
         measured, seconds = Measured(*(part.copy() for part in clean)), 0.0
         attacked, inside = np.zeros(len(self.x), bool), np.ones(len(self.x), bool)
         read = partial(read_trial, self.out / "trials" / trial.name, self.x)
         if len(rows) == 0:
+            self.report(self._watch(trial.name, rows, before).now())
             return Attempt(self.x.copy, measured, attacked, inside, seconds)
         is_transfer = isinstance(trial.attack, Transfer)
         stage = self._transfer_stage(trial) if is_transfer else self._attack_stage(trial, start)
-        found = self._stage(trial.name, rows, stage)
+        found = self._stage(trial.name, rows, stage, before, getattr(trial.attack, "gradient_queries", None))
         attacked[rows], seconds = True, float(np.sum(found["seconds"]))
         inside[rows] = is_within(found["x_adv"], self.x[rows], self.config.threat)
         for whole, part in zip(measured, _measured(found), strict=True):
             whole[rows] = part
         return Attempt(read, measured, attacked, inside, seconds)
 
-    def _stage(self, name: str, rows: np.ndarray, run: Callable[[EvaluationBatch], dict]) -> dict[str, np.ndarray]:
-        """The results of all batches of a trial, one below the other, in the order of `rows`."""
-        starts = range(0, len(rows), self.config.batch_size)
-        parts = []
-        for number, start in enumerate(starts):
+    def _stage(
+        self,
+        name: str,
+        rows: np.ndarray,
+        run: Callable[[EvaluationBatch], dict],
+        before: np.ndarray,
+        queries: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The results of all batches of a trial, one below the other, in the order of `rows`.
+
+        What counts as correct `before` it, [N] bool, and its `queries` are for the report.
+        """
+        correct, watch = before.copy(), self._watch(name, rows, before, queries)
+        parts: list[dict[str, np.ndarray]] = []
+        compiled = False
+        for number, start in enumerate(range(0, len(rows), self.config.batch_size)):
             path = self.out / "trials" / name / f"batch-{number:04d}.npz"
             own = rows[start : start + self.config.batch_size]
+            if not (compiled or path.exists()):
+                self.report(watch.begins())
+                compiled = True
             parts.append(_stored(path, partial(self._batch, run, own)))
-            done = self.stages.index(name) + (number + 1) / len(starts)
-            self.report(name, done / len(self.stages))
+            correct[own] &= is_correct(_measured(parts[-1]), self.images.y[own])[:, -1]
+            watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(parts[-1]["seconds"])))
+            self.report(watch.now())
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _watch(self, name: str, rows: np.ndarray, before: np.ndarray, queries: int | None = None) -> Watch:
+        return Watch(name, 1 + self.stages.index(name), len(self.stages), len(rows), float(np.mean(before)), queries)
 
     def _batch(self, run: Callable[[EvaluationBatch], dict], rows: np.ndarray) -> dict[str, np.ndarray]:
         """What `run` finds for these images, in a batch that they fill by repetition."""
@@ -160,19 +192,43 @@ class _Run:
 
     def _clean_stage(self) -> Callable[[EvaluationBatch], dict]:
         def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Array]:
-            x, keys = to_unit(batch.x), Keys(jax.random.key(self.config.seed), batch.number)
-            oracle = judged(Direct(), self.predictor, variables, self.config.draws)
-            gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
+            x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
             measured = measure(self.predictor, variables, x, batch.y, self._draw_from(keys))
-            radius = spectral_radii(self.trained, variables, x, keys)
-            is_zero = jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))  # attacks stand still at NaN
-            return {**measured._asdict(), "zero_gradient": is_zero, "spectral_radius": radius}
+            radius, settled = spectral_radii(self.trained, variables, x, keys)
+            adjoint = adjoint_residuals(self.trained, variables, x, batch.y)
+            still = self._is_still(variables, Direct(), batch)
+            found = {"zero_gradient": still, "spectral_radius": radius, "radius_settled": settled}
+            return {**measured._asdict(), **found, **({} if adjoint is None else {"adjoint_residual": adjoint})}
 
         return partial(replicate_and_split(on_device, joint=False), self.variables)
 
+    def _is_still(self, variables: Variables, surrogate: Surrogate, batch: EvaluationBatch) -> Array:
+        """[B] bool, whether the surrogate's gradient at the images is 0 or NaN, so that attacks stand still."""
+        x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
+        oracle = judged(surrogate, self.predictor, variables, self.config.draws)
+        gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
+        return jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))
+
+    def _stuck(self, still: np.ndarray) -> np.ndarray:
+        """[N] bool, where the gradients of all white-box trials vanish, given where the predictor's own does."""
+
+        def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Array]:
+            return {"zero_gradient": self._is_still(*state, batch)}
+
+        run, still = replicate_and_split(on_device, joint=False), still.copy()
+        white = [trial for trial in (*self.config.trials, *self.config.extra_trials) if is_white_box(trial)]
+        for surrogate in dict.fromkeys(trial.surrogate for trial in white if not isinstance(trial.surrogate, Direct)):
+            if np.mean(still) <= ZERO_GRADIENTS:
+                break
+            ask = partial(run, (self.variables, jax.tree.map(np.asarray, surrogate)))
+            rows = np.flatnonzero(still)
+            for own in np.split(rows, range(self.config.batch_size, len(rows), self.config.batch_size)):
+                still[own] = self._batch(ask, own)["zero_gradient"]
+        return still
+
     def _transfer_stage(self, trial: Trial) -> Callable[[EvaluationBatch], dict]:
         def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Array]:
-            keys = self._draw_from(Keys(jax.random.key(self.config.seed), batch.number))
+            keys = self._draw_from(Keys(prng_key(self.config.seed), batch.number))
             return {"x_adv": batch.x, **measure(self.predictor, variables, batch.x, batch.y, keys)._asdict()}
 
         run = replicate_and_split(on_device, joint=False)
@@ -196,43 +252,14 @@ class _Run:
         run, state = self.attackers[kind], (self.variables, jax.tree.map(np.asarray, trial.surrogate))
         return lambda batch: run(state, (batch, None if start is None else start[batch.number]))
 
-    def _probe(self) -> Probe:
-        @jax.jit
-        def ask(variables: Variables, x: Array, number: Array, seed: int) -> Array:
-            keys = self._draw_from(Keys(jax.random.key(seed), number))
-            return self.predictor(variables, x, keys=keys).logits
-
-        def answers() -> dict[str, np.ndarray]:
-            x, number = self.x[:PROBED], np.arange(len(self.x[:PROBED]), dtype=np.int32)
-            logits = partial(ask, self.variables)
-            return {
-                "whole": np.asarray(logits(x, number, 0)),
-                "reverse": np.asarray(logits(x[::-1], number[::-1], 0))[::-1],
-                "alone": np.concatenate([logits(x[i : i + 1], number[i : i + 1], 0) for i in number]),
-                "other_key": np.asarray(logits(x, number, 1)),
-            }
-
-        return Probe(**_stored(self.out / "probe.npz", answers))
-
-    def _cost(self) -> Cost:
-        @jax.jit
-        def predict(variables: Variables, x: Array, keys: Keys | None) -> tuple[Array, Array]:
-            logits, _, solution, *_ = self.predictor(variables, x, keys=keys)
-            unknown = jnp.full(len(x), jnp.nan)
-            return logits, unknown if solution is None else solution.evaluations.astype(float)
-
-        def timed() -> dict[str, np.ndarray]:
-            number = np.resize(np.arange(len(self.x), dtype=np.int32), self.config.batch_size)
-            query = self.x[number], self._draw_from(Keys(jax.random.key(self.config.seed), jnp.asarray(number)))
-            _, evaluations = predict(self.variables, *query)
-            seconds = []
-            for _ in range(TIMED):
-                started = time.perf_counter()
-                jax.block_until_ready(predict(self.variables, *query))
-                seconds.append((time.perf_counter() - started) / len(number))
-            return {"evaluations": np.asarray(evaluations)[:PROBED], "seconds": np.array(seconds)}
-
-        return Cost(**_stored(self.out / "cost.npz", timed))
+    def _asked(self) -> tuple[Probe, Cost]:
+        """What the deployed predictor answers in several ways, and what that costs."""
+        config = self.config
+        query = self.predictor, self.variables, self.x, config.draws is not None
+        timed = partial(timed_answers, *query, batch_size=config.batch_size, seed=config.seed)
+        self.report(Moment("checks", 1.0, "checks: the deployed predictor is asked in several ways, and timed", True))
+        probe = _stored(self.out / "probe.npz", partial(several_answers, *query))
+        return Probe(**probe), Cost(**_stored(self.out / "cost.npz", timed))
 
     def _draw_from(self, keys: Keys) -> Keys | None:
         """What the deployed predictor draws from; nothing unless it is random."""
@@ -254,11 +281,12 @@ def _measured(arrays: dict[str, np.ndarray]) -> Measured:
     return Measured(**{name: arrays[name] for name in Measured._fields})
 
 
-def _check_trials(config: EvalConfig, classifier: Classifier, variables: Variables) -> None:
-    """Has every surrogate check that it fits what is deployed."""
+def _check_trials(config: EvalConfig, classifier: Classifier, variables: Variables, images: Images) -> None:
+    """Has every surrogate check that it fits what is deployed, whose logits must fit the images and all labels."""
     predictor = config.predictor or classifier
     if isinstance(predictor, EarlyState):
         predictor = deployed(predictor.classifier or classifier, IntermediateState(1))
+    check_oracle(judged(Direct(), predictor, variables, config.draws), images.x, images.y)
     for trial in (*config.trials, *config.extra_trials):
         try:
             trial.surrogate(predictor, variables)
@@ -276,7 +304,12 @@ def _check_reference(config: EvalConfig, variables: str) -> None:
 
 
 def _predictor(
-    config: EvalConfig, classifier: Classifier, variables: Variables, validation: Images | None, out: Path
+    config: EvalConfig,
+    classifier: Classifier,
+    variables: Variables,
+    validation: Images | None,
+    out: Path,
+    report: Report,
 ) -> tuple[Classifier, list[float] | None]:
     """What is deployed, and the accuracies by which an early state was chosen."""
     early = config.predictor
@@ -287,8 +320,12 @@ def _predictor(
     source = early.classifier or classifier
     choose = partial(choose_early_state, batch_size=config.batch_size, seed=config.seed)
 
+    def tell(t: int, states: int, accuracy: float | None) -> None:
+        found = "compiling" if accuracy is None else f"{100 * accuracy:.2f} % correct under attack"
+        report(Moment("early state", 0.0, f"early state: z_{t} of {states} on held-out images: {found}", True))
+
     def accuracies() -> dict[str, np.ndarray]:
-        return {"accuracy": np.array(choose(source, variables, validation, early.attack))}
+        return {"accuracy": np.array(choose(source, variables, validation, early.attack, report=tell))}
 
     accuracy = _stored(out / "early_state.npz", accuracies)["accuracy"]
     return deployed(source, IntermediateState(1 + int(np.argmax(accuracy)))), accuracy.tolist()
@@ -303,13 +340,3 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
             require(difference is None, f"{out} holds another evaluation: {difference}; choose another folder (--out)")
         elif is_primary():
             write_json(make_folder(out) / "manifest.json", manifest)
-
-
-def _digest(tree: PyTree) -> str:
-    """SHA-256 of all arrays and of where they are."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()[:16]

@@ -34,3 +34,24 @@ def defence_of(solver=Broyden(4, tolerance=0), **changes):
     """The DEQ with input entropy reduction."""
     base = Equilibrium(Encoder(), Cell(), Decoder(), Dynamics(solver, gradient=Phantom(2, 0.5)))
     return EntropyReduced(base, **{"steps": 3, "step_size": 0.02, "epsilon": 0.03, **changes})
+
+
+class Net(nn.Module):
+    """A network with layers of Flax's own.
+
+    Attributes:
+      norm: none, or batch normalisation by each device's "own" images or by "all".
+      collection: of the dropout's keys.
+      classes: K.
+    """
+
+    norm: str = "none"
+    collection: str = "dropout"
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x, train=False, keys=None, axis_name=None):
+        y = nn.Dense(8)(x.reshape(len(x), -1))
+        if self.norm != "none":
+            y = nn.BatchNorm(use_running_average=not train, axis_name=axis_name if self.norm == "all" else None)(y)
+        return nn.Dense(self.classes)(nn.Dropout(0.5, deterministic=not train, rng_collection=self.collection)(y))

@@ -1,26 +1,31 @@
 """Each file imports only from lower layers; jaxopt and pmap have one place each."""
 
 import ast
+import configparser
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "deq_jax"
 LAYERS = [
-    ["types"],
-    ["losses", "solvers"],
+    ["types", "compilation"],
+    ["cells"],
+    ["losses", "solvers", "sanity", "environment", "box"],
     ["carries", "readouts", "regularizers", "models.layers"],
     ["gradients", "models.mdeq", "models.resnet", "models.small", "models.wide_resnet"],
     ["classifiers"],
-    ["entropy"],
+    ["entropy", "normalized"],
     ["attacks", "data", "processes", "records", "torch_names"],
     ["objectives", "parallel", "state_dicts", "surrogates", "adaptive", "transfers"],
     ["config", "checkpoints"],
-    ["evaluation", "trials"],
-    ["training", "plots", "cli", "results", "comparisons"],
-    ["worst_case", "red_flags", "tables"],
-    ["reports", "finished"],
-    ["studies"],
+    ["evaluation", "trials", "meters", "runs", "steps"],
+    ["training", "plots", "cli", "results", "comparisons", "briefs"],
+    ["red_flags", "tables", "progress", "probes", "verdicts"],
+    ["reports", "finished", "moments"],
+    ["studies", "worst_case"],
+    ["wording"],
     ["summaries"],
     ["pages"],
     ["train", "evaluate", "convert", "report"],
@@ -54,6 +59,19 @@ def test_imports_point_downwards(path):
             other = name.removeprefix("deq_jax.")
             same_package = own.startswith("attacks.") and other.startswith("attacks.")
             assert same_package or layer_of(other) < layer_of(own), f"{own} imports {other}"
+
+
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
+
+
+def test_what_is_imported_is_declared():
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(PACKAGE.parent / "setup.cfg")
+    lists = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    declared = {re.split(r"[<>=\[;]", line)[0].strip() for text in lists for line in text.splitlines()}
+    packages = {name.split(".")[0] for path in FILES for name in imports(path)}
+    others = packages - {"deq_jax"} - sys.stdlib_module_names
+    assert {DISTRIBUTIONS.get(name, name) for name in others} - declared == set()
 
 
 def test_jaxopt_is_imported_in_one_file():

@@ -289,8 +289,6 @@ def test_targeted_dlr_by_hand():
     # -(4 - 1) / (4 - (1 + 0) / 2)
     np.testing.assert_allclose(targeted_dlr(logits, jnp.array([[0, 1]])), [-3 / 3.5], rtol=1e-6)
     np.testing.assert_allclose(targeted_dlr(7 * logits, jnp.array([[0, 1]])), [-3 / 3.5], rtol=1e-6)
-    with pytest.raises(InputError, match="at least 4 classes"):
-        targeted_dlr(logits[:, :3], jnp.array([[0, 1]]))
 
 
 def test_checkpoints_of_a_hundred_steps():
@@ -349,7 +347,7 @@ def test_presets(preset):
 
 
 def test_images_outside_the_box_are_refused():
-    with pytest.raises(InputError, match="within"):
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\], found"):
         ATTACKS["auto_linf"](MLP, 255 * X, Y, KEY)
 
 

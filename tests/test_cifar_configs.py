@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deq_jax.classifiers import Equilibrium
-from deq_jax.config import from_tree, load_config, to_tree
+from deq_jax.config import TrainConfig, from_tree, load_config, to_tree
 from deq_jax.gradients import Implicit, Phantom
 from deq_jax.objectives import PGDAdversarialTraining, Trades
 from deq_jax.parallel import AXIS, replicate, replicate_and_split
@@ -33,7 +33,7 @@ def test_every_combination_is_there():
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_config_is_what_its_name_says(path):
-    config = load_config(path)
+    config = load_config(path, TrainConfig)
     assert from_tree(json.loads(json.dumps(to_tree(config)))) == config
     text = path.read_text()
     assert f"python -m deq_jax.train --config configs/{path.name} --workdir runs/{path.stem}\n" in text
@@ -62,7 +62,7 @@ def test_a_config_is_what_its_name_says(path):
 @pytest.mark.slow
 def test_large_trains_on_eight_devices():
     """A pre-training step of MDEQ-LARGE, and a PGD-AT step with a single attack step: finite, on 8 devices."""
-    config = load_config(CONFIGS / "cifar10_large_pgd_at.py")
+    config = load_config(CONFIGS / "cifar10_large_pgd_at.py", TrainConfig)
     objective = replace(config.objective, attack=replace(config.objective.attack, steps=1))
     config = replace(config, objective=objective, batch_size=8)
     optimizer = config.optimizer.transformation(1000)

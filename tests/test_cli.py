@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 from configs import digits_pgd_at
 from deq_jax import evaluate, train
-from deq_jax.attacks import Linf
+from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
 from deq_jax.checkpoints import Checkpoints
 from deq_jax.config import from_tree, load_config, to_tree
 from deq_jax.trials import EvalConfig
@@ -183,6 +183,13 @@ MISTAKES = [
     training("workdir-is-a-file", "", "empty.py", "cannot write there", workdir="{}/empty.py"),
     training("workdir-of-another-config", "", "run holds a training of another config", "was", "now", workdir="{}/run"),
     training("workdir-damaged", "", "damaged", "config.json", "not valid JSON", workdir="{}/damaged"),
+    # another run to start from
+    training("init-from-nowhere", "--init-from {}/nowhere", "{}/nowhere: not a training's workdir"),
+    training("init-from-unsaved", "--init-from {}/unsaved", "{}/unsaved: has no best checkpoint yet"),
+    training("init-from-damaged", "--init-from {}/truncated", "{}/truncated/checkpoints/best/2 cannot be read"),
+    training(
+        "init-from-another", "--init-from {}/run", "run/checkpoints/best/2 does not fit: ", "has shape", "expected"
+    ),
     # evaluation
     evaluation("empty-folder", "", "empty: not a training's workdir", "config.json", workdir="{}/empty"),
     evaluation("no-folder", "", "nowhere: not a training's workdir", workdir="{}/nowhere"),
@@ -204,7 +211,9 @@ MISTAKES = [
     evaluation("no-eval-config", "--config no/such.py", "no/such.py: no such config file"),
     evaluation("eval-config-of-a-training", "--config {}/own.py", "own.py: get_config() failed", "argument"),
     evaluation("eval-set-unknown", "--config {}/eval.py --set steps=3", "no field steps; valid names: threat.epsilon"),
-    evaluation("eval-radius", "--config {}/eval.py --set threat.epsilon=0.2", "trial pgd attacks with radius 0.1"),
+    evaluation(
+        "eval-radius", "--config {}/eval.py --set threat.epsilon=0.2", "trial pgd attacks within Linf(epsilon=0.1)"
+    ),
     evaluation("eval-no-images", "--config {}/eval.py --set max_images=0", "max_images must be positive or None"),
     evaluation("out-below-a-file", "--out {}/empty.py/out", "empty.py/out: cannot write there"),
 ]
@@ -381,10 +390,51 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
     np.testing.assert_allclose([row["attacked"]["accuracy"] for row in rows], robust.mean(axis=0))
     assert result["robust_accuracy"] == pytest.approx(robust[:, -1].mean())
     radii = found["spectral_radius"]
-    assert result["spectral_radius"] == {"mean": pytest.approx(radii.mean()), "largest": radii.max()}
+    unsettled = np.sum(~found["radius_settled"])
+    expected = {"mean": pytest.approx(radii.mean()), "largest": radii.max(), "unsettled": unsettled}
+    assert result["spectral_radius"] == expected
+    assert result["adjoint_residual"] == {"mean": None, "largest": None}
     assert radii.shape == (20,) and radii.min() > 0
     assert list(found["rows"]) == list(result["accuracy"]) == ["clean", "pgd", "union"]
     np.testing.assert_array_equal(found["correct"][[0, 2]], [correct[:, -1], robust[:, -1]])
+
+
+def test_a_training_tells_its_life_into_a_file(folder, tmp_path, capfd):
+    """Here it starts from another run, with other objective and optimiser settings; then it is resumed."""
+    (tmp_path / "tuned.py").write_text(
+        "from dataclasses import replace\nfrom deq_jax.config import TrainConfig, load_config\n"
+        "from deq_jax.objectives import Standard\n"
+        f"def get_config():\n    base = load_config({f'{folder}/own.py'!r}, TrainConfig)\n"
+        "    return replace(base, objective=Standard())\n"
+    )
+    tiny = assignments(*(item for item in TINY if not item.startswith("objective")), "log_every=1", "pretrain_steps=1")
+    arguments = ["--config", f"{tmp_path}/tuned.py", "--workdir", f"{tmp_path}/run", *tiny]
+    train.main([*arguments, "--init-from", f"{folder}/run"])
+    lines = capfd.readouterr().out.splitlines()
+    pace = r"\S+ s/step  \S+ images/s  compilation \d+ (s|min.*)  \d+ s left"
+    patterns = [
+        r"devices: 8 x cpu",
+        r"preparing: data and initial state \.\.\.",
+        rf"starting from {folder}/run, best checkpoint, step 2",
+        r"note: training begins with the 1 pre-training steps of its config; pretrain_steps=0 leaves them out",
+        r"compiling: shallow pre-training \.\.\.",
+        rf"step 1/2  loss \d\.\d+  accuracy \d\.\d+  {pace}",
+        r"compiling: training \.\.\.",
+        rf"step 2/2  loss \d\.\d+  accuracy \d\.\d+  residual \d\.\d+  {pace}",
+        r"compiling: validation \.\.\.",
+        r"epoch 1  step 2/2  validation: accuracy \d+\.\d %  under attack \d+\.\d %  residual \d\.\d+"
+        r"  \(clean accuracy is at chance\)  \(the solver has not converged\)",
+        r"warning: clean accuracy is at chance: .* of \d+ images, guessing gives 10\.0 %; .*",
+        r"warning: the solver has not converged: mean residual .*",
+        r"trained: 2 steps, [\d,]+ parameters, in .*",
+        r"next: python -m deq_jax\.evaluate --workdir .*",
+    ]
+    assert [bool(re.fullmatch(*pair)) for pair in zip(patterns, lines, strict=True)] == [True] * len(lines), lines
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [len(line.get("warnings", ())) for line in metrics] == [0, 0, 2]
+    assert json.loads((tmp_path / "run" / "origin.json").read_text())["workdir"] == f"{folder}/run"
+    line = refusal(train.main, [*arguments, "--init-from", f"{tmp_path}"], tmp_path, capfd)
+    assert f"holds a run that started from the best checkpoint of {folder}/run" in line
 
 
 def evaluate_tiny(folder, out, *arguments):
@@ -431,7 +481,7 @@ def test_a_state_of_a_defended_predictor_is_deployed(folder, tmp_path):
     config = """
 from dataclasses import replace
 from configs import eval_entropy_reduced
-from deq_jax.attacks import Linf
+from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
 from deq_jax.trials import EvalConfig
 def get_config(train):
     defence = replace(eval_entropy_reduced.defence(train), every=1, steps=1)
@@ -496,6 +546,60 @@ def test_clean_images_alone(folder, tmp_path, capfd):
     assert (list(report["accuracy"]), report["robust_accuracy"], report["red_flags"]) == (["clean"], None, [])
     assert "nothing has attacked them" in capfd.readouterr().out
     assert not (tmp_path / "out" / "images.png").exists()
+
+
+L2_ATTACKS = [PGD(L2(0.5)), APGD(L2(0.5), 3), Targeted(APGD(L2(0.5))), AutoAttack.standard(L2(0.5))]
+
+
+@pytest.mark.parametrize("attack", L2_ATTACKS, ids=lambda attack: type(attack).__name__)
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("eval_*.py")))
+def test_configs_of_the_project_are_in_the_norm_of_the_training_or_refused(name, attack):
+    train_config = replace(digits_pgd_at.get_config(), validation_attack=attack)
+    options = evaluate.parse(["--workdir", "x", "--config", f"configs/{name}.py", "--epsilon", "0.25"])
+    if "entropy" in name or name == "eval_more_steps":
+        with pytest.raises(InputError, match="within an ℓ∞ ball, expected Linf, got L2"):
+            evaluate.choose_config(options, train_config)
+        return
+    config = evaluate.choose_config(options, train_config)
+    trials = (*config.trials, *config.extra_trials)
+    assert config.threat == L2(0.25)
+    assert {trial.attack.threat for trial in trials} == {L2(0.25), L2(2.0)}
+
+
+@pytest.mark.parametrize("attack", L2_ATTACKS, ids=lambda attack: type(attack).__name__)
+@pytest.mark.parametrize("arguments", [[], ["--readout", "early"], ["--attack", "transfer:a.npz"]], ids=str)
+def test_the_norm_is_that_of_the_training(arguments, attack):
+    train_config = replace(digits_pgd_at.get_config(), validation_attack=attack)
+    options = evaluate.parse(["--workdir", "x", "--epsilon", "0.25", *arguments])
+    config = evaluate.choose_config(options, train_config)
+    assert config.threat == L2(0.25)
+    (trial,) = config.trials
+    assert getattr(trial.attack, "threat", None) == (None if arguments[:1] == ["--attack"] else L2(0.25))
+    if "early" in arguments:
+        assert config.predictor.attack.threat == L2(0.25)
+
+
+def test_a_run_in_l2_is_evaluated_in_l2(folder, tmp_path, capfd):
+    """By the same weights, validated by another attack: every image is within the ball, and some are beyond Linf's."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    tree = json.loads(path.read_text())
+    tree["validation_attack"] = to_tree(APGD(L2(0.5), 2))
+    path.write_text(json.dumps(tree))
+    capfd.readouterr()
+    report = evaluate_tiny(tmp_path, tmp_path / "out", *assignments("steps=2", "restarts=1"), "--batch-size", "16")
+    assert report["evaluation"]["threat"] == to_tree(L2(0.5))
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "[1/2] clean: 0 of 20 images; compiling, and the first batch"
+    assert re.fullmatch(r"\[1/2\] clean: 20 of 20 images; [0-9.]+ % correct, .*", lines[1])
+    assert lines[2] == "[2/2] pgd: 0 of 20 images; compiling, and the first batch"
+    assert re.fullmatch(r"\[2/2\] pgd: 20 of 20 images; .* correct, .*, at most 2 gradients per image", lines[3])
+    with np.load(tmp_path / "out" / "evaluation.npz") as arrays, np.load(folder / "good.npz") as given:
+        delta = (arrays["x_adv"] - given["x_test"] / 255).reshape(20, -1)
+    assert np.linalg.norm(delta, axis=1).max() <= 0.5 + 1e-5
+    evaluate_tiny(tmp_path, tmp_path / "out", *assignments("steps=2", "restarts=1"), "--batch-size", "16")
+    again = capfd.readouterr().out.splitlines()
+    assert again[0].startswith("[1/2] clean: 20 of 20 images; ")  # nothing is computed, and nothing is compiled
 
 
 @pytest.mark.parametrize("name", ["eval_auto_attack", "eval_white_box"])

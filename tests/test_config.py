@@ -14,6 +14,7 @@ from deq_jax.attacks import PGD, Linf
 from deq_jax.classifiers import Explicit
 from deq_jax.config import (
     AdamCosine,
+    TrainConfig,
     first_difference,
     from_tree,
     load_config,
@@ -34,7 +35,7 @@ CONFIGS = [p for p in sorted(Path("configs").glob("*.py")) if p.stem != "cifar" 
 
 @pytest.fixture
 def config():
-    return load_config("configs/digits_pgd_at.py")
+    return load_config("configs/digits_pgd_at.py", TrainConfig)
 
 
 def test_there_are_configs():
@@ -44,7 +45,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 class TestEveryConfig:
     def test_survives_json(self, path):
-        config = load_config(path)
+        config = load_config(path, TrainConfig)
         assert from_tree(json.loads(json.dumps(to_tree(config)))) == config
 
     def test_tells_its_command(self, path):
@@ -52,7 +53,7 @@ class TestEveryConfig:
         assert f"python -m deq_jax.train --config {path.as_posix()} --workdir runs/{path.stem}\n" in docstring + "\n"
 
     def test_has_scalars_to_set(self, path):
-        config = load_config(path)
+        config = load_config(path, TrainConfig)
         assert {"seed", "optimizer.learning_rate"} <= set(scalar_paths(config))
         assert set_fields(config, ["seed=7"]) == dataclasses.replace(config, seed=7)
 
@@ -60,8 +61,8 @@ class TestEveryConfig:
 def test_random_states_are_a_one_field_variant():
     for path in CONFIGS:
         if path.stem.endswith("_random"):
-            base = load_config(path.with_name(path.name.replace("_random", "")))
-            assert load_config(path) == with_readout(base, RandomIntermediateState())
+            base = load_config(path.with_name(path.name.replace("_random", "")), TrainConfig)
+            assert load_config(path, TrainConfig) == with_readout(base, RandomIntermediateState())
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,8 @@ def test_the_last_assignment_counts(config):
         ),
         ("epochs=0", ["TrainConfig", "epochs", "positive", "0"]),
         ("objective=1", ["objective is an object", "not a scalar"]),
-        ("objective.attack.loss=kl", ["objective.attack.loss is an object"]),
+        ("objective.attack.loss=kl", ["objective.attack.loss is an object", "replace it in a config file"]),
+        ("optimizer=sgd", ["optimizer is an object", "such as --set optimizer.learning_rate=VALUE", "config file"]),
     ],
 )
 def test_set_refuses(config, assignment, words):
@@ -232,9 +234,28 @@ def test_adam_cosine_refuses(rates):
         AdamCosine(*rates)
 
 
+@pytest.mark.parametrize("text", ["from configs import digits_pgd_at", "import configs.digits_pgd_at"])
+def test_a_config_that_needs_the_clone_tells_where_to_run(text, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "configs").is_dir()])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "on_its_own.py").write_text(text)
+    with pytest.raises(InputError) as raised:
+        load_config("on_its_own.py", TrainConfig)
+    advice = "configs/ is not installed with deq_jax: run in the folder of its clone, or add that to PYTHONPATH"
+    assert str(raised.value) == f"on_its_own.py: No module named 'configs'; {advice}"
+
+
+def test_a_folder_named_configs_of_ones_own_hides_the_clones(tmp_path, monkeypatch):
+    (tmp_path / "on_its_own.py").write_text("from configs import digits_pgd_at_of_mine")
+    with pytest.raises(InputError, match=r"cannot import name 'digits_pgd_at_of_mine'.*; configs/ is not installed"):
+        load_config(tmp_path / "on_its_own.py", TrainConfig)
+
+
 def test_learning_rate_falls_from_first_to_last_step():
     steps, gradient = 10, {"w": 1.0}
-    optimizer = AdamCosine(1e-2, 1e-4).transformation(steps)
+    optimizer, schedule = AdamCosine(1e-2, 1e-4).transformation(steps), AdamCosine(1e-2, 1e-4).schedule(steps)
     state, sizes = optimizer.init(gradient), []
     for _ in range(steps + 1):  # Adam's step on a constant gradient is the learning rate
         update, state = optimizer.update(gradient, state)
@@ -242,6 +263,7 @@ def test_learning_rate_falls_from_first_to_last_step():
     assert sizes[0] == pytest.approx(1e-2, rel=1e-3)
     assert sizes[-1] == pytest.approx(1e-4, rel=1e-3)
     assert sizes == sorted(sizes, reverse=True)
+    assert sizes == pytest.approx([float(schedule(step)) for step in range(steps + 1)], rel=1e-3)
 
 
 def test_pretraining_is_clean_and_unrolled(config):
@@ -253,8 +275,8 @@ def test_pretraining_is_clean_and_unrolled(config):
 
 
 def test_configs_are_hashable_values(config):
-    assert config == load_config("configs/digits_pgd_at.py")
-    assert len({config, load_config("configs/digits_pgd_at.py")}) == 1
+    assert config == load_config("configs/digits_pgd_at.py", TrainConfig)
+    assert len({config, load_config("configs/digits_pgd_at.py", TrainConfig)}) == 1
     assert jax.jit(lambda c: c.seed, static_argnums=0)(config) == 0
 
 
@@ -273,7 +295,7 @@ def test_functions_of_a_config_file_are_found_again(tmp_path, monkeypatch):
     (folder / "own_loss.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(Path.cwd()))
     monkeypatch.chdir(tmp_path)
-    tree = to_tree(load_config("mine/own_loss.py"))
+    tree = to_tree(load_config("mine/own_loss.py", TrainConfig))
     assert tree["validation_attack"]["loss"] == {"name": "mine.own_loss.loss"}
     monkeypatch.delitem(sys.modules, "mine.own_loss", raising=False)  # as in another process, started in this folder
     monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if "mine" not in path)])

@@ -18,7 +18,7 @@ import pytest
 
 from deq_jax import convert, evaluate, train
 from deq_jax.checkpoints import Checkpoints
-from deq_jax.config import load_config, to_tree
+from deq_jax.config import TrainConfig, load_config, to_tree
 from deq_jax.convert import export_checkpoint, import_checkpoint, mdeq_shapes
 from deq_jax.records import read_json
 from deq_jax.state_dicts import check_writable, read_state_dict, write_state_dict
@@ -68,12 +68,18 @@ def random_images(size):
     return np.random.default_rng(1).integers(0, 256, (size, 32, 32, 3), np.uint8), np.arange(size) % 10
 
 
-def random_arrays(config, dtype=np.float32):
+def random_arrays(config, dtype=np.float32, channels=None):
     """Random variables of the config's MDEQ under their torch names; variances positive."""
     random = np.random.default_rng(0)
-    arrays = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), mdeq_shapes(config)))
+    arrays = to_torch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), mdeq_shapes(config, channels)))
     values = {name: (0.1 * random.normal(size=array.shape)).astype(dtype) for name, array in arrays.items()}
     return {name: np.abs(value) + 1 if "running_var" in name else value for name, value in values.items()}
+
+
+def read(path):
+    """All arrays in an npz file."""
+    with np.load(path) as file:
+        return dict(file)
 
 
 def equal(found, expected):
@@ -92,7 +98,7 @@ class Place:
 
     @property
     def config(self):
-        return load_config(self.config_file)
+        return load_config(self.config_file, TrainConfig)
 
     def run(self, arguments):
         convert.main(shlex.split(arguments.replace("{}", str(self.folder))))
@@ -118,10 +124,10 @@ def no_compilation_cache(monkeypatch):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     file = write_config(folder)
-    arrays = random_arrays(load_config(file))
+    arrays = random_arrays(load_config(file, TrainConfig))
     np.savez(folder / "good.npz", **arrays)
     write_mistakes(folder, arrays)
-    import_checkpoint(folder / "good.npz", load_config(file), folder / "run")
+    import_checkpoint(folder / "good.npz", load_config(file, TrainConfig), folder / "run")
     return Place(folder, file, arrays)
 
 
@@ -252,8 +258,8 @@ def test_export_chooses_the_checkpoint(place, tmp_path):
     Checkpoints(tmp_path / "run" / "checkpoints" / "latest", keep=2).save(3, later, {})
     assert export_checkpoint(tmp_path / "run", tmp_path / "best.npz") == 0
     assert export_checkpoint(tmp_path / "run", tmp_path / "latest.npz", best=False) == 3
-    equal(read_state_dict(tmp_path / "best.npz"), place.arrays)
-    equal(read_state_dict(tmp_path / "latest.npz"), to_torch(later.variables))
+    equal(read(tmp_path / "best.npz"), place.arrays)
+    equal(read(tmp_path / "latest.npz"), to_torch(later.variables))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -272,10 +278,171 @@ def test_data_parallel_and_counters(place, tmp_path):
     equal(to_torch(state.variables), place.arrays)
 
 
-def test_the_prefix_is_kept_where_it_is_not_everywhere(tmp_path):
-    arrays = {"module.a": np.zeros(1), "b": np.ones(1)}
-    write_state_dict(tmp_path / "mixed.npz", arrays)
-    equal(read_state_dict(tmp_path / "mixed.npz"), arrays)
+PREFIXES = ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "net.backbone."]
+
+
+@pytest.mark.parametrize("prefix", ["", *PREFIXES])
+def test_any_prefix_of_all_names_is_left_out(prefix, place, tmp_path):
+    counters = {"downsample.1.num_batches_tracked": np.array(7)}
+    np.savez(tmp_path / "a.npz", **{prefix + name: array for name, array in (place.arrays | counters).items()})
+    found, left_out = read_state_dict(tmp_path / "a.npz", place.arrays)
+    assert left_out == []
+    equal(found, place.arrays | counters)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_what_lies_beside_a_prefix_is_left_out_and_named(prefix, place, tmp_path, capfd):
+    """The counter of averaged modules; a normalisation before the network."""
+    beside = {"n_averaged": np.array(3), "normalize.mean": np.zeros(3)}
+    np.savez(tmp_path / "a.npz", **{prefix + name: array for name, array in place.arrays.items()}, **beside)
+    found, left_out = read_state_dict(tmp_path / "a.npz", place.arrays)
+    assert left_out == ["n_averaged", "normalize.mean"]
+    equal(found, place.arrays)
+    place.run(f"{tmp_path}/a.npz --config {{}}/mdeq.py --out {tmp_path}/run")
+    assert "left out: n_averaged, normalize.mean (beside the network)" in capfd.readouterr().out
+
+
+def test_without_a_prefix_nothing_is_left_out(place, tmp_path, capfd):
+    np.savez(place.folder / "beside.npz", **place.arrays, n_averaged=np.array(3))
+    assert "1 unexpected: n_averaged" in refusal(place, "{}/beside.npz --config {}/mdeq.py", capfd)
+
+
+def test_the_prefix_of_most_names_counts_where_none_has_all(place, tmp_path, capfd):
+    some = dict(list(place.arrays.items())[1:])
+    np.savez(place.folder / "most.npz", **{f"model.{name}": array for name, array in some.items()})
+    missing = next(iter(place.arrays))
+    line = refusal(place, "{}/most.npz --config {}/mdeq.py", capfd)
+    assert line.endswith(f"the PyTorch entries do not fit this MDEQ: 1 missing: {missing}")
+
+
+def test_two_networks_in_a_file_are_refused(place, capfd):
+    both = {f"{prefix}.{name}": array for prefix in ("model", "ema_model") for name, array in place.arrays.items()}
+    np.savez(place.folder / "both.npz", **both)
+    words = "holds 2 networks with the expected names: 'model', 'ema_model'; save one of them alone"
+    assert words in refusal(place, "{}/both.npz --config {}/mdeq.py", capfd)
+
+
+class Tensor:
+    """Of torch, as far as it is read."""
+
+    dtype = "torch.float32"
+
+    def __init__(self, array):
+        self.array = array
+
+    def detach(self):
+        return self
+
+    def numpy(self):
+        return self.array
+
+
+@pytest.fixture
+def torch_that_loads(monkeypatch):
+    """A torch whose files hold what is given, or raise it."""
+
+    def install(content):
+        def load(path, map_location, weights_only):
+            assert weights_only
+            if isinstance(content, Exception):
+                raise content
+            return content
+
+        module = SimpleNamespace(__version__=(2, 10), Tensor=Tensor, load=load)
+        monkeypatch.setitem(sys.modules, "torch", module)
+
+    return install
+
+
+def tensors(place, prefix=""):
+    return {prefix + name: Tensor(array) for name, array in place.arrays.items()}
+
+
+class TestEntries:
+    """The network in a file of PyTorch is found by its names, wherever it lies."""
+
+    @pytest.mark.parametrize("entry", ["net", "model", "state_dict", "ema", "weights.best", "model.state_dict"])
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    def test_the_one_that_fits_is_taken(self, entry, prefix, place, torch_that_loads):
+        content = tensors(place, prefix)
+        for name in reversed(entry.split(".")):
+            content = {name: content}
+        optimizer = {"state": {0: {"exp_avg": Tensor(np.zeros(3))}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        torch_that_loads({"epoch": 3, "optimizer": optimizer, "name": "mdeq", **content, "other": {"a": Tensor(0)}})
+        (place.folder / "entry.pt").touch()
+        equal(read_state_dict(place.folder / "entry.pt", place.arrays).arrays, place.arrays)
+
+    def test_two_that_fit_are_refused(self, place, torch_that_loads, capfd):
+        torch_that_loads({"epoch": 3, "net": tensors(place), "ema": tensors(place, "module.")})
+        (place.folder / "entry.pt").touch()
+        words = "entry.pt: holds 2 networks with the expected names: 'net', 'ema.module'; save one of them alone"
+        assert words in refusal(place, "{}/entry.pt --config {}/mdeq.py", capfd)
+
+    def test_the_whole_file_may_be_one_of_them(self, place, torch_that_loads, capfd):
+        torch_that_loads({**tensors(place), "ema": tensors(place)})
+        (place.folder / "entry.pt").touch()
+        assert "names: the whole file, 'ema'; save" in refusal(place, "{}/entry.pt --config {}/mdeq.py", capfd)
+
+    @pytest.mark.parametrize("content", [{"epoch": 3, "model": "mdeq"}, {}, {"model": {}}, {1: Tensor(np.zeros(1))}])
+    def test_no_tensors(self, content, place, torch_that_loads, capfd):
+        torch_that_loads(content)
+        (place.folder / "entry.pt").touch()
+        line = refusal(place, "{}/entry.pt --config {}/mdeq.py", capfd)
+        assert "expected tensors by name, themselves or in an entry; found " in line
+
+    def test_a_refusal_of_torch_names_the_way_out(self, place, torch_that_loads, capfd):
+        """For a numpy scalar beside the state_dict; without torch's advice, which would load the whole file."""
+        torch_that_loads(ValueError("Weights only load failed. GLOBAL numpy._core.multiarray.scalar was not allowed"))
+        (place.folder / "entry.pt").touch()
+        line = refusal(place, "{}/entry.pt --config {}/mdeq.py", capfd)
+        assert "no code in it was run (it names numpy._core.multiarray.scalar); where the file is trusted, " in line
+        assert line.endswith('torch.save(torch.load(path, weights_only=False)["state_dict"], out)')
+
+
+class TestChannels:
+    """MDEQs of images that are not of three channels, in and out."""
+
+    @pytest.mark.parametrize("channels", [1, 2, 4])
+    def test_round_trip_is_exact(self, channels, place, tmp_path):
+        arrays = random_arrays(place.config, channels=channels)
+        assert arrays["downsample.0.weight"].shape == (8, channels, 3, 3)
+        np.savez(tmp_path / "a.npz", **{f"module.{name}": array for name, array in arrays.items()})
+        place.run(f"{tmp_path}/a.npz --config {{}}/mdeq.py --out {tmp_path}/run")
+        for checkpoint in ("best", "latest"):
+            place.run(f"{tmp_path}/run --checkpoint {checkpoint} --out {tmp_path}/{checkpoint}.npz")
+            equal(read(tmp_path / f"{checkpoint}.npz"), arrays)
+
+    def test_of_a_normalised_network(self, place, tmp_path, capfd):
+        """The entries are those of the network; their channels must be those of the normalisation."""
+        file = tmp_path / "normal.py"
+        text = CONFIG.format(data="none.npz", **SMALL).replace("Equilibrium(*", "normalized(Equilibrium(*")
+        text = text.replace("1, 0.5)))\n", "1, 0.5))), (0.5,) * 3, (0.2,) * 3)\n")
+        file.write_text("from deq_jax.normalized import normalized\n" + text)
+        place.run(f"{{}}/good.npz --config {file} --out {tmp_path}/run")
+        place.run(f"{tmp_path}/run --out {tmp_path}/back.npz")
+        equal(read(tmp_path / "back.npz"), place.arrays)
+        np.savez(place.folder / "grey.npz", **random_arrays(place.config, channels=1))
+        line = refusal(place, f"{{}}/grey.npz --config {file}", capfd)
+        assert "Normalized: expected images of 3 channels, got 1" in line
+
+    def test_a_stem_that_is_no_convolution_is_refused(self, place, capfd):
+        np.savez(place.folder / "stem.npz", **place.arrays | {"downsample.0.weight": np.zeros(3, np.float32)})
+        line = refusal(place, "{}/stem.npz --config {}/mdeq.py", capfd)
+        assert "1 mis-shaped: downsample.0.weight (3,) instead of (8, 3, 3, 3)" in line
+
+
+def test_names_and_shapes_of_a_config(place, tmp_path, capfd):
+    place.run("--config {}/mdeq.py --names")
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == [f"{name} {array.shape}" for name, array in place.arrays.items()]
+
+
+@pytest.mark.parametrize("arguments", ["--names", "{}/good.npz --config {}/mdeq.py --names", "{}/good.npz", ""])
+def test_half_a_command_is_refused(arguments, place, capfd):
+    with pytest.raises(SystemExit) as exit:
+        place.run(arguments)
+    assert exit.value.code == 2
+    assert capfd.readouterr().err.startswith("error: ")
 
 
 def test_only_new_files_are_written(tmp_path):
@@ -283,7 +450,7 @@ def test_only_new_files_are_written(tmp_path):
     write_state_dict(tmp_path / "new.npz", {"a": np.zeros(1)})
     with pytest.raises(InputError, match=r"new\.npz exists already"):
         write_state_dict(tmp_path / "new.npz", {"a": np.ones(1)})
-    equal(read_state_dict(tmp_path / "new.npz"), {"a": np.zeros(1)})
+    equal(read(tmp_path / "new.npz"), {"a": np.zeros(1)})
 
 
 def test_what_is_printed_goes_on(place, tmp_path, capfd):
@@ -321,7 +488,7 @@ def test_logits_of_the_golden_checkpoint(tmp_path):
     convert.main([str(tmp_path / "golden.npz"), "--config", str(file), "--out", str(tmp_path / "run")])
     images = inputs["x_uint8"].transpose(0, 2, 3, 1)
     write_images(tmp_path, images, inputs["y"])
-    config = load_config(file)
+    config = load_config(file, TrainConfig)
     template = jax.eval_shape(lambda: initial_state(config, config.optimizer.transformation(1), config.dataset.load()))
     state, _ = Checkpoints(tmp_path / "run" / "checkpoints" / "best", keep=1).restore(template)
     x = images.astype(np.float32) / np.float32(255)
@@ -385,9 +552,9 @@ def test_files_of_torch(ending, entry, place, tmp_path):
     tensors |= {"module.downsample.1.num_batches_tracked": torch.tensor(7)}
     saved = {"model": "mdeq", "epoch": 3, "perf": 0.9} | {entry: tensors} if entry else tensors
     torch.save(saved, tmp_path / f"file{ending}", _use_new_zipfile_serialization=ending != ".pth.tar")
-    read = read_state_dict(tmp_path / f"file{ending}")
-    assert read.pop("downsample.1.num_batches_tracked") == 7
-    equal(read, place.arrays)
+    found = read_state_dict(tmp_path / f"file{ending}", place.arrays).arrays
+    assert found.pop("downsample.1.num_batches_tracked") == 7
+    equal(found, place.arrays)
 
 
 def test_parameters_and_half_precision_of_torch(tmp_path):
@@ -395,7 +562,7 @@ def test_parameters_and_half_precision_of_torch(tmp_path):
     saved = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.full((3,), 0.5, dtype=torch.bfloat16)}
     torch.save(saved, tmp_path / "file.pt")
     expected = {"a": np.ones(2, np.float32), "b": np.full(3, 0.5, np.float32)}
-    equal(read_state_dict(tmp_path / "file.pt"), expected)
+    equal(read_state_dict(tmp_path / "file.pt", expected).arrays, expected)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -408,7 +575,7 @@ def test_code_in_files_of_torch_is_refused(zipped, hidden, place, capfd):
     torch.save(saved, place.folder / "code.pt", _use_new_zipfile_serialization=zipped)
     line = refusal(place, "{}/code.pt --config {}/mdeq.py", capfd)
     assert "no code in it was run" in line and "it names posix.mkdir" in line
-    assert "weights_only" not in line
+    assert "where the file is trusted" in line
 
 
 def test_a_pickle_is_no_file_of_torch(place, capfd):
@@ -429,7 +596,7 @@ def test_files_of_torch_without_a_state_dict(place, capfd):
     torch = pytest.importorskip("torch")
     for saved, words in (
         ([1, 2], "expected a state_dict, found list"),
-        ({"epoch": 3, "model": "mdeq"}, "expected tensors by name, themselves or under state_dict"),
+        ({"epoch": 3, "model": "mdeq"}, "expected tensors by name, themselves or in an entry"),
         (torch.nn.Linear(2, 2), "it names torch.nn.modules.linear.Linear"),
     ):
         torch.save(saved, place.folder / "other.pt")

@@ -157,10 +157,22 @@ class TestNpz:
             ({"y_test": np.array([0, 1, 2, 2**32, 0, 0])}, ["test", "from 0", "0 to 4294967296"]),
             ({"x_train": np.full((20, 5, 4, 1), 1.5)}, ["train", "[0, 1]", "[1.5, 1.5]"]),
             ({"x_train": np.full((20, 5, 4, 1), -0.5)}, ["train", "[0, 1]", "[-0.5, -0.5]"]),
-            ({"x_train": np.full((20, 5, 4, 1), np.nan)}, ["train", "[0, 1]", "nan"]),
+            ({"x_train": np.full((20, 5, 4, 1), np.nan)}, ["train", "[0, 1]", "[nan, nan]"]),
             ({"x_train": np.zeros((20, 5, 4, 1), int)}, ["train", "uint8 or floating", "int64"]),
             ({"x_test": np.zeros((0, 5, 4, 1)), "y_test": np.zeros(0, int)}, ["test", "no images"]),
+            ({"x_test": np.zeros((6, 5, 0, 1))}, ["test", "images without pixels", "(6, 5, 0, 1)"]),
             ({"x_train": np.array([{}] * 20)}, ["cannot be read"]),  # would need pickle
+            ({"y_train": np.array([None] * 20)}, ["cannot be read"]),
+            ({"y_train": np.zeros((20, 1), int)}, ["one label per image", "(20, 1)"]),
+            ({"y_train": np.full(20, "cat")}, ["train", "labels must be integers", "<U3"]),
+            ({"y_train": np.ones(20, bool)}, ["train", "labels must be integers", "bool"]),
+            ({"x_train": np.full((20, 5, 4, 1), np.inf)}, ["train", "[0, 1]", "[inf, inf]"]),
+            ({"x_train": np.full((20, 5, 4, 1), 255.0)}, ["train", "[0, 1]", "[255.0, 255.0]"]),
+            ({"x_train": np.full((20, 5, 4, 1), -2.98e-5, np.float32)}, ["[0, 1]", "[-2.98e-05, -2.98e-05]"]),
+            ({"x_train": np.full((20, 5, 4, 1), np.float32(1.000002))}, ["[0, 1]", "[1.000002, 1.000002]"]),
+            ({"x_train": np.zeros((20, 5, 4, 1), np.uint16)}, ["train", "uint8 or floating", "uint16"]),
+            ({"x_train": np.zeros((20, 5, 4, 1), bool)}, ["train", "uint8 or floating", "bool"]),
+            ({"x_train": np.zeros((20, 5, 4, 1), np.complex64)}, ["train", "uint8 or floating", "complex64"]),
         ],
         ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
     )
@@ -169,6 +181,40 @@ class TestNpz:
         with pytest.raises(InputError) as raised:
             Npz(path).load()
         assert [word for word in [path, *words] if word not in str(raised.value)] == []
+
+    @pytest.mark.parametrize("kind", [np.float32, np.float64], ids=lambda kind: kind.__name__)
+    def test_rounding_at_the_edges_of_the_box_is_clipped(self, tmp_path, kind):
+        """Undoing a normalisation in float32 leaves a pixel at -2.98e-8."""
+        x = np.full((6, 5, 4, 1), 0.5, kind)
+        x[0, 0, 0], x[1, 0, 0] = (np.float32(0) - 0.4465) / 0.2010 * 0.2010 + 0.4465 - 2.98e-8, 1.0000001
+        path, _ = npz(tmp_path, x_test=x)
+        found = Npz(path).load().test.x
+        assert (found.dtype, found[0, 0, 0, 0], found[1, 0, 0, 0]) == (np.float32, 0, 1)
+        np.testing.assert_array_equal(found.ravel()[1:20], x.ravel()[1:20].astype(np.float32))
+
+    @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (1, 28, 28), (3, 32, 48), (3, 2, 5)], ids=str)
+    @pytest.mark.parametrize("kind", [np.uint8, np.float32], ids=lambda kind: kind.__name__)
+    def test_channels_first_are_refused_or_transposed(self, tmp_path, shape, kind):
+        x = np.random.default_rng(0).integers(0, 2, (26, *shape)).astype(kind)
+        path, _ = npz(tmp_path, x_train=x[:20], x_test=x[20:])
+        with pytest.raises(InputError) as raised:
+            Npz(path).load()
+        words = f"{path}: train", "looks like [N, C, H, W]", str((20, *shape)), 'channels="first"', 'channels="last"'
+        assert [word for word in words if word not in str(raised.value)] == []
+        np.testing.assert_array_equal(Npz(path, channels="first").load().test.x, x[20:].transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(Npz(path, channels="last").load().test.x, x[20:])
+
+    @pytest.mark.parametrize(
+        "shape", [(3, 3, 3), (3, 8, 1), (1, 28, 3), (3, 32, 4), (8, 8, 8), (3, 1, 64), (3, 8)], ids=str
+    )
+    def test_channels_last_are_not_suspected(self, tmp_path, shape):
+        x = np.zeros((26, *shape), np.uint8)
+        path, _ = npz(tmp_path, x_train=x[:20], x_test=x[20:])
+        assert Npz(path).load().test.x.shape[:3] == (6, *shape[:2])
+
+    def test_channels_is_first_or_last(self):
+        with pytest.raises(InputError, match="channels must be 'last', 'first' or None, got 'NCHW'"):
+            Npz("images.npz", channels="NCHW")
 
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "deflated", "text", "empty", "npy", "absent", "folder"])
     def test_refuses_damaged_files(self, tmp_path, damage):

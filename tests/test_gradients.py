@@ -8,10 +8,21 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from deq_jax.gradients import AtState, Implicit, Neumann, Phantom, PhantomUpTo, Unrolled, deq, simultaneous_adjoint
+from deq_jax.gradients import (
+    AtState,
+    Implicit,
+    Neumann,
+    Phantom,
+    PhantomUpTo,
+    Unrolled,
+    adjoint_residual,
+    deq,
+    simultaneous_adjoint,
+)
 from deq_jax.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
 from deq_jax.solvers import Anderson, Broyden, FixedPoint, solve
 from deq_jax.types import InputError, Keys
+from tests import tiny
 
 BATCH, SIZE = 3, 10
 EXACT = Broyden(60, tolerance=1e-14)
@@ -199,6 +210,167 @@ class TestContract:
             return jnp.sum(deq(cell, params, u, z0, solver=Broyden(3), gradient=gradient)[0])
 
         np.testing.assert_array_equal(jax.grad(value)(jnp.ones_like(u)), 0)
+
+
+SMOOTH = [
+    pytest.param(IMPLICIT, id="Broyden"),
+    pytest.param(Implicit(FixedPoint(300, tolerance=0.0)), id="FixedPoint"),
+    pytest.param(Implicit(Anderson(100, tolerance=0.0)), id="Anderson"),
+    pytest.param(Neumann(300, 1.0), id="Neumann"),
+    pytest.param(AtState(IMPLICIT), id="AtState"),
+]
+
+
+class TestHigherDerivatives:
+    @pytest.mark.parametrize("gradient", SMOOTH)
+    def test_closed_form(self, x64, gradient):
+        """z = a tanh(z) + x: z' = 1 / (1 - a s), z'' = -2 a s t z'^3, with t = tanh z, s = 1 - t^2."""
+
+        def z(x, gradient=gradient):
+            start = jnp.zeros((1, 1))
+            scalar_cell = lambda p, z, u: 0.5 * jnp.tanh(z) + u  # noqa: E731
+            solver = FixedPoint(200, tolerance=0.0)
+            return deq(scalar_cell, None, jnp.full((1, 1), x), start, solver=solver, gradient=gradient)[0][0, 0]
+
+        first, second, third = jax.grad(z), jax.grad(jax.grad(z)), jax.grad(jax.grad(jax.grad(z)))
+        derivatives = jax.jit(lambda x: (z(x), first(x), second(x), third(x), jax.jacrev(jax.jacrev(z))(x)))(0.7)
+        t = np.tanh(derivatives[0])
+        slope = 1 / (1 - 0.5 * (1 - t**2))
+        expected = -(1 - t**2) * t * slope**3
+        assert expected == pytest.approx(-0.520393, abs=1e-6)
+        np.testing.assert_allclose(derivatives[1], slope, rtol=1e-10)
+        np.testing.assert_allclose([derivatives[2], derivatives[4]], expected, rtol=1e-10)
+        unrolled = jax.jit(jax.grad(jax.grad(jax.grad(partial(z, gradient=Phantom(200, 1.0))))))(0.7)
+        np.testing.assert_allclose(derivatives[3], unrolled, rtol=1e-9)
+
+    @pytest.mark.parametrize("gradient", SMOOTH)
+    def test_gradient_of_a_gradient_penalty(self, x64, gradient):
+        """Penalised are the gradients for the input x of the injection, and for the parameters."""
+
+        def penalised(params, x, gradient):
+            def total(params, x):
+                return loss(params, jnp.sin(2 * x), gradient=gradient)
+
+            of_params, of_x = jax.grad(total, argnums=(0, 1))(params, x)
+            return sum(jnp.sum(leaf**2) for leaf in (of_x, of_params["b"])) + jnp.sum(of_params["w"] ** 3)
+
+        run = jax.jit(jax.grad(penalised, argnums=(0, 1)), static_argnums=2)
+        got, expected = run(*problem(), gradient), run(*problem(), Unrolled(200))
+        assert max(relative_errors(got, expected)) < 1e-8
+
+    def test_finite_differences(self, x64):
+        def penalty(params, u):
+            return jnp.sum(jax.grad(loss, argnums=1)(params, u) ** 2)
+
+        check_grads(penalty, problem(), order=1, modes=("rev",), atol=1e-4, rtol=1e-4)
+
+    def test_of_a_convolutional_cell(self, x64):
+        """Its convolution has a derivative rule of its own."""
+        classifier = tiny.classifier(dropout=0.0)
+        x = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 4, 4, 1)))
+        variables = jax.tree.map(lambda leaf: 0.5 * leaf.astype(float), classifier.init(jax.random.key(0), x))
+        u, params = classifier.encode(variables, x), variables["params"]["cell"]
+
+        def penalty(params, u, gradient):
+            def total(u):
+                start = jnp.zeros_like(u.features)
+                z, _ = deq(classifier.apply_cell, params, u, start, solver=EXACT, gradient=gradient)
+                return jnp.sum(jnp.sin(z) * jnp.arange(z.size).reshape(z.shape))
+
+            return jnp.sum(jax.grad(total)(u).features ** 2)
+
+        run = jax.jit(jax.grad(penalty, argnums=(0, 1)), static_argnums=2)
+        got, expected = run(params, u, IMPLICIT), run(params, u, Unrolled(400))
+        assert max(relative_errors(got, expected)) < 1e-6
+
+    def test_first_derivatives_cost_what_they_did(self):
+        """One loop for the state and one for its adjoint; the cell three times beside them, and in no other loop."""
+        gradient = Implicit(FixedPoint(20))
+        run = jax.jit(jax.grad(lambda params, u: loss(params, u, FixedPoint(20), gradient), argnums=(0, 1)))
+        text = run.lower(*problem(np.float32)).compile().as_text()
+        assert text.count(" while(") == 2
+
+
+SCALE_FREE = [
+    *(Implicit(solver) for solver in (FixedPoint(60), Anderson(30), Broyden(30), Broyden(30, history_size=4))),
+    Implicit(),
+    Neumann(20, 0.7),
+    Phantom(),
+    Unrolled(5),
+    AtState(Implicit(Anderson(20))),
+    AtState(Phantom()),
+]
+
+
+@pytest.mark.parametrize("gradient", SCALE_FREE, ids=repr)
+def test_the_gradient_of_a_scaled_loss_is_the_scaled_gradient(gradient):
+    """Also of each sample of a batch by its own scale."""
+    params, u = problem(np.float32)
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=u.shape), jnp.float32)
+
+    @jax.jit
+    def of_scaled(scale):
+        def total(params, u):
+            z, _ = deq(cell, params, u, jnp.zeros_like(u), solver=Broyden(20), gradient=gradient)
+            return jnp.sum(scale * weights * z)
+
+        return jax.grad(total, argnums=(0, 1))(params, u)
+
+    expected = of_scaled(jnp.ones((BATCH, 1)))
+    for scale in (1e-30, 1e-20, 1e-12, 1e-3, 1e3, 1e20, 1e30):
+        got = jax.tree.map(lambda leaf, scale=scale: leaf / np.float32(scale), of_scaled(jnp.full((BATCH, 1), scale)))
+        assert max(relative_errors(got, expected)) < 1e-5
+    mixed = jnp.array([[1e-30], [1.0], [1e30]])
+    assert max(relative_errors(of_scaled(mixed)[1] / mixed, expected[1])) < 1e-5
+
+
+def test_simultaneous_adjoint_of_a_scaled_loss():
+    params, u = problem(np.float32)
+    run = jax.jit(
+        lambda scale: simultaneous_adjoint(
+            Broyden(20), cell, params, u, jnp.zeros_like(u), lambda z: scale * jnp.ones_like(z)
+        )[1]
+    )
+    expected = run(1.0)
+    for scale in (1e-30, 1e30):
+        np.testing.assert_allclose(run(scale) / np.float32(scale), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", [IMPLICIT, Implicit(Anderson(20)), Neumann()], ids=repr)
+def test_cotangents_that_are_zero_or_not_finite_stay_so(gradient):
+    params, u = problem(np.float32)
+
+    def of_factor(factor):
+        weights = jnp.array([[1.0], [factor], [1.0]])
+        total = lambda u: jnp.sum(weights * gradient(cell, params, u, jnp.ones_like(u)))  # noqa: E731
+        return jax.grad(total)(u)
+
+    ordinary = of_factor(1.0)
+    np.testing.assert_array_equal(of_factor(0.0)[1], 0)
+    for factor in (np.nan, np.inf):
+        got = of_factor(factor)
+        assert not np.isfinite(got[1]).any()
+        np.testing.assert_array_equal(got[0::2], ordinary[0::2])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_adjoint_residual(scale):
+    params, u = problem(np.float32)
+    z = solve(Broyden(30), cell, params, jnp.zeros_like(u), u).z
+    cotangent = scale * jnp.ones_like(z).at[2].set(0)
+    run = partial(adjoint_residual, cell=cell, params=params, u=u, z=z, cotangent=cotangent)
+    vjp = jax.vjp(lambda z: cell(params, z, u), z)[1]
+    for gradient in (Implicit(Broyden(2)), Implicit(Broyden(20)), Neumann(4), Neumann(60, 1.0)):
+        w = np.asarray(gradient.adjoint(vjp, cotangent / scale)[:2], np.float64)
+        following = np.asarray(vjp(gradient.adjoint(vjp, cotangent / scale))[0][:2], np.float64) + 1
+        expected = np.linalg.norm(following - w, axis=1) / np.linalg.norm(w, axis=1)
+        found = run(gradient)
+        np.testing.assert_allclose(found[:2], expected, rtol=1e-2, atol=1e-6)
+        assert found[2] == 0
+        np.testing.assert_array_equal(run(AtState(gradient)), found)
+    assert run(Implicit(Broyden(2)))[:2].min() > 1e-2 > 1e-3 > run(Implicit(Broyden(20))).max()
+    with pytest.raises(InputError, match="expected Implicit or Neumann"):
+        run(AtState(Phantom()))
 
 
 class TestReadouts:

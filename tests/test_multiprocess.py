@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from deq_jax import train
+from deq_jax.meters import TIMINGS
 from deq_jax.processes import agreed, connect, from_primary, gather, gather_texts, is_primary
 from deq_jax.records import read_metrics
 from deq_jax.training import load_run
@@ -108,7 +109,7 @@ def errors(printed):
 
 def metrics(workdir):
     lines = read_metrics(workdir / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name != "seconds_per_step"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
 def assert_same_training(workdir, expected):
@@ -116,7 +117,7 @@ def assert_same_training(workdir, expected):
     assert [(line["step"], line["split"]) for line in found] == [(line["step"], line["split"]) for line in expected]
     for line, other in zip(found, expected, strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() - {"split"}:
+        for name in line.keys() - {"split", "warnings"}:
             images = 2 / 288 if name == "adversarial_accuracy" else 0  # of validation, that rounding may change
             where = f"step {line['step']}: {name}"
             np.testing.assert_allclose(line[name], other[name], rtol=1e-5, atol=images, err_msg=where)
@@ -175,6 +176,17 @@ def test_either_resumes_what_the_other_left_at_a_signal(before, after, number, f
     assert 5 <= int(stops.pop()) < 34
     end(start(folder, workdir, processes=after), *[0] * after)
     assert_same_training(workdir, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_another_run_that_one_of_them_reads(folder, whole):
+    command = ["deq_jax.train", "--config", folder / "config.py", "--set", "epochs=1", "--init-from"]
+    end(launch(folder, [*command, folder / "whole", "--workdir", folder / "from-1"]), 0)
+    sources = folder / "whole", folder / "absent"
+    end(launch(folder, *[[*command, source, "--workdir", folder / "from-2"] for source in sources]), 0, 0)
+    assert_same_training(folder / "from-2", metrics(folder / "from-1"))
+    first = metrics(folder / "from-2")[0]
+    assert first["loss"] < whole[0]["loss"]
 
 
 @pytest.mark.slow

@@ -1,14 +1,18 @@
 """Red flags: each is raised by what it is for; masked gradients raise them, an honest model does not."""
 
+import io
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from deq_jax.attacks import APGD, PGD, Linf, Square
+from deq_jax.adaptive import BPDA
+from deq_jax.attacks import APGD, PGD, AutoAttack, Linf, Square, Targeted, clean_start
 from deq_jax.classifiers import Explicit
 from deq_jax.data import Images
+from deq_jax.evaluation import Measured
 from deq_jax.red_flags import (
     batch_dependence,
     no_collapse,
@@ -20,14 +24,15 @@ from deq_jax.red_flags import (
     red_flags,
     zero_gradients,
 )
-from deq_jax.reports import headline, report_of
+from deq_jax.reports import accuracy_table, headline, report_of
 from deq_jax.results import Probe
 from deq_jax.transfers import Transfer
-from deq_jax.trials import EvalConfig, Trial, diagnostics
+from deq_jax.trials import EvalConfig, Noise, Trial, diagnostics
 from deq_jax.worst_case import worst_case
 from tests.linear import DATA, Linear, trained
 
 THREAT = Linf(0.1)
+ATTACK = PGD(THREAT, steps=10, step_size=0.025)
 TEST = Images(DATA.test.x[:64], DATA.test.y[:64])
 DIAGNOSTICS = diagnostics(THREAT, steps=40)
 
@@ -83,7 +88,7 @@ def test_an_honest_model_raises_no_flag(honest):
     assert set(raised(honest).values()) == {False, None}
     assert raised(honest)["transfer beats direct attacks"] is None
     report = report_of(honest)
-    assert report["spectral_radius"] == {"mean": None, "largest": None}
+    assert report["spectral_radius"] == {"mean": None, "largest": None, "unsettled": None}
     assert 0 < report["robust_accuracy"] < 0.8 < report["rows"]["deployed"]["clean"]["accuracy"]
     assert "no flags raised; not checked: transfer beats direct attacks" in headline(report)
 
@@ -105,6 +110,114 @@ def test_masked_gradients_are_flagged(masked):
     line = headline(report_of(masked))
     assert line.startswith("robust accuracy: NOT TRUSTWORTHY, an upper bound only: ")
     assert "zero gradients (1)" in line
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's attack, which may declare whether it uses gradients."""
+
+    uses_gradients: bool | None = None
+
+    def __call__(self, oracle, x, target, key):
+        return x
+
+
+APGD_20, SQUARE, NOTHING = APGD(THREAT, steps=20), Square(THREAT, 300), Noise(THREAT)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([(APGD_20, 3), (Own(False), 10)], True),
+        ([(APGD_20, 3), (Targeted(SQUARE), 10)], True),
+        ([(APGD_20, 3), (AutoAttack((SQUARE,)), 10)], True),
+        ([(Own(True), 3), (SQUARE, 10)], True),
+        ([(Targeted(APGD_20), 10), (SQUARE, 10)], False),
+        ([(AutoAttack((APGD_20, Targeted(APGD_20))), 10), (SQUARE, 10)], False),
+        # what is not declared neither silences the flag nor raises it
+        ([(APGD_20, 3), (SQUARE, 10), (Own(), 10)], True),
+        ([(APGD_20, 3), (NOTHING, 0), (Own(), 10)], None),
+        ([(APGD_20, 10), (NOTHING, 0), (Own(), 10)], False),
+        ([(APGD_20, 10), (Own(), 10)], None),
+        ([(Own(), 10), (SQUARE, 3)], None),
+        # nor does what is both
+        ([(APGD_20, 3), (SQUARE, 10), (AutoAttack((APGD_20, SQUARE)), 10)], True),
+        ([(APGD_20, 3), (NOTHING, 0), (AutoAttack((APGD_20, SQUARE)), 10)], None),
+        ([(APGD_20, 3), (NOTHING, 0), (AutoAttack((APGD_20, Own())), 10)], None),
+    ],
+)
+def test_attacks_say_whether_they_use_gradients(found, expected, honest):
+    """Each attack breaks the first images."""
+    right = honest.clean._replace(label=np.broadcast_to(TEST.y[:, None], honest.clean.label.shape))
+    trials = tuple(Trial(f"{i}", attack) for i, (attack, _) in enumerate(found))
+    attempts = {}
+    for trial, (_, broken) in zip(trials, found, strict=True):
+        label = (right.label + (np.arange(len(TEST.y)) < broken)[:, None]) % 10
+        attempts[trial.name] = honest.attempts["apgd"]._replace(measured=right._replace(label=label))
+    config = EvalConfig(THREAT, trials, skip_broken=False)
+    flags = raised(replace(honest, config=config, clean=right, attempts=attempts))
+    assert flags["black box beats white box"] is expected
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Rounds what it gives the classifier."""
+
+    base: Explicit
+
+    def __call__(self, variables, x, **options):
+        return self.base(variables, jnp.round(8 * x) / 8, **options)
+
+
+def test_bpda_finds_what_rounding_hides_and_the_flags_go_down(masked, honest, tmp_path):
+    predictor, still = Quantised(Explicit(Linear())), replace(ATTACK, start=clean_start)
+    trials = (
+        Trial("pgd", still),
+        Trial("pgd.bpda", still, BPDA()),
+        Trial("apgd.bpda", APGD_20, BPDA(), suite="all"),
+        Trial("square", SQUARE, suite="all"),
+    )
+    checks = diagnostics(THREAT, steps=40, surrogate=BPDA())
+    config = EvalConfig(
+        THREAT, trials, checks, predictor=predictor, defence="eight levels", batch_size=64, skip_broken=False
+    )
+    result = worst_case(config, Explicit(Linear()), trained(), TEST, tmp_path / "defended")
+    plain = EvalConfig(THREAT, (Trial("pgd", still),), batch_size=64, skip_broken=False)
+    undefended = worst_case(plain, Explicit(Linear()), trained(), TEST, tmp_path / "undefended")
+    assert result.broken("pgd").sum() == 0
+    assert result.broken("pgd.bpda").sum() >= undefended.broken("pgd").sum() > 20
+    assert set(raised(result).values()) == {False, None}
+    explanations = {flag.name: flag.explanation for flag in red_flags(masked) if flag.raised}
+    assert "adaptive.BPDA" in explanations["zero gradients"]
+    assert explanations["zero gradients"] in headline(report_of(masked))
+
+
+def test_a_robust_accuracy_is_said_with_what_speaks_against_the_model(honest):
+    report = report_of(honest)
+    assert report["warnings"] == [] and "\n" not in headline(report)
+    low, high = report["intervals"]["union"]
+    assert f" of 64 images (95 %: {100 * low:.1f} to {100 * high:.1f}); no flags" in headline(report)
+    label, residual = honest.clean.label.copy(), np.full(honest.clean.residual.shape, 0.058)
+    label[6:] = (TEST.y[6:, None] + 1) % 10
+    other = (honest.clean._replace(label=label, residual=residual), honest.clean)
+    clean = Measured(*(np.concatenate([part, part, part], axis=1) for part in other[1]))
+    clean = Measured(*(np.concatenate([good, bad], axis=1) for good, bad in zip(clean, other[0], strict=True)))
+    bad = replace(honest, clean=clean, attempts={}, config=replace(honest.config, trials=(), diagnostics=None))
+    first, *lines = headline(report_of(bad)).splitlines()
+    assert first.startswith("clean accuracy: ") and first.endswith("; nothing has attacked them")
+    chance, solver, state = lines
+    assert chance.startswith("warning: clean accuracy is at chance: ")
+    assert solver.startswith("warning: the solver has not converged: mean residual 0.058")
+    assert state.startswith("warning: z_1 classifies clean images better than what is deployed: ")
+
+
+def test_a_trial_with_nothing_left_to_attack_says_so_in_the_table(honest):
+    report = report_of(honest)
+    report["trials"]["square"]["attacked"] = 0
+    console = Console(width=200, file=io.StringIO())
+    console.print(accuracy_table(report))
+    (row,) = [line for line in console.file.getvalue().splitlines() if " square " in line]
+    assert row.replace("│", " ").split() == ["square", "0", "nothing", "left", "to", "attack"]
 
 
 def test_transfer_that_beats_direct_attacks_is_flagged(honest, tmp_path):
@@ -180,6 +293,16 @@ def test_thresholds(flag, expected):
     assert flag.raised is expected
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "name"), [(0.1, "at 8 epsilon"), (8 / 255, "at 8 epsilon"), (0.3, "at 3.33 epsilon")]
+)
+def test_the_radius_of_the_collapse_is_named(epsilon, name, honest):
+    """It is at most 1 in the norm of the largest pixel."""
+    checks = diagnostics(Linf(epsilon), steps=40)
+    config = replace(honest.config, threat=Linf(epsilon), trials=(), diagnostics=checks)
+    assert f"no collapse {name}" in raised(replace(honest, config=config))
+
+
 def test_the_excess_of_a_stronger_attack_is_beyond_two_standard_errors():
     """Of 100 images 10 withstood the weaker attack alone and 40 the stronger one alone: 0.3 - 2 sqrt(0.5 / 100)."""
     weaker, stronger = np.arange(100) < 10, np.arange(100) >= 60
@@ -192,9 +315,8 @@ def test_the_order_of_strength_and_the_plateau_are_taken_from_the_diagnostics(ho
     extra = honest.config.diagnostics
     flags = raised(replace(honest, config=replace(honest.config, diagnostics=None)))
     assert flags["order of strength"] is flags["no plateau"] is flags["no collapse at 8 epsilon"] is None
-    names = {"far": "noise", "half": "noise", "noise": "pgd-10", "pgd": "noise"}
     found = dict(honest.attempts)
-    for role, name in names.items():
-        found[getattr(extra, role).name] = honest.attempts[name]
+    for role, other in {"far": "noise", "half": "noise", "noise": "pgd", "pgd": "noise"}.items():
+        found[getattr(extra, role).name] = honest.attempts[getattr(extra, other).name]
     flags = raised(replace(honest, attempts=found))
     assert flags["order of strength"] and flags["no plateau"] and flags["no collapse at 8 epsilon"]

@@ -13,9 +13,11 @@ import pytest
 
 from deq_jax import evaluate, report, train
 from deq_jax.attacks import APGD, PGD, Linf
+from deq_jax.briefs import brief, number
+from deq_jax.comparisons import Estimate
 from deq_jax.config import to_tree
-from deq_jax.evaluation import Measured
-from deq_jax.finished import brief, number, protocol_text, read_evaluations
+from deq_jax.evaluation import Measured, Outcomes, summary
+from deq_jax.finished import protocol_text, read_evaluations, unfinished
 from deq_jax.pages import report_files
 from deq_jax.readouts import EnsembleState
 from deq_jax.reports import report_of, write_report
@@ -31,11 +33,12 @@ from deq_jax.studies import (
     undefended,
     undefended_trainings,
 )
-from deq_jax.summaries import DEFENCE, TRAINING, headline_table, pair_table, sentences
-from deq_jax.surrogates import deployed
+from deq_jax.summaries import accuracy_table, headline_table, pair_table
+from deq_jax.surrogates import ThroughSolver, deployed
 from deq_jax.tables import Cell, Column, Table
 from deq_jax.transfers import Transfer
 from deq_jax.trials import EvalConfig, Trial
+from deq_jax.wording import DEFENCE, TRAINING, quotes, sentences
 from tests import tiny
 from tests.test_cli import TINY, assignments
 
@@ -113,13 +116,16 @@ def write_study(folder):
 def halve(folder):
     """As if only the first half of the images had been evaluated."""
     with np.load(folder / "evaluation.npz") as file:
+        arrays = {name: part[: IMAGES // 2] for name, part in file.items() if name not in ("rows", "correct")}
         correct = file["correct"][:, : IMAGES // 2]
-        np.savez(folder / "evaluation.npz", rows=file["rows"], correct=correct)
+        np.savez(folder / "evaluation.npz", **arrays, rows=file["rows"], correct=correct)
     path = folder / "evaluation.json"
     content = json.loads(path.read_text())
     for name, row in zip(content["accuracy"], correct, strict=True):
         content["accuracy"][name]["deployed"] = float(row.mean())
-    path.write_text(json.dumps(content | {"images": IMAGES // 2}))
+    attacked = Measured(*(arrays[f"attacked_{name}"] for name in Measured._fields))
+    clean = Measured(*(arrays[f"clean_{name}"] for name in Measured._fields))
+    path.write_text(json.dumps(content | summary(Outcomes(arrays["y"], clean, attacked, None))))
 
 
 class Page(HTMLParser):
@@ -257,7 +263,7 @@ class TestGroups:
         )
         folders = [write(tmp_path / str(seed), longer, seed, {"clean": 2, "apgd": 4, "pgd": 9}) for seed in (0, 1)]
         (curves,) = radius_curves(groups_of(read_evaluations([*folders, *runs]))).values()
-        assert [group.means(robust)[0] for group in curves[0].groups] == [77.5, 75.0]
+        assert [group.values(robust)[0].mean() for group in curves[0].groups] == [77.5, 75.0]
 
     def test_of_an_undefended_training_most_seeds_count_and_then_most_attacks(self, groups, runs, tmp_path):
         """Whatever their order."""
@@ -273,21 +279,50 @@ class TestGroups:
             assert found["tiny"] == groups[0] and found["longer"] == groups[2]
 
 
+def accuracy(*wrong):
+    """Of seeds that err on the first so many of the 40 images, as it is written."""
+    return written(Estimate.of_accuracies([outcomes(count) for count in wrong]))
+
+
+def outcomes(wrong):
+    return np.where(np.arange(IMAGES) < wrong, 0.0, 100.0)
+
+
+def written(estimate, form="{:.2f}"):
+    low, high = estimate.interval
+    return f"{form.format(estimate.value)} [{low:.2f}, {high:.2f}]"
+
+
+def points(*images, apart=0):
+    """Of seeds that gain so many images, or lose them, beginning so many images after those of the seed before."""
+    gained = [np.roll(np.sign(n) * (100 - outcomes(abs(n))), seed * apart) for seed, n in enumerate(images)]
+    return written(Estimate.of_differences(gained), "{:+.2f}")
+
+
 class TestNumbers:
-    """Of 40 images an image is 2.5 points; over two seeds the standard error is half their distance."""
+    """Of 40 images an image is 2.5 points."""
 
     def test_headline(self, groups):
         rows = {(row[0], row[1], row[4], row[5]): row for row in rows_of(headline_table(groups))}
         assert list(rows) == [
-            ("tiny", "none", "70.00 ± 5.00", "70.00 ± 5.00"),
-            ("tiny", "ensemble state", "80.00 ± 5.00", "62.50 ± 5.00"),
-            ("longer", "none", "92.50 ± 0.00", "92.50 ± 0.00"),
-            ("tiny", "none", "86.25 ± 1.25", "86.25 ± 1.25"),
+            ("tiny", "none", accuracy(10, 14), accuracy(10, 14)),
+            ("tiny", "ensemble state", accuracy(6, 10), accuracy(13, 17)),
+            ("longer", "none", accuracy(3, 3), accuracy(3, 3)),
+            ("tiny", "none", accuracy(5, 6), accuracy(5, 6)),
         ]
-        assert [row[2:4] for row in rows.values()] == [["2", "95.00 ± 0.00"]] * 2 + [
-            ["2", "97.50 ± 0.00"],
-            ["2", "95.00 ± 0.00"],
+        assert [row[2:4] for row in rows.values()] == [["2", accuracy(2, 2)]] * 2 + [
+            ["2", accuracy(1, 1)],
+            ["2", accuracy(2, 2)],
         ]
+        assert accuracy(3, 3) == "92.50 [79.61, 98.43]"  # Clopper and Pearson's interval of 37 of 40
+
+    def test_seeds_that_agree_are_said_to(self, groups, out):
+        rows = [row for rows in headline_table(groups).sections.values() for row in rows]
+        said = [[cell.note for cell in row[3:6]] for row in rows]
+        agree = "no spread between seeds"
+        assert said == [[agree, "", ""], [agree, "", ""], [agree, agree, agree], [agree, "", ""]]
+        last = (out / "headline.csv").read_text().splitlines()[3]
+        assert f"reference protocol: not trustworthy; reference protocol: {agree}; adaptive worst case: " in last
 
     def test_a_raised_flag_takes_the_trust_away(self, groups):
         rows = [row for rows in headline_table(groups).sections.values() for row in rows]
@@ -297,46 +332,57 @@ class TestNumbers:
         assert flags[0].startswith("none raised; not checked: black box beats white box, ")
 
     def test_defences_are_compared_seed_by_seed(self, groups):
-        """-3 images for each seed, others than for the other: 6 of 40 lose 50 points on average, so the standard error
-        is 2.859, and t(39) = 2.0227; reference: 8 of 40 gain 50 points, with a standard error of 3.203."""
-        table = pair_table("defences", "", defence_pairs(groups), DEFENCE)
-        assert rows_of(table) == [
-            [
-                "tiny: ensemble state against none",
-                "2",
-                "+0.00 [0.00, 0.00]",
-                "+10.00 [3.52, 16.48]",
-                "helps",
-                "-7.50 [-13.28, -1.72]",
-                "hurts",
-                "none raised",
-            ]
+        """-3 images for each seed, others than for the other; that is little of 40 images. Reference: +4."""
+        row = rows_of(pair_table("defences", "", defence_pairs(groups), DEFENCE))[0]
+        title = "tiny: ensemble state against none"
+        none = "no difference shown"
+        assert row == [
+            title,
+            "2",
+            points(0, 0),
+            points(4, 4, apart=4),
+            none,
+            points(-3, -3, apart=4),
+            none,
+            "none raised",
         ]
 
     def test_trainings_are_compared_seed_by_seed(self, groups):
-        """17.5 and 27.5 points: half-widths are 12.706 times 5 over the seeds, 2.0227 times 6.1888 over the images."""
-        row = rows_of(pair_table("trainings", "", training_pairs(groups), TRAINING))[0]
+        """17.5 and 27.5 points: the seeds' half-width is 12.706 times 5. Without a defence there is one protocol."""
+        table = pair_table("trainings", "", training_pairs(groups), TRAINING)
+        assert [column.name for column in table.columns[2:5]] == ["clean", "worst case", "verdict"]
+        row = rows_of(table)[0]
         assert row[0] == "longer against tiny"
-        assert row[5:] == ["+22.50 [-42.25, 87.25]", "no difference shown", "longer: zero gradients (2 of 2)"]
+        assert row[3:] == [points(7, 11), "no difference shown", "longer: zero gradients (2 of 2)"]
+        assert points(7, 11) == "+22.50 [-42.63, 87.19]"
 
     def test_sentences(self, groups):
         (text,) = [sentences(pair, DEFENCE) for pair in defence_pairs(groups)]
+        lost = Estimate.of_differences([outcomes(6) - outcomes(13), outcomes(10) - outcomes(17)])
+        worst, under_reference, taken = (
+            f"{cell.replace(' [', ' points (95 % interval [')}, 2 seeds, no spread between seeds)"
+            for cell in (points(-3, -3, apart=4), points(4, 4, apart=4), written(lost))
+        )
         assert text == (
-            "tiny: ensemble state against none: hurts under the adaptive worst case, -7.50 points (95 % interval "
-            "[-13.28, -1.72], 2 seeds); helps under the reference protocol, +10.00 points (95 % interval [3.52, "
-            "16.48], 2 seeds). The adaptive attacks take away 17.50 points (95 % interval [7.55, 27.45], 2 seeds) of "
-            "what the reference protocol gives it."
+            f"tiny: ensemble state against none: no difference shown under the adaptive worst case, {worst}; no "
+            f"difference shown under the reference protocol, {under_reference}. The adaptive attacks take away "
+            f"{taken} of what the reference protocol gives it."
         )
         (text,) = [sentences(pair, TRAINING) for pair in training_pairs(groups)]
-        assert "no difference shown under the adaptive worst case, +22.50 points (95 % interval [-42.25, 87.25]" in text
+        assert (
+            "no difference shown under the worst case, +22.50 points (95 % interval [-42.63, 87.19], 2 seeds)" in text
+        )
+        assert "reference protocol" not in text
         assert text.endswith(". Red flags are raised, so this is not trustworthy.")
 
-    def test_one_seed_has_neither_error_nor_interval(self, groups):
+    def test_intervals_of_one_seed_are_for_other_images_alone(self, groups):
         one = [replace(group, evaluations=group.evaluations[:1]) for group in groups]
-        assert rows_of(headline_table(one))[0][2:6] == ["1", "95.00", "75.00", "75.00"]
-        row = rows_of(pair_table("defences", "", defence_pairs(one), DEFENCE))[0]
-        single = "one seed, no interval"
-        assert row[1:] == ["1", "+0.00", "+10.00", single, "-7.50", single, "none raised"]
+        assert rows_of(headline_table(one))[0][2:6] == ["1", accuracy(2), accuracy(10), accuracy(10)]
+        (pair,) = defence_pairs(one)
+        row = rows_of(pair_table("defences", "", [pair], DEFENCE))[0]
+        single = "no difference shown, of this seed alone"
+        assert row[1:] == ["1", points(0), points(4), single, points(-3), single, "none raised"]
+        assert f"{points(4)[8:-1]}], for other images alone, one seed)" in sentences(pair, DEFENCE)
 
     def test_no_verdict_on_a_defence_that_was_not_shown_what_broke_the_undefended_predictor(self, runs, tmp_path):
         for seed in (0, 1):
@@ -347,21 +393,26 @@ class TestNumbers:
         (pair,) = defence_pairs(groups_of(read_evaluations([*undefended, tmp_path / "0", tmp_path / "1"])))
         row = rows_of(pair_table("defences", "", [pair], DEFENCE))[0]
         verdict = "no verdict (not shown the images that broke the undefended predictor)"
-        assert row[3:] == ["–", "–", "+22.50 [-42.25, 87.25]", verdict, "none raised"]
+        assert row[3:] == ["–", "–", points(7, 11), verdict, "none raised"]
         assert f"{verdict} under the adaptive worst case" in sentences(pair, DEFENCE)
 
     def test_without_attack_there_is_clean_accuracy_only(self, tmp_path):
         write(tmp_path / "none", EvalConfig(Linf(0.0), ()), 0, {"clean": 3})
         groups = groups_of(read_evaluations([tmp_path / "none"]))
         table = headline_table(groups)
-        assert rows_of(table) == [["tiny", "none", "1", "92.50", "–", "–", "nothing has attacked it", "none"]]
+        assert rows_of(table) == [["tiny", "none", "1", accuracy(3), "–", "nothing has attacked it", "none"]]
+        assert quotes(groups) == []
         report.main([str(tmp_path / "none"), "--out", str(tmp_path / "report")])
-        assert "Nothing has been attacked." in (tmp_path / "report" / "index.html").read_text()
+        text = (tmp_path / "report" / "index.html").read_text()
+        assert "Nothing has been attacked." in text
+        assert "Nothing has attacked these predictors, so there is no robust accuracy to quote." in text
 
     def test_cost_and_what_it_is_a_multiple_of(self, page):
         costs = {tuple(row[:2]): row[3:] for row in page.tables["cost.csv"][1:]}
-        assert costs["tiny", "none"] == ["7 ± 0", "–", "0.001 ± 0", "–"]
-        assert costs["tiny", "ensemble state"] == ["21 ± 0", "3.00 ± 0.00", "0.004 ± 0", "4.00 ± 0.00"]
+        agree = " no spread between seeds"
+        assert costs["tiny", "none"] == [f"7{agree}", "–", f"0.001{agree}", "–"]
+        own = [f"{value}{agree}" for value in ("21", "3.00", "0.004", "4.00")]
+        assert costs["tiny", "ensemble state"] == own
 
     def test_state_and_attack_table_is_the_mean_over_seeds(self, page, runs):
         table = page.tables["accuracy-1-tiny-none.csv"]
@@ -373,11 +424,18 @@ class TestNumbers:
             assert cells == [f"{mean:.2f}" for mean in means]
 
     def test_numbers_along_the_dynamics(self, page, runs):
-        stored = [json.loads((run / "evaluation/a/evaluation.json").read_text())["rows"]["z_2"] for run in runs[:2]]
-        a, b = (100 * one["attacked"]["accuracy"] for one in stored)
+        """Accuracies and entropies, over the images of both seeds."""
+        found, entropies = [], []
+        for run in runs[:2]:
+            with np.load(run / "evaluation/a/evaluation.npz") as file:
+                right = (file["attacked_label"] == file["y"][:, None]) & (file["clean_label"] == file["y"][:, None])
+                found.append(100.0 * right[:, 1])
+                entropies.append(file["clean_entropy"][:, 1])
         row = page.tables["dynamics-1-tiny.csv"][2]
         assert row[0] == "z_2"
-        assert row[2] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2:.2f}"
+        assert row[2].startswith(written(Estimate.of_accuracies(found)))
+        low, high = Estimate.of_images(entropies).interval
+        assert row[3] == f"{np.mean(entropies):.3f} [{low:.3f}, {high:.3f}]"
         assert page.tables["dynamics-1-tiny.csv"][4][5:] == ["–", "–"]  # the residual of the mean of the states
 
     def test_undefended_trainings_are_shown_side_by_side(self, page):
@@ -419,11 +477,12 @@ class TestPage:
     def test_untrustworthy_numbers_are_marked(self, page):
         """Wherever they are: as the worst case and the reference protocol, in comparisons, in the table of attacks."""
         rows = {tuple(row[:2]): row for row in page.tables["headline.csv"][1:]}
-        assert re.fullmatch(r"≤ 92.50 ± 0.00\s+not trustworthy", rows["longer", "none"][5])
-        assert re.fullmatch(r"92.50 ± 0.00\s+not trustworthy", rows["longer", "none"][4])
-        assert re.fullmatch(r"no difference shown\s+not trustworthy", page.tables["trainings.csv"][1][6])
+        agree = "no spread between seeds"
+        marked = [f"{sign}{accuracy(3, 3)} not trustworthy {agree}" for sign in ("", "≤ ")]
+        assert [" ".join(text.split()) for text in rows["longer", "none"][4:6]] == marked
+        assert re.fullmatch(r"no difference shown\s+not trustworthy", page.tables["trainings.csv"][1][4])
         assert re.fullmatch(r"≤ 92.50\s+not trustworthy", page.tables["accuracy-3-longer-none.csv"][-1][-1])
-        assert page.tables["defences.csv"][1][6] == "hurts"
+        assert page.tables["defences.csv"][1][6] == "no difference shown"
 
     def test_tables_are_those_of_the_csv_files(self, page, out):
         assert {path.name for path in out.glob("*.csv")} == set(page.tables)
@@ -498,13 +557,102 @@ def test_configs_are_written_briefly():
 
 
 def test_csv_has_a_column_for_every_number():
-    columns = Column("a", kind="text"), Column("b", ("", "error")), Column("c", ("", "low", "high"))
-    row = Cell(("x,y",)), Cell(("1", "2")), Cell(("3", "4", "5"))
-    single = Cell(("z",)), Cell(("1",), "beware"), Cell(("",))
+    columns = Column("a", kind="text"), Column("b", ("", "low", "high"))
+    row, single = (Cell(("x,y",)), Cell(("3", "4", "5"))), (Cell(("z",)), Cell(("",)))
     table = Table("name", "", "part", columns, {"p": [row], "q": [single]})
-    assert table.csv() == 'part,a,b,b error,c,c low,c high\np,"x,y",1,2,3,4,5\nq,z,1,,,,\n'
-    assert replace(table, sections={"": [row]}).csv() == 'a,b,b error,c,c low,c high\n"x,y",1,2,3,4,5\n'
-    assert [str(cell) for cell in (*row, *single)] == ["x,y", "1 ± 2", "3 [4, 5]", "z", "1", "–"]
+    assert table.csv() == 'part,a,b,b low,b high\np,"x,y",3,4,5\nq,z,,,\n'
+    assert replace(table, sections={"": [row]}).csv() == 'a,b,b low,b high\n"x,y",3,4,5\n'
+    assert [str(cell) for cell in (*row, *single)] == ["x,y", "3 [4, 5]", "z", "–"]
+
+
+def test_csv_has_the_remarks():
+    columns = Column("a", kind="text"), Column("b")
+    rows = [(Cell(("x",)), Cell(("1",), "beware", "few")), (Cell(("y",)), Cell(("2",)))]
+    assert Table("name", "", "", columns, {"": rows}).csv() == "a,b,remarks\nx,1,b: beware; b: few\ny,2,\n"
+
+
+class TestQuotes:
+    """The first sentence: the number to quote, with all that belongs to it."""
+
+    def test_the_highest_without_red_flags_in_each_setting(self, groups, page):
+        far, near = quotes(groups)
+        assert far == (
+            "Robust accuracy to quote: at most 70.00 % (95 % interval [4.63, 100.00], 2 seeds) of 40 images of Digits, "
+            "test split, best checkpoint, Linf ε = 0.1; training tiny, defence none, the highest of 3 trainings and "
+            "defences without red flags; attacks: AutoAttack, pgd (2 trials); no red flags raised."
+        )
+        assert near.startswith("Robust accuracy to quote: at most 86.25 % (95 % interval [")
+        assert "Linf ε = 0.05; training tiny, defence none; attacks: " in near
+        text = "".join(page.text)
+        assert text.index("Robustness report\n") < text.index(far) < text.index("8 evaluations by deq_jax")
+
+    def test_red_flags_take_it_away(self, groups):
+        (text,) = quotes([groups[2]])
+        assert text.startswith("No robust accuracy to quote, since red flags are raised: at most 92.50 % (95 % ")
+        assert ", 2 seeds, no spread between seeds)" in text
+        assert text.endswith("; red flags raised: zero gradients.")
+
+    def test_of_several_evaluations_the_lowest_counts(self, runs, tmp_path):
+        config = replace(config_of(0.1, "none", 0), trials=config_of(0.1, "none", 0).trials[:1])
+        weak = write(tmp_path / "weak", config, 0, {"clean": 2, "apgd": 2})
+        (text,) = quotes(groups_of(read_evaluations([runs[0] / "evaluation" / "a", weak])))
+        assert "at most 75.00 %" in text and "for other images alone, one seed)" in text
+
+
+class TestAdaptive:
+    def words(self, folder, config, wrong):
+        write(folder, config, 0, wrong)
+        text = report_files(read_evaluations([folder]))["index.html"].decode()
+        return text.replace(str(folder), "").casefold()
+
+    def test_what_was_not_adaptive_is_not_called_so(self, tmp_path):
+        text = self.words(tmp_path, config_of(0.1, "none", 0), {"clean": 2, "apgd": 3, "pgd": 4})
+        assert "adaptive" not in text and "reference protocol" not in text
+        assert '<th scope="col" class="main">worst case</th>' in text
+
+    @pytest.mark.parametrize("change", ["surrogate", "transfer", "defence"])
+    def test_what_was_adaptive_is(self, tmp_path, change):
+        config = config_of(0.1, "none", 0)
+        first, second = config.trials
+        if change == "defence":
+            config = replace(config, predictor=tiny.classifier(dropout=0.1), defence="other")
+        else:
+            changes = {"surrogate": {"surrogate": ThroughSolver()}, "transfer": {"attack": Transfer("a.npz")}}
+            config = replace(config, trials=(first, replace(second, **changes[change])))
+        text = self.words(tmp_path, config, {"clean": 2, "apgd": 3, "pgd": 4})
+        assert ">adaptive worst case</th>" in text
+        assert ("reference protocol" in text) == (change == "defence")
+
+
+class TestUnfinished:
+    def test_folders_without_a_finished_evaluation_are_named(self, runs, tmp_path, capfd):
+        shutil.copytree(runs[0], tmp_path / "a")
+        for name in ("b/evaluation/x", "a/evaluation/y", "c"):
+            (tmp_path / name).mkdir(parents=True)
+        for name in ("b/evaluation/x", "a/evaluation/y"):
+            (tmp_path / name / "manifest.json").touch()
+        report.main([*(str(tmp_path / name) for name in "abc"), "--out", str(tmp_path / "out")])
+        missing = ", ".join(str(tmp_path / name) for name in ("a/evaluation/y", "b/evaluation/x", "c"))
+        assert f"Not evaluated: {missing}" in "".join(Page((tmp_path / "out" / "index.html").read_text()).text)
+        assert f"not evaluated: {missing}" in capfd.readouterr().out.replace("\n", "")
+
+    def test_nothing_is_said_where_all_are_finished(self, page, runs):
+        assert unfinished([*runs, runs[0] / "evaluation" / "a"]) == []
+        assert "Not evaluated" not in "".join(page.text)
+
+
+def test_trials_that_found_nothing_left_to_attack_say_so(tmp_path):
+    """Every seed must have had nothing left; otherwise the means are shown."""
+    config = replace(config_of(0.1, "none", 0), skip_broken=True)
+    rows = []
+    for left in ((0, 0), (0, 3)):
+        for seed, count in enumerate(left):
+            folder = write(tmp_path / str(seed), config, seed, {"clean": 2, "apgd": IMAGES, "pgd": IMAGES})
+            edit(folder, lambda content, count=count: content["trials"]["pgd"].update(attacked=count))
+        (group,) = groups_of(read_evaluations([tmp_path / "0", tmp_path / "1"]))
+        rows.append({row[0]: row[1:] for row in rows_of(accuracy_table("a", group))})
+    assert rows[0]["pgd"] == ["–"] * 4 + ["nothing left to attack"]
+    assert rows[0]["apgd"][-1] == rows[1]["pgd"][-1] == "0.00"
 
 
 def edit(folder, change):
@@ -537,6 +685,10 @@ class TestMistakes:
         assert line == f"error: {tmp_path}: {expected}"
         assert not (tmp_path / "out").exists()
 
+    def test_no_folder(self, capsys, tmp_path, copies):
+        line = self.refused(capsys, tmp_path / "out", copies[0], tmp_path / "nothing")
+        assert line == f"error: {tmp_path / 'nothing'}: no such folder"
+
     def test_damaged(self, capsys, tmp_path, copies):
         text = (copies[1] / "evaluation.json").read_text()
         (copies[1] / "evaluation.json").write_text(text[:-100])
@@ -550,6 +702,9 @@ class TestMistakes:
             lambda content: content.pop("accuracy"),
             lambda content: content.update(rows=3),
             lambda content: content["rows"]["z_1"]["clean"].update(entropy="high"),
+            lambda content: content["rows"]["z_1"]["clean"].update(entropy=0.123),
+            lambda content: content["rows"]["z_1"].pop("attacked"),
+            lambda content: content["rows"].pop("z_1"),
             lambda content: content["accuracy"].pop("clean"),
             lambda content: content["accuracy"].pop("pgd"),
             lambda content: content["accuracy"]["pgd"].pop("z_1"),
@@ -588,6 +743,13 @@ class TestMistakes:
         assert "cannot write there" in self.refused(capsys, tmp_path / "file", *copies)
 
 
+def test_warnings_on_the_model_are_shown(tmp_path, runs):
+    shutil.copytree(runs[0] / "evaluation" / "a", tmp_path / "a")
+    edit(tmp_path / "a", lambda content: content.update(warnings=["clean accuracy is at chance"]))
+    page = Page(report_files(read_evaluations([tmp_path / "a"]))["index.html"].decode())
+    assert "Warning: tiny, none, seed 0: clean accuracy is at chance" in "".join(page.text)
+
+
 def test_what_an_evaluation_may_lack(tmp_path, runs):
     """Evaluations that know neither a defence's name nor costs are read, too."""
     shutil.copytree(runs[0] / "evaluation" / "b", tmp_path / "a")
@@ -607,5 +769,5 @@ def test_report_on_a_real_training(tmp_path, monkeypatch):
     stored = json.loads((tmp_path / "tiny-0/evaluation/test-pgd/evaluation.json").read_text())
     (row,) = Page((tmp_path / "report/index.html").read_text()).tables["headline.csv"][1:]
     assert row[:3] == ["tiny", "none", "1"]
-    assert f"{100 * stored['robust_accuracy']:.2f}" in row[5]
-    assert ("not trustworthy" in row[5]) == any(flag["raised"] for flag in stored["red_flags"])
+    assert f"{100 * stored['robust_accuracy']:.2f}" in row[4]
+    assert ("not trustworthy" in row[4]) == any(flag["raised"] for flag in stored["red_flags"])

@@ -112,7 +112,7 @@ def test_broyden_memory_is_the_inverse_jacobian_and_satisfies_the_secant_equatio
 
 def test_anderson_is_the_bordered_least_squares_combination(x64):
     matrix, u, _ = problem(0.9)
-    solver = Anderson(6, history_size=3, ridge=1e-4, tolerance=0.0)
+    solver = Anderson(6, history_size=3, ridge=1e-4, tolerance=0.0, absolute_ridge=True)
     states = solve(solver, tanh_cell, matrix, jnp.zeros_like(u), u).states
     expected = [np.zeros_like(u)]
     for k in range(1, 7):
@@ -146,7 +146,7 @@ class TestContract:
         matrix, u, _ = problem(0.5, np.float32)
         for state, reported in zip(solution.states, solution.residuals, strict=True):
             f = tanh_cell(matrix, state, u)
-            residual = jnp.linalg.norm(f - state, axis=1) / (jnp.linalg.norm(f, axis=1) + 1e-9)
+            residual = jnp.linalg.norm(f - state, axis=1) / jnp.linalg.norm(f, axis=1)
             np.testing.assert_allclose(reported, residual, rtol=1e-2, atol=1e-6)
         lowest = np.argmin(solution.residuals, axis=0)
         np.testing.assert_array_equal(solution.z, np.asarray(solution.states)[lowest, np.arange(BATCH)])
@@ -287,7 +287,7 @@ def test_solvers_are_values():
 
 def test_an_anderson_step_is_that_of_jaxopt(x64):
     matrix, u, _ = problem(0.9)
-    solver = Anderson(4, history_size=3, ridge=1e-4, beta=0.8, tolerance=0.0)
+    solver = Anderson(4, history_size=3, ridge=1e-4, beta=0.8, tolerance=0.0, absolute_ridge=True)
     memory = solve(solver, tanh_cell, matrix, jnp.zeros_like(u), u).memory
     following = solver.update(lambda z, u: tanh_cell(matrix, z, u), memory, u, jnp.ones(BATCH, bool))
 
@@ -301,5 +301,91 @@ def test_an_anderson_step_is_that_of_jaxopt(x64):
         return acceleration.update(z, state)[0]
 
     axes = (1, 1, 0, 0, 0)
-    expected = jax.vmap(reference, axes)(memory.targets, memory.residuals, memory.gram, memory.z, u)
+    residuals, gram = memory.residuals * memory.unit, memory.gram * memory.unit[:, :, None] ** 2
+    expected = jax.vmap(reference, axes)(memory.targets, residuals, gram, memory.z, u)
     np.testing.assert_allclose(following.fz, expected, rtol=1e-10, atol=1e-12)
+
+
+SCALED = [
+    FixedPoint(60, tolerance=1e-4),
+    FixedPoint(90, damping=0.7, tolerance=1e-4),
+    Anderson(30, tolerance=1e-4),
+    Broyden(20, tolerance=1e-4),
+    Broyden(40, history_size=5, tolerance=1e-4),
+    Broyden(40, history_dtype=jnp.bfloat16, tolerance=1e-4),
+]
+
+
+@pytest.mark.parametrize("solver", SCALED, ids=repr)
+def test_a_scaled_linear_problem_has_scaled_iterates(solver):
+    """By powers of two bit by bit, each sample by its own; by others up to rounding."""
+    matrix, u, _ = problem(0.5, np.float32)
+    plain = solve_from_zero(solver, linear_cell, matrix, u)
+    assert (plain.residuals[-1] < solver.tolerance).all()
+    exponents = np.array([[-100], [-40], [40], [90]])
+    scaled = solve_from_zero(solver, linear_cell, matrix, jnp.ldexp(u, exponents))
+    np.testing.assert_array_equal(scaled.states, jnp.ldexp(plain.states, exponents))
+    np.testing.assert_array_equal(scaled.residuals, plain.residuals)
+    np.testing.assert_array_equal(scaled.evaluations, plain.evaluations)
+    scale = np.array([[1e-30], [1e-13], [1e20], [1e30]], np.float32)
+    scaled = solve_from_zero(solver, linear_cell, matrix, u * scale)
+    np.testing.assert_allclose(scaled.z / scale, plain.z, rtol=1e-2, atol=2e-4 * np.abs(plain.z).max())
+    assert (scaled.residuals[-1] < solver.tolerance).all()
+
+
+@pytest.mark.parametrize("solver", SCALED, ids=repr)
+def test_an_equilibrium_at_zero_is_found(solver):
+    """A rotating contraction; residuals relative to the state alone would stay what they are."""
+    matrix = 0.5 * jnp.array([[0.0, -1.0], [1.0, 0.0]])
+    start = jnp.array([[1.0, 1.0], [1e-20, 1e-20]])
+    solution = solve(solver, linear_cell, matrix, start, jnp.zeros_like(start))
+    np.testing.assert_allclose(solution.z / start, 0, atol=1e-10)
+    assert (solution.residuals[-1] < solver.tolerance).all()
+
+
+@pytest.mark.parametrize("ridge", [1e-4, 1e-5, 1e-12])
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+def test_anderson_is_as_accurate_on_small_problems_and_past_convergence(size, ridge):
+    """0.9 z + u = z at 10 u: residuals all along one direction, whose Gram matrix is singular."""
+    u = jnp.array([[1.0], [1e-3], [1e-6], [1e6]]) * jnp.linspace(1, 2, size)
+    solver = Anderson(60, ridge=ridge, tolerance=0.0)
+    solution = jax.jit(lambda u: solve(solver, lambda p, z, u: 0.9 * z + u, None, 0 * u, u))(u)
+    np.testing.assert_allclose(solution.z, 10 * u, rtol=3e-6)
+    assert np.isfinite(solution.states).all() and np.isfinite(solution.residuals).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_anderson_accelerates_slow_problems(x64, dtype):
+    matrix, u, fixed_points = problem(0.99, dtype)
+    for steps in (60, 300):
+        solution = solve_from_zero(Anderson(steps, tolerance=0.0), linear_cell, matrix, u)
+        plain = solve_from_zero(FixedPoint(steps, tolerance=0.0), linear_cell, matrix, u)
+        assert np.isfinite(solution.states).all()
+        errors = [np.linalg.norm(s.z - fixed_points, axis=1) for s in (solution, plain)]
+        assert (errors[0] < 0.1 * errors[1]).all()
+
+
+NARROW = [FixedPoint(20), FixedPoint(30, damping=0.7), Anderson(8), Broyden(8), Broyden(8, history_size=3)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("solver", NARROW, ids=repr)
+class TestNarrowStates:
+    def test_large_states(self, solver, dtype):
+        """Sums of squares leave float16 at 65,504."""
+        size, eps = 138_240, float(jnp.finfo(dtype).eps)
+        u = jax.random.normal(jax.random.key(0), (2, size)) * jnp.array([[1.0], [100.0]])
+        run = jax.jit(lambda u: solve(solver, lambda p, z, u: z / 2 + u, None, jnp.zeros_like(u), u))
+        solution, exact = run(u.astype(dtype)), 2 * u
+        assert solution.z.dtype == solution.states.dtype == dtype and solution.residuals.dtype == jnp.float32
+        error = jnp.linalg.norm(solution.z.astype(jnp.float32) - exact, axis=1) / jnp.linalg.norm(exact, axis=1)
+        assert error.max() < 4 * max(eps, solver.tolerance)
+        assert (solution.residuals[-1] < max(eps, solver.tolerance)).all()
+        assert np.isfinite(solution.residuals).all()
+
+    def test_small_and_coupled_states(self, solver, dtype):
+        matrix, u, fixed_points = problem(0.5, np.float32)
+        scale = np.array([[1.0], [1e-2], [1e-3], [1.0]])
+        solution = solve_from_zero(solver, linear_cell, matrix.astype(dtype), (u * scale).astype(dtype))
+        error = np.linalg.norm(np.float32(solution.z) / scale - fixed_points, axis=1)
+        assert (error < 0.05 * np.linalg.norm(fixed_points, axis=1)).all()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deq_jax.adaptive import BPDA, identity
 from deq_jax.attacks import PGD, Linf, classifier_oracle
 from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.config import to_tree
+from deq_jax.config import from_tree, to_tree
+from deq_jax.entropy import EntropyReduced
 from deq_jax.gradients import AtState, Implicit, Phantom
 from deq_jax.losses import cross_entropy, margin
 from deq_jax.parallel import replicate_and_split
@@ -30,7 +33,7 @@ from deq_jax.surrogates import (
     deployed,
     judged,
 )
-from deq_jax.types import Injection, InputError, Keys
+from deq_jax.types import Injection, InputError, Keys, Prediction
 from tests.golden.case import Case, compiled
 
 T, WIDTH = 4, 8
@@ -303,6 +306,73 @@ def test_deployed_on_a_raw_state(readout):
     pull = jax.vjp(lambda u: Phantom(2, 0.5)(DEQ.apply_cell, variables()["params"]["cell"], u, state), u)[1]
     gradient = classifier_oracle(predictor, variables()).grad(cross_entropy, X, Y, None)[2]
     assert_close(gradient, vjp(pull(cotangent)[0])[0])
+
+
+# --- anyone's defence -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Eight levels, and with keys random noise: its own gradient vanishes."""
+
+    base: Any
+
+    def __call__(self, variables, x, *, keys=None, **options):
+        noise = 0.0 if keys is None else 0.1 * keys.draw(lambda key: jax.random.normal(key, x.shape[1:]))
+        return self.base(variables, jnp.round(8 * x + noise) / 8, **options)
+
+
+def doubled(x):
+    """Twice the image."""
+    return 2 * x
+
+
+def halved_in_size(x):
+    """Every second row."""
+    return x[:, ::2]
+
+
+class TestBPDA:
+    def test_the_gradient_is_that_of_the_classifier_at_what_it_is_given(self):
+        predictor, keys = Quantised(DEQ), Keys.of(jax.random.key(1), 3)
+        seen = jnp.round(8 * X) / 8
+        losses, logits, expected = classifier_oracle(DEQ, variables()).grad(cross_entropy, seen, Y, keys)
+        assert not np.any(Direct()(predictor, variables()).grad(cross_entropy, X, Y, keys)[2])
+        for proxy, factor in ((identity, 1), (doubled, 2)):
+            found = BPDA(proxy)(predictor, variables()).grad(cross_entropy, X, Y, keys)
+            for answer, value in zip(found, (losses, logits, factor * expected), strict=True):
+                assert_close(answer, value)
+
+    def test_a_random_predictor_draws_from_the_keys_of_a_query(self):
+        predictor, keys = Quantised(DEQ), Keys.of(jax.random.key(1), 3)
+        drawn = BPDA(random=True)(predictor, variables()).logits(X, keys)
+        assert_close(drawn, predictor(variables(), X, keys=keys).logits)
+        assert np.abs(drawn - BPDA()(predictor, variables()).logits(X, keys)).max() > 1e-3
+
+    def test_what_it_is_not_for_is_refused(self):
+        keys = Keys.of(jax.random.key(1), 3)
+        with pytest.raises(InputError, match="calls the classifier in its field 'model', got Quantised"):
+            BPDA(part="model")(Quantised(DEQ), variables())
+        with pytest.raises(InputError, match="got Equilibrium"):
+            BPDA()(DEQ, variables())
+        with pytest.raises(InputError, match=r"is given images \(3, 4, 4, 1\), the proxy has \(3, 2, 4, 1\)"):
+            BPDA(halved_in_size)(Quantised(DEQ), variables()).logits(X, keys)
+        with pytest.raises(InputError, match="got EntropyReduced"):
+            BPDA()(EntropyReduced(DEQ), variables())
+
+        @dataclass(frozen=True)
+        class Inside:
+            base: Any
+
+            def __call__(self, variables, x, **options):
+                return Prediction(self.base.decode(variables, self.base.encode(variables, x).features), {}, None)
+
+        with pytest.raises(InputError, match=r"asks nothing else of it .*decode"):
+            BPDA()(Inside(DEQ), variables()).logits(X, keys)
+
+    def test_it_can_be_written_and_read_again(self):
+        assert from_tree(to_tree(BPDA(doubled))) == BPDA(doubled)
+        assert jax.tree.leaves(BPDA()) == []
 
 
 # --- the authors' numbers --------------------------------------------------------------------------------

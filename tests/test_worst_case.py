@@ -7,16 +7,19 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.attacks import PGD, Linf
+from deq_jax.adaptive import BPDA, EndToEnd, OnBase
+from deq_jax.attacks import APGD, FAB, L2, PGD, SPSA, AutoAttack, Linf, Square, Targeted
 from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.config import from_tree, to_tree
 from deq_jax.data import Images, evaluation_batches
+from deq_jax.evaluate import at_radius
 from deq_jax.evaluation import (
     attack_batch,
     choose_early_state,
@@ -31,9 +34,10 @@ from deq_jax.gradients import Implicit, Phantom
 from deq_jax.losses import margin
 from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
 from deq_jax.readouts import EnsembleState, IntermediateState
+from deq_jax.red_flags import red_flags
 from deq_jax.results import worst_of
 from deq_jax.solvers import Broyden
-from deq_jax.surrogates import Direct, Intermediate, WithGradient, deployed
+from deq_jax.surrogates import Direct, Intermediate, MeanOverStates, WithGradient, deployed
 from deq_jax.transfers import Transfer, is_within
 from deq_jax.trials import (
     Diagnostics,
@@ -43,7 +47,6 @@ from deq_jax.trials import (
     Trial,
     auto_attack,
     diagnostics,
-    gradient_queries,
     threat_of,
     with_surrogates,
 )
@@ -53,7 +56,7 @@ from tests import dense, tiny
 from tests.linear import DATA, Linear, trained
 
 ROOT = Path(__file__).parents[1]
-THREAT = Linf(0.05)
+THREAT, HALF = Linf(0.05), L2(0.5)
 ATTACK = PGD(Linf(0.05), steps=2, step_size=0.025)
 FAR = PGD(Linf(0.3), steps=2, step_size=0.15)
 TRIALS = (
@@ -126,9 +129,10 @@ def test_spectral_radii_are_those_of_dense_jacobians():
     jacobians = jax.vmap(jax.jacobian(cell))(z, u.features)
     expected = np.abs(np.linalg.eigvals(jacobians)).max(axis=1)
     found = spectral_radii(base, variables, x, Keys.of(jax.random.key(1), 3))
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    np.testing.assert_allclose(found.radius, expected, rtol=1e-3)
+    assert found.settled.all()
     assert len(set(np.round(expected, 3))) == 3
-    assert np.isnan(spectral_radii(CLASSIFIER, trained(), x, Keys.of(jax.random.key(1), 3))).all()
+    assert np.isnan(spectral_radii(CLASSIFIER, trained(), x, Keys.of(jax.random.key(1), 3)).radius).all()
 
 
 class TestWorstCase:
@@ -240,6 +244,63 @@ class Rogue:
         return jnp.clip(x + 0.1, 0, 1)
 
 
+@dataclass(frozen=True)
+class Declared(Rogue):
+    """Declares a threat model."""
+
+    threat: Any
+
+
+@dataclass(frozen=True)
+class Fixed(Rogue):
+    """Declares one that is no field."""
+
+    threat = Linf(0.1)
+
+
+@pytest.fixture(scope="module")
+def in_l2(tmp_path_factory):
+    trials = (
+        Trial("apgd", APGD(HALF, 20), suite="all"),
+        Trial("square", Square(HALF, 100), suite="all"),
+        Trial("on", PGD(HALF, steps=10), from_worst=True),
+    )
+    config = EvalConfig(HALF, trials, diagnostics(HALF, steps=100), batch_size=64, skip_broken=False)
+    return evaluate(config, tmp_path_factory.mktemp("l2"))
+
+
+class TestL2:
+    """Softmax regression: its boundaries are hyperplanes, so that distances to them are known."""
+
+    def test_no_flag_is_raised_and_all_are_checked_but_transfers(self, in_l2):
+        raised = {flag.name: flag.raised for flag in red_flags(in_l2)}
+        assert raised.pop("transfer beats direct attacks") is None
+        assert set(raised.values()) == {False}
+
+    def test_what_is_broken_lies_nearer_to_a_boundary_than_the_radius(self, in_l2):
+        x, y, every = IMAGES.x, IMAGES.y, np.arange(60)
+        kernel, bias = (trained()["params"]["Dense_0"][name] for name in ("kernel", "bias"))
+        logits, distances = x.reshape(60, -1) @ kernel + bias, []
+        for other in (y + shift for shift in range(1, 10)):
+            normal = (kernel[:, other % 10] - kernel[:, y]).T.reshape(x.shape)
+            gap = logits[every, y] - logits[every, other % 10]
+            delta = HALF.to_hyperplane(x, normal, gap)  # the shortest one within the box
+            reached = np.abs(np.sum(normal * delta, axis=(1, 2, 3)) - gap) < 1e-3
+            distances.append(np.where(reached, HALF.length(delta), np.inf))
+        distance, correct = np.min(distances, axis=0), in_l2.robust()["clean"][:, -1]
+        inside = [name for name, attempt in in_l2.attempts.items() if attempt.inside.all()]
+        assert set(in_l2.attempts) - set(inside) == {"check.far-pgd-50"}
+        for name in inside:
+            assert not np.any(in_l2.broken(name) & (distance > 0.501)), name
+        assert np.sum(correct & (distance < 0.45)) > 15
+        for name in ("check.pgd-10", "check.long-pgd-100"):
+            assert in_l2.broken(name)[correct & (distance < 0.45)].all(), name
+
+    def test_a_trial_goes_on_from_the_worst_image(self, in_l2):
+        before = in_l2.robust()["apgd"] & in_l2.robust()["square"]
+        assert (in_l2.robust()["on"] <= before).all()
+
+
 TRACES: list[float] = []
 
 
@@ -286,7 +347,7 @@ class TestResuming:
         missing = out / "trials" / "direct" / "batch-0000.npz"
         missing.rename(tmp_path / "expected.npz")
         shares = []
-        again = evaluate(CUMULATIVE, out, report=lambda name, share: shares.append(share))
+        again = evaluate(CUMULATIVE, out, report=lambda moment: shares.append(moment.share))
         assert shares == sorted(shares) and shares[-1] == 1
         changed = [path for path in times if path.stat().st_mtime_ns != times[path]]
         assert changed == [missing]
@@ -376,9 +437,9 @@ class TestTransfer:
             (lambda x, y: {"x": x}, "expected an array x_adv, found x"),
             (lambda x, y: {"x_adv": x[1:]}, r"expected x_adv of shape \(60, 8, 8, 1\), got \(59, 8, 8, 1\)"),
             (lambda x, y: {"x_adv": x, "y": y[::-1]}, "its labels y are not those of the 60 images"),
-            (lambda x, y: {"x_adv": np.round(255 * x).astype(np.uint8)}, "x_adv must be floating and within"),
-            (lambda x, y: {"x_adv": x + 1}, "x_adv must be floating and within"),
-            (lambda x, y: {"x_adv": np.full_like(x, np.nan)}, "x_adv must be floating and within"),
+            (lambda x, y: {"x_adv": np.round(255 * x).astype(np.uint8)}, "x_adv: images must be floating"),
+            (lambda x, y: {"x_adv": x + 1}, r"x_adv: images must lie in \[0, 1\], found \["),
+            (lambda x, y: {"x_adv": np.full_like(x, np.nan)}, r"x_adv: images must lie in \[0, 1\], found \[nan"),
             (lambda x, y: {"x_adv": np.clip(x + 0.4, 0, 1)}, r"60 adversarial images .* 0.4 away .* more than Linf"),
             (lambda x, y: None, "cannot be read as an npz file"),
         ],
@@ -394,6 +455,11 @@ class TestTransfer:
             Transfer(str(tmp_path / "none.npz")).load(images, images.x, THREAT)
         with pytest.raises(InputError, match="expected a trial's files"):
             Transfer(str(tmp_path)).load(images, images.x, THREAT)
+
+    def test_rounding_at_the_edges_of_the_box_is_clipped(self, tmp_path):
+        x = np.clip(IMAGES.x, 0, 1)
+        np.savez(tmp_path / "a.npz", x_adv=np.where(x == 0, -2.98e-8, x))
+        np.testing.assert_array_equal(Transfer(str(tmp_path / "a.npz")).load(IMAGES, x, THREAT), x)
 
 
 class TestEarlyState:
@@ -430,15 +496,110 @@ class TestConfig:
             (lambda: EvalConfig(THREAT, (replace(TRIALS[0], suite="clean"),)), "found twice: clean"),
             (lambda: EvalConfig(THREAT, (), predictor=CLASSIFIER), "defence must be a name .* got 'none' for Explicit"),
             (lambda: EvalConfig(THREAT, (), defence="x"), "'none' otherwise, got 'x' for None"),
-            (lambda: EvalConfig(Linf(0.1), auto_attack(THREAT)[1:2]), "trial apgd-t attacks with radius 0.05, but"),
+            (
+                lambda: EvalConfig(Linf(0.1), auto_attack(THREAT)[1:2]),
+                r"trial apgd-t attacks within Linf\(epsilon=0.05\), but",
+            ),
             (lambda: Trial("a/b", ATTACK), "a name consists of .* got 'a/b'"),
             (lambda: Trial("union", ATTACK), "not one of clean, union, got 'union'"),
-            (lambda: threat_of(tiny.get_config(validation_attack=Noise(THREAT))), "is no PGD"),
+            (
+                lambda: threat_of(tiny.get_config(validation_attack=Rogue())),
+                "validation_attack, Rogue, declares no threat",
+            ),
         ],
     )
     def test_mistakes(self, make, words):
         with pytest.raises(InputError, match=words):
             make()
+
+    @pytest.mark.parametrize(
+        "attack",
+        [
+            APGD(L2(0.05), 2),
+            PGD(L2(0.05)),
+            Noise(Linf(0.04)),
+            Targeted(APGD(L2(0.05), 2)),
+            Targeted(Targeted(FAB(Linf(0.1)))),
+            AutoAttack.standard(L2(0.05)),
+            AutoAttack((APGD(THREAT), Square(Linf(0.1)))),
+            AutoAttack((Rogue(), Targeted(SPSA(L2(0.05))))),
+            Declared(L2(0.05)),
+        ],
+        ids=lambda attack: type(attack).__name__,
+    )
+    def test_another_threat_model_is_refused_when_the_config_is_built(self, attack):
+        words = r"trial one(: AutoAttack: expected attacks of one threat| attacks within (L2|Linf).* but the threat is)"
+        with pytest.raises(InputError, match=words):
+            EvalConfig(THREAT, (Trial("zero", ATTACK), Trial("one", attack)))
+        with pytest.raises(InputError, match=words):
+            EvalConfig(THREAT, (), replace(EXTRA, long=Trial("one", attack)))
+
+    def test_the_same_threat_model_or_none_is_accepted(self):
+        attacks = (Declared(THREAT), Rogue(), Targeted(Rogue()), AutoAttack((Rogue(),)), Declared(None))
+        EvalConfig(THREAT, tuple(Trial(f"{i}", attack) for i, attack in enumerate(attacks)))
+        with pytest.raises(InputError, match=r"diagnostics.far attacks within L2.*, expected the norm of Linf"):
+            EvalConfig(THREAT, (), replace(EXTRA, far=Trial("far", PGD(L2(0.4)))))
+
+    @pytest.mark.parametrize(("threat", "far"), [(L2(0.5), L2(4.0)), (Linf(0.1), Linf(0.8)), (Linf(0.3), Linf(1.0))])
+    def test_diagnostics_are_in_the_norm_of_the_threat(self, threat, far):
+        checks = diagnostics(threat, steps=20, surrogate=Intermediate(2))
+        EvalConfig(threat, (), checks)
+        assert checks.far.attack.threat == far
+        roles = [trial for trial in vars(checks).values() if trial is not checks.far]
+        assert {trial.attack.threat for trial in roles} == {threat}
+        gradients = {trial.surrogate for trial in vars(checks).values() if trial.attack.uses_gradients}
+        assert gradients == {Intermediate(2)}
+        with pytest.raises(InputError, match="diagnostics: steps must be >= 2, got 1"):
+            diagnostics(threat, steps=1)
+
+    @pytest.mark.parametrize("steps", [2, 3, 10, 20, 50, 100])
+    def test_names_of_our_own_making_do_not_collide(self, steps):
+        surrogates = [Direct(), Intermediate(1), Intermediate(1, 5, 1), *map(MeanOverStates, range(10))]
+        surrogates += [MeanOverStates(9, 0.5000001), MeanOverStates(9, 0.50000011), BPDA(), BPDA(random=True)]
+        surrogates += [OnBase(Direct()), OnBase(Intermediate(1)), EndToEnd(), EndToEnd(smooth=True)]
+        surrogates += [
+            WithGradient(Implicit(Broyden(steps))),
+            WithGradient(Implicit(Broyden(30))),
+            WithGradient(Phantom(5)),
+        ]
+        surrogates = list(dict.fromkeys(surrogates))
+        names = ("pgd-10", "noise", "fgsm", "pgd", "half", "long", "far", f"pgd-{steps}", f"pgd-{steps // 2}")
+        own = tuple(Trial(name, ATTACK) for name in dict.fromkeys(names))
+        trials = (*own, *with_surrogates("pgd-10", ATTACK, surrogates), *auto_attack(THREAT))
+        EvalConfig(THREAT, trials, diagnostics(THREAT, steps=steps))
+
+    def test_whose_a_name_is_that_occurs_twice(self):
+        checks = diagnostics(THREAT, steps=100)
+        mine = Trial(checks.half.name, ATTACK, suite="both")
+        words = r"found twice: both \(trials\[0\] and a suite\), check.half-pgd-50 \(trials\[1\] and diagnostics.half\)"
+        with pytest.raises(InputError, match=words):
+            EvalConfig(THREAT, (Trial("both", ATTACK), mine), checks)
+
+    @pytest.mark.parametrize(
+        "attack",
+        [
+            ATTACK,
+            PGD(L2(0.5)),
+            APGD(L2(0.5), 3),
+            Targeted(APGD(Linf(0.1))),
+            AutoAttack.plus(L2(0.5)),
+            Declared(L2(0.5)),
+        ],
+        ids=lambda attack: type(attack).__name__,
+    )
+    def test_another_radius_is_one_of_the_same_norm(self, attack):
+        train = tiny.get_config(validation_attack=attack)
+        threat = threat_of(train)
+        assert threat == attack.threat
+        changed = at_radius(train, 0.25)
+        assert threat_of(changed) == replace(threat, epsilon=0.25)
+        assert at_radius(changed, threat.epsilon) == train
+
+    def test_a_radius_that_cannot_be_changed(self):
+        with pytest.raises(InputError, match="holds its threat as a field, got Fixed"):
+            at_radius(tiny.get_config(validation_attack=Fixed()), 0.25)
+        with pytest.raises(InputError, match="epsilon must be >= 0"):
+            at_radius(tiny.get_config(), -1.0)
 
     def test_it_can_be_written_and_read_again(self):
         trials = (*TRIALS, *auto_attack(THREAT), Trial("exact", ATTACK, WithGradient(Implicit(Broyden(3)))))
@@ -456,5 +617,5 @@ class TestConfig:
 
     def test_gradient_queries(self):
         ce, targeted, fab, square = (trial.attack for trial in auto_attack(THREAT))
-        assert [gradient_queries(attack) for attack in (ce, targeted, fab, square)] == [101, 909, None, 0]
-        assert gradient_queries(replace(ATTACK, restarts=3)) == 6
+        assert [attack.gradient_queries for attack in (ce, targeted, fab, square)] == [101, 909, None, 0]
+        assert replace(ATTACK, restarts=3).gradient_queries == 6

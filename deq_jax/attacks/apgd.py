@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.attacks.best import Best, check_inputs, until_fooled
+from deq_jax.attacks.best import Best, until_fooled
+from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.threat import Threat, per_image
 from deq_jax.losses import cross_entropy
 from deq_jax.types import Array, Keys, Loss, Oracle, require
@@ -77,11 +78,18 @@ class APGD:
     restarts: int = 1
     loss: Loss = cross_entropy
 
+    uses_gradients: ClassVar[bool] = True
+
     def __post_init__(self):
         require(self.steps >= 1, f"APGD: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"APGD: restarts must be >= 1, got {self.restarts!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    @property
+    def gradient_queries(self) -> int:
+        """See `Attack`."""
+        return (self.steps + 1) * self.restarts
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Adversarial images.
 
         Args:
@@ -95,13 +103,11 @@ class APGD:
           one, and among equals the one of highest loss; x itself if none was better.
 
         Raises:
-          InputError: x or target have another shape or kind; a clean logit is not finite (not under `jax.jit`).
+          InputError: see `types.Attack`.
         """
-        check_inputs(x, target)
-        if x.shape[0] == 0:
-            return x
-        keys = Keys.of(key, x.shape[0])
+        return carry_out(self._run, oracle, x, target, key)
 
+    def _run(self, oracle, x, target, keys):
         def restart(number, best):
             return self._restart(oracle, x, target, keys.fold(1 + number), best)
 
@@ -111,7 +117,6 @@ class APGD:
     def _restart(self, oracle, x, target, keys, best):
         def query(x_adv, number, best):
             losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
-            losses = losses.astype(best.loss.dtype)
             return losses, gradient, best.update(x_adv, losses, logits, target)
 
         def step(carry, schedule):

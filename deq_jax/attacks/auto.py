@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.attacks.apgd import APGD
-from deq_jax.attacks.best import Best, check_inputs, refuse_not_finite
+from deq_jax.attacks.best import Best
 from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.fab import FAB
+from deq_jax.attacks.inputs import (
+    Guard,
+    all_finite,
+    carry_out,
+    check_classes,
+    check_inputs,
+    refuse_not_finite,
+    working_type,
+)
 from deq_jax.attacks.oracle import oracle_of
+from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.square import Square
 from deq_jax.attacks.targeted import Targeted, targeted_dlr
 from deq_jax.attacks.threat import Linf, Threat
@@ -24,28 +35,55 @@ from deq_jax.types import Array, Attack, Keys, Oracle, require
 
 
 def auto_attack(
-    logits_fn: Callable[[Array], Array], x: Array, y: Array, key: Array | Keys, epsilon: float = 8 / 255
+    logits_fn: Callable[[Array], Array],
+    x: Array,
+    y: Array,
+    key: int | Array | Keys,
+    epsilon: float | None = None,
+    *,
+    threat: Threat | None = None,
+    version: str = "standard",
+    batch_size: int = 128,
+    verbose: bool = False,
 ) -> Array:
-    """The standard AutoAttack in ℓ∞, on any JAX classifier.
+    """AutoAttack on any JAX classifier.
 
-    It compiles anew at every call, since `logits_fn` may have changed; to attack one predictor often, see
-    `AutoAttack.bind`.
+    A second call compiles nothing, if its batches have the same shape; the arrays that `logits_fn` closes over may
+    have changed. A classifier of normalised images is attacked as ``lambda x: classifier((x - mean) / deviation)``.
 
     Args:
-      logits_fn: ``x [B, H, W, C] -> logits [B, K]``, differentiable, K >= 4, deterministic, each image on
-        its own.
+      logits_fn: ``x [B, H, W, C] -> logits [B, K]``, differentiable, K >= 2, deterministic, each image on
+        its own. For a random predictor see `AutoAttack.rand`.
       x: images [B, H, W, C] in [0, 1], float.
       y: labels [B], int.
-      key: PRNG key.
-      epsilon: radius, in the unit of x.
+      key: PRNG key, or a seed.
+      epsilon: radius in ℓ∞, in the unit of x; 8/255 if there is no threat.
+      threat: norm and radius, such as ``L2(0.5)``, in place of epsilon.
+      version: "standard", "plus" or "rand": the class method of `AutoAttack`.
+      batch_size: images at a time.
+      verbose: print a line after each attack.
 
     Returns:
-      [B, H, W, C] adversarial images, within epsilon of x and within [0, 1].
+      [B, H, W, C] adversarial images, within the ball around x and within [0, 1].
 
     Raises:
-      InputError: inputs of another shape, kind or range; logits that are not finite.
+      InputError: see `types.Attack`; both epsilon and threat are given; there is no such version.
     """
-    return AutoAttack.standard(Linf(epsilon))(oracle_of(lambda x, keys: logits_fn(x)), x, y, key)
+    one = epsilon is None or threat is None
+    require(one, f"auto_attack: expected epsilon or threat, got both: {epsilon!r} and {threat!r}")
+    threat = threat or Linf(8 / 255 if epsilon is None else epsilon)
+    versions = {"standard": AutoAttack.standard, "plus": AutoAttack.plus, "rand": AutoAttack.rand}
+    require(version in versions, f"auto_attack: version must be one of {', '.join(versions)}, got {version!r}")
+    attack = versions[version](threat, batch_size)
+    return attack(oracle_of(_WithoutKeys(logits_fn)), x, y, key, verbose=verbose)
+
+
+@dataclass(frozen=True)
+class _WithoutKeys:
+    logits: Callable[[Array], Array]
+
+    def __call__(self, x: Array, keys: Keys) -> Array:
+        return self.logits(x)
 
 
 class Stage(NamedTuple):
@@ -55,11 +93,22 @@ class Stage(NamedTuple):
       attack: the one that has run; None before the first.
       x_adv: [B, H, W, C] the worst image so far.
       robust: [B] bool, whether it is classified correctly.
+      attacked: number of the images that were attacked; of all before the first attack.
+      seconds: that it took, with compilation.
     """
 
     attack: Attack | None
     x_adv: np.ndarray
     robust: np.ndarray
+    attacked: int
+    seconds: float
+
+    def described(self) -> str:
+        """One line: the attack, the accuracy after it, the images that it attacked, and the time that it took."""
+        name = "clean" if self.attack is None else _name(self.attack)
+        accuracy = 100 * float(np.mean(self.robust)) if len(self.robust) else float("nan")
+        kind = "accuracy" if self.attack is None else "robust accuracy"
+        return f"{name}: {self.attacked} images, {kind} {accuracy:.2f} %, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -104,53 +153,83 @@ class AutoAttack:
         """APGD-CE and APGD-DLR on the mean over draws: for random predictors."""
         return cls((APGD(threat), APGD(threat, loss=dlr)), batch_size, draws)
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
-        """Adversarial images, the worst case for each; see `APGD.__call__`. The target is labels [B].
+    @property
+    def threat(self) -> Threat | None:
+        """The one that its attacks declare; see `Attack`.
 
         Raises:
-          InputError: inputs of another shape, kind or range; clean logits that are not finite.
+          InputError: they declare several.
         """
-        if isinstance(x, jax.core.Tracer):
-            return self._traced(oracle, x, target, key)
-        for stage in self.stages(oracle, x, target, key):
-            x_adv = stage.x_adv
-        return jnp.asarray(x_adv)
+        declared = [threat for attack in self.attacks if (threat := getattr(attack, "threat", None)) is not None]
+        same = all(threat == declared[0] for threat in declared)
+        require(same, f"AutoAttack: expected attacks of one threat model, got {', '.join(map(str, declared))}")
+        return declared[0] if declared else None
 
-    def stages(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Iterator[Stage]:
+    @property
+    def uses_gradients(self) -> bool | None:
+        """As all of its attacks do; None where they differ, since what it breaks is then evidence of neither kind."""
+        kinds = {getattr(attack, "uses_gradients", None) for attack in self.attacks}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @property
+    def gradient_queries(self) -> int | None:
+        """Those of all its attacks; None where one does not declare them."""
+        queries = [getattr(attack, "gradient_queries", None) for attack in self.attacks]
+        known = [count for count in queries if count is not None]
+        return self.draws * sum(known) if len(known) == len(queries) else None
+
+    def __call__(
+        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, *, verbose: bool = False
+    ) -> Array:
+        """Adversarial images, the worst case for each; see `APGD.__call__`. The target is labels [B].
+
+        With `verbose` a line is printed before the first attack and after each, unless within `jax.jit`.
+        """
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, target, key))):
+            return carry_out(self._run, self._averaged(oracle), x, target, key, pairs=False)
+        for stage in self.stages(oracle, x, target, key):
+            if verbose:
+                print(stage.described(), flush=True)
+        return jnp.asarray(stage.x_adv)
+
+    def stages(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Iterator[Stage]:
         """Yields what is known before the first attack and after each; see `__call__`."""
         return self.bind(oracle)(x, target, key)
 
-    def bind(self, oracle: Oracle) -> Callable[[Array, Array, Array | Keys], Iterator[Stage]]:
-        """`stages` of one predictor, compiled once per attack and batch shape while this is kept."""
+    def bind(self, oracle: Oracle) -> Callable[[Array, Array, int | Array | Keys], Iterator[Stage]]:
+        """`stages` of one predictor, traced once per attack and batch shape while this is kept."""
         oracle = self._averaged(oracle)
-        judge = jax.jit(partial(Best.clean, oracle, margin))
-        attempts = [jax.jit(partial(_attempt, attack, oracle)) for attack in self.attacks]
+        judge = Compiled(partial(_judge, oracle))
+        attempts = [Compiled(partial(_attempt_batch, attack, oracle)) for attack in self.attacks]
         return partial(self._stages, judge, attempts)
 
     def _stages(self, judge, attempts, x, target, key):
-        x, labels = np.asarray(x), np.asarray(target)
-        _check(x, labels)
-        keys, size = Keys.of(key, len(x)), min(self.batch_size, len(x))
+        x, labels = check_inputs(x, target, pairs=False)
+        keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
         images, every = np.asarray(keys.images), np.arange(len(x))
-        best = Best(x.copy(), np.zeros(len(x), bool), np.zeros(len(x), x.dtype))
+        best = Best(x.copy(), np.zeros(len(x), bool), np.zeros(len(x), working_type(x)))
+        finite = np.ones(len(x), bool)
 
         for rows, padded in _batches(every, size):
-            _write(best, rows, judge(x[padded], labels[padded], keys.fold(0)._replace(images=images[padded])))
-        refuse_not_finite(np.isfinite(best.loss))
-        yield Stage(None, best.x.copy(), ~best.fooled)
+            own = keys.fold(0)._replace(images=images[padded])
+            found, logits = judge(x[padded], labels[padded], own)
+            check_classes(labels, logits.shape[1])
+            _write(best, rows, found)
+            finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
+            for attempt in attempts:  # what cannot be attacked is found out now
+                attempt.trace(found, x[padded], labels[padded], own)
+        refuse_not_finite(finite)
+        yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)
 
         for number, (attack, attempt) in enumerate(zip(self.attacks, attempts, strict=True)):
-            for rows, padded in _batches(every[~best.fooled], size):
+            left, started = every[~best.fooled], time.perf_counter()
+            for rows, padded in _batches(left, size):
                 own = keys.fold(1 + number)._replace(images=images[padded])
                 so_far = Best(*(part[padded] for part in best))
                 _write(best, rows, attempt(so_far, x[padded], labels[padded], own))
-            yield Stage(attack, best.x.copy(), ~best.fooled)
+            yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
 
-    def _traced(self, oracle, x, target, key):
-        check_inputs(x, target)
-        if x.shape[0] == 0:
-            return x
-        oracle, keys = self._averaged(oracle), Keys.of(key, x.shape[0])
+    def _run(self, oracle, x, target, keys):
         best = Best.clean(oracle, margin, x, target, keys.fold(0))
         for number, attack in enumerate(self.attacks):
             tried = _attempt(attack, oracle, best, x, target, keys.fold(1 + number))
@@ -161,10 +240,33 @@ class AutoAttack:
         return expectation(oracle, self.draws) if self.draws > 1 else oracle
 
 
+def _judge(oracle: Oracle, x: Array, labels: Array, keys: Keys) -> tuple[Best, Array]:
+    """What is known before the first attack, and the logits."""
+    guard = Guard.of(oracle, x)
+    logits = guard.logits(guard.centre, keys)
+    best = Best.of(guard.centre, margin, logits, labels)
+    return best._replace(x=x), logits
+
+
+def _attempt_batch(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
+    guard = Guard.of(oracle, x)
+    best = best._replace(x=best.x.astype(guard.centre.dtype))
+    best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys)
+    return best._replace(x=guard.rounded(best.x))
+
+
 def _attempt(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
     x_adv = attack(oracle, x, labels, keys.fold(0))
     logits = oracle.logits(x_adv, keys.fold(1))
     return best.update(x_adv, margin(logits, labels), logits, labels)
+
+
+def _name(attack: Attack) -> str:
+    """Such as ``Targeted APGD (targeted_dlr)``."""
+    inner, loss = getattr(attack, "attack", None), getattr(attack, "loss", None)
+    if inner is not None:
+        return f"{type(attack).__name__} {_name(inner)}"
+    return type(attack).__name__ + (f" ({getattr(loss, '__name__', loss)})" if loss else "")
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -177,10 +279,3 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarr
 def _write(best: Best, rows: np.ndarray, found: Best) -> None:
     for array, values in zip(best, found, strict=True):
         array[rows] = np.asarray(values)[: len(rows)]
-
-
-def _check(x: np.ndarray, labels: np.ndarray) -> None:
-    check_inputs(x, labels)
-    require(labels.ndim == 1, f"AutoAttack: expected labels [B], got shape {labels.shape}")
-    inside = x.size == 0 or (np.min(x) >= 0 and np.max(x) <= 1)
-    require(bool(inside), "AutoAttack: images must lie within [0, 1]")

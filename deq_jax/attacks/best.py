@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from deq_jax.attacks.inputs import all_finite, has_labels
 from deq_jax.attacks.threat import per_image
-from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle, require
+from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle
 
 
 class Best(NamedTuple):
@@ -32,23 +32,20 @@ class Best(NamedTuple):
 
     @classmethod
     def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
-        """The images themselves; costs one query of the logits. The loss is NaN where a logit is not finite.
+        """The images themselves; costs one query of the logits. The loss is NaN where a logit is not finite."""
+        return cls.of(x, loss, oracle.logits(x, keys), target)
 
-        Raises:
-          InputError: a logit is not finite; not under `jax.jit`, where it cannot be known.
-        """
-        logits = oracle.logits(x, keys)
-        finite = _all_finite(logits)
-        if not isinstance(finite, jax.core.Tracer):
-            refuse_not_finite(finite)
-        losses = jnp.where(finite, loss(logits, target), jnp.nan)
+    @classmethod
+    def of(cls, x: Array, loss: Loss, logits: Array, target: Array) -> Best:
+        """Images with these logits."""
+        losses = jnp.where(all_finite(logits), loss(logits, target), jnp.nan)
         return cls(x, is_fooled(logits, target), losses.astype(x.dtype))
 
     def update(self, x: Array, losses: Array, logits: Array, target: Array) -> Best:
         """The better of this and a candidate x, per image."""
         fooled = is_fooled(logits, target)
         gain = (fooled & ~self.fooled) | ((fooled == self.fooled) & (losses > self.loss))
-        better = gain & _all_finite(logits)
+        better = gain & all_finite(logits)
         return Best(x, fooled, losses.astype(self.loss.dtype)).where(better, self)
 
     def where(self, condition: Array, other: Best) -> Best:
@@ -81,45 +78,9 @@ def is_fooled(logits: Array, target: Array) -> Array:
     """
     if not has_labels(target):
         return jnp.zeros(logits.shape[:1], bool)
-    return (jnp.argmax(logits, axis=-1) != labels_of(target)) & _all_finite(logits)
-
-
-def has_labels(target: AnyArray) -> bool:
-    """Whether a target is labels or pairs, rather than reference logits."""
-    return jnp.issubdtype(target.dtype, jnp.integer)
+    return (jnp.argmax(logits, axis=-1) != labels_of(target)) & all_finite(logits)
 
 
 def labels_of(target: Array) -> Array:
     """The labels [B] of a target: labels [B], or pairs (label, class aimed at) [B, 2]."""
     return target if target.ndim == 1 else target[:, 0]
-
-
-def refuse_not_finite(finite: AnyArray) -> None:
-    """Raises `InputError` with the number of the images [B] whose logits are not finite, if there are any."""
-    bad = np.flatnonzero(~np.asarray(finite))
-    require(len(bad) == 0, f"attack: logits of {len(bad)} images are not finite (first: {bad[:1]})")
-
-
-def check_images(x: AnyArray) -> None:
-    """Refuses what is not float images [B, H, W, C]; see `check_inputs`."""
-    require(
-        x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating),
-        f"attack: expected float images [B, H, W, C], got {x.dtype} {x.shape}",
-    )
-
-
-def check_inputs(x: AnyArray, target: AnyArray) -> None:
-    """Refuses what is not images [B, H, W, C] with as many integer labels [B] or pairs [B, 2].
-
-    Raises:
-      InputError: naming what was expected and got.
-    """
-    check_images(x)
-    require(
-        target.shape in [(len(x),), (len(x), 2)] and has_labels(target),
-        f"attack: expected {len(x)} integer labels (or pairs of them), got {target.dtype} {target.shape}",
-    )
-
-
-def _all_finite(logits: Array) -> Array:
-    return jnp.all(jnp.isfinite(logits), axis=-1)

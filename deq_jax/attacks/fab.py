@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.attacks.best import Best, check_inputs, is_fooled, labels_of, until_fooled
+from deq_jax.attacks.best import Best, is_fooled, labels_of, until_fooled
+from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.targeted import logit_difference
 from deq_jax.attacks.threat import Threat, per_image
 from deq_jax.losses import margin
@@ -42,6 +44,9 @@ class FAB:
     eta: float = 1.05
     beta: float = 0.9
 
+    uses_gradients: ClassVar[bool] = True
+    gradient_queries: ClassVar[None] = None  # their number depends on that of the classes
+
     def __post_init__(self):
         require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"FAB: restarts must be >= 1, got {self.restarts!r}")
@@ -49,17 +54,17 @@ class FAB:
         require(self.eta >= 1, f"FAB: eta must be >= 1, got {self.eta!r}")
         require(0 < self.beta < 1, f"FAB: beta must be in (0, 1), got {self.beta!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Adversarial images of minimal norm; see `APGD.__call__`.
 
         Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
         x, else x.
         """
-        check_inputs(x, target)
-        if x.shape[0] == 0:
-            return x
-        keys, labels = Keys.of(key, x.shape[0]), labels_of(target)
-        num_classes = jax.eval_shape(oracle.logits, x, keys).shape[-1]
+        return carry_out(self._run, oracle, x, target, key)
+
+    def _run(self, oracle, x, target, keys):
+        labels = labels_of(target)
+        num_classes = jax.eval_shape(lambda: oracle.logits(x, keys)).shape[-1]
         aims = target[None, :, 1] if target.ndim == 2 else _others(labels, num_classes)
 
         def restart(number, best):
@@ -88,7 +93,7 @@ class FAB:
             point = jnp.where(per_image(fooled, x), x + self.beta * (point - x), point)
             return (point, found, jnp.where(closer, reached, distance)), None
 
-        carry = start.astype(x.dtype), x, jnp.full(x.shape[0], jnp.inf, x.dtype)
+        carry = start, x, jnp.full(x.shape[0], jnp.inf, x.dtype)
         return lax.scan(step, carry, 1 + jnp.arange(self.steps))[0][1]
 
     def _step(self, x, point, gap, normal):
@@ -119,4 +124,4 @@ class FAB:
 
 def _others(labels: Array, num_classes: int) -> Array:
     """[K - 1, B] the classes other than the label."""
-    return (labels + jnp.arange(1, num_classes, dtype=labels.dtype)[:, None]) % num_classes
+    return (labels + jnp.arange(1, num_classes, dtype=jnp.int32)[:, None]) % num_classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,22 @@ from deq_jax.types import Array, Classifier, Keys, Loss, Oracle, Variables
 
 
 def oracle_of(logits: Callable[[Array, Keys], Array]) -> Oracle:
-    """Oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``."""
+    """Oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``; equal for the same one."""
+    return Oracle(logits, _Gradient(logits))
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+
+@dataclass(frozen=True)
+class _Gradient:
+    logits: Callable[[Array, Keys], Array]
+
+    def __call__(self, loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
         def total(x):
-            scores = logits(x, keys)
+            scores = self.logits(x, keys)
             losses = loss(scores, target)
             return jnp.sum(losses), (losses, scores)
 
         gradient, (losses, scores) = jax.grad(total, has_aux=True)(x)
         return losses, scores, gradient
-
-    return Oracle(logits, grad)
 
 
 def classifier_oracle(classifier: Classifier, variables: Variables, *, random: bool = False) -> Oracle:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.attacks.best import Best, check_images, check_inputs, has_labels
+from deq_jax.attacks.best import Best
+from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.threat import Threat
 from deq_jax.losses import cross_entropy
 from deq_jax.types import Array, Keys, Loss, Oracle, require
@@ -57,6 +59,8 @@ class PGD:
     start: Start = uniform_start
     best_of: bool = True
 
+    uses_gradients: ClassVar[bool] = True
+
     def __post_init__(self):
         require(self.step_size is None or self.step_size > 0, f"PGD: step_size must be > 0, got {self.step_size!r}")
         require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
@@ -64,7 +68,12 @@ class PGD:
         alone = self.best_of or self.restarts == 1
         require(alone, f"PGD: without best_of there is one restart, got restarts={self.restarts!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    @property
+    def gradient_queries(self) -> int:
+        """See `Attack`."""
+        return self.steps * self.restarts
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Adversarial images.
 
         Args:
@@ -77,12 +86,11 @@ class PGD:
           [B, H, W, C], within epsilon of x and within [0, 1].
 
         Raises:
-          InputError: see `APGD.__call__`; logits are looked at with best_of alone.
+          InputError: see `types.Attack`; whether clean logits are finite is looked at with best_of alone.
         """
-        check_inputs(x, target) if has_labels(target) else check_images(x)
-        keys = Keys.of(key, x.shape[0])
-        if x.shape[0] == 0:
-            return x
+        return carry_out(self._run, oracle, x, target, key, reference=True, asks=self.best_of)
+
+    def _run(self, oracle, x, target, keys):
         if not self.best_of:
             return self._restart(oracle, x, target, keys.fold(0), None)[0]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.attacks.best import Best, check_inputs
+from deq_jax.attacks.best import Best
+from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.threat import Threat, per_image
 from deq_jax.losses import margin
 from deq_jax.types import Array, Keys, Loss, Oracle, require
@@ -40,19 +42,20 @@ class SPSA:
     probe: float = 0.01
     loss: Loss = margin
 
+    uses_gradients: ClassVar[bool] = False
+    gradient_queries: ClassVar[int] = 0
+
     def __post_init__(self):
         require(self.steps >= 1, f"SPSA: steps must be >= 1, got {self.steps!r}")
         require(self.samples >= 1, f"SPSA: samples must be >= 1, got {self.samples!r}")
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
         require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
-        check_inputs(x, target)
-        if x.shape[0] == 0:
-            return x
-        keys = Keys.of(key, x.shape[0])
+        return carry_out(self._run, oracle, x, target, key)
 
+    def _run(self, oracle, x, target, keys):
         def ascend(number, carry):
             x_adv, best = carry
             own = keys.fold(number)
@@ -74,6 +77,7 @@ class SPSA:
             side = 1 - 2 * (number % 2)
             direction = side * own.draw(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
             logits = oracle.logits(jnp.clip(x + self.probe * direction, 0, 1), own)
-            return total + per_image(self.loss(logits, target), x) * direction, None
+            losses = self.loss(logits, target).astype(x.dtype)
+            return total + per_image(losses, x) * direction, None
 
         return lax.scan(add, jnp.zeros_like(x), jnp.arange(2 * self.samples))[0]

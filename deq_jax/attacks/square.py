@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.attacks.best import Best, check_inputs, labels_of, until_fooled
+from deq_jax.attacks.best import Best, labels_of, until_fooled
+from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.threat import L2, Linf, Threat
 from deq_jax.losses import margin
 from deq_jax.types import Array, Keys, Oracle, require
@@ -34,20 +36,23 @@ class Square:
     p_init: float = 0.8
     rescaled: bool = False
 
+    uses_gradients: ClassVar[bool] = False
+    gradient_queries: ClassVar[int] = 0
+
     def __post_init__(self):
         require(isinstance(self.threat, Linf | L2), f"Square: threat must be Linf or L2, got {self.threat!r}")
         require(self.queries >= 1, f"Square: queries must be >= 1, got {self.queries!r}")
         require(0 < self.p_init <= 1, f"Square: p_init must be in (0, 1], got {self.p_init!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Adversarial images; see `APGD.__call__`. Of a pair (label, class aimed at) only the label counts.
 
         An image is left alone once it is misclassified.
         """
-        check_inputs(x, target)
-        if x.shape[0] == 0:
-            return x
-        keys, labels = Keys.of(key, x.shape[0]), labels_of(target)
+        return carry_out(self._run, oracle, x, target, key)
+
+    def _run(self, oracle, x, target, keys):
+        labels = labels_of(target)
         start, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 

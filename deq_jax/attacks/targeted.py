@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.attacks.best import Best, check_inputs, until_fooled
-from deq_jax.losses import margin
+from deq_jax.attacks.best import Best, until_fooled
+from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.threat import Threat
+from deq_jax.losses import class_numbers, margin
 from deq_jax.types import Array, Attack, Keys, Oracle, require
 
 
@@ -19,7 +21,7 @@ def logit_difference(logits: Array, target: Array) -> Array:
       logits: [B, K].
       target: [B, 2] int, (label, class aimed at).
     """
-    picked = jnp.take_along_axis(logits, target, axis=-1)
+    picked = jnp.take_along_axis(logits, class_numbers(target, pairs=True), axis=-1)
     return picked[:, 1] - picked[:, 0]
 
 
@@ -27,12 +29,14 @@ def targeted_dlr(logits: Array, target: Array) -> Array:
     """Targeted difference of logits ratio ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, [B].
 
     Args:
-      logits: [B, K], K >= 4.
+      logits: [B, K]. With fewer than 4 classes it is the `logit_difference`: of 2 logits every ratio is constant, of 3
+        that for the least likely class.
       target: [B, 2] int, (label y, class t aimed at).
 
     References: Croce & Hein 2020a, eq. 7.
     """
-    require(logits.shape[-1] >= 4, f"targeted_dlr: needs at least 4 classes, got {logits.shape[-1]}")
+    if logits.shape[-1] < 4:
+        return logit_difference(logits, target)
     top = lax.top_k(logits, 4)[0]
     return logit_difference(logits, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
@@ -52,16 +56,30 @@ class Targeted:
     def __post_init__(self):
         require(self.classes >= 1, f"Targeted: classes must be >= 1, got {self.classes!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: Array | Keys) -> Array:
+    @property
+    def threat(self) -> Threat | None:
+        """That of the attack within; see `Attack`."""
+        return getattr(self.attack, "threat", None)
+
+    @property
+    def uses_gradients(self) -> bool | None:
+        """As the attack within does; see `Attack`."""
+        return getattr(self.attack, "uses_gradients", None)
+
+    @property
+    def gradient_queries(self) -> int | None:
+        """Those for all classes; see `Attack`."""
+        queries = getattr(self.attack, "gradient_queries", None)
+        return None if queries is None else queries * self.classes
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
         """Adversarial images; see `APGD.__call__`. The target is labels [B].
 
         Images that one class has fooled are left alone by the next.
         """
-        check_inputs(x, target)
-        if x.shape[0] == 0:
-            return x
-        require(target.ndim == 1, f"Targeted: expected labels [B], got shape {target.shape}")
-        keys = Keys.of(key, x.shape[0])
+        return carry_out(self._run, oracle, x, target, key, pairs=False)
+
+    def _run(self, oracle, x, target, keys):
         wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), target)
 
         def attempt(number, best):
@@ -79,4 +97,4 @@ def _wrong_classes(logits: Array, labels: Array) -> Array:
     """[B, K - 1] the classes other than the label, likeliest first."""
     is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
     order = jnp.argsort(jnp.where(is_label, jnp.inf, -logits), axis=-1)  # the label comes last
-    return order[:, :-1].astype(labels.dtype)
+    return order[:, :-1].astype(jnp.int32)

@@ -56,6 +56,8 @@ class Linf:
 
     def __post_init__(self):
         require(self.epsilon >= 0, f"Linf: epsilon must be >= 0, got {self.epsilon!r}")
+        unit = f"did you mean {self.epsilon:g}/255?" if self.epsilon <= 255 else "1 is the whole range"
+        require(self.epsilon <= 1, f"Linf: epsilon is in the unit of x, [0, 1], got {self.epsilon!r}; {unit}")
 
     def length(self, delta: Array) -> Array:
         """See `Threat.length`."""

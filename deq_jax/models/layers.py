@@ -9,6 +9,7 @@ to XLA's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from deq_jax.types import Array, Keys, require
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 NORM_EPSILON = 1e-5
+PARAM_DTYPE = jnp.float32  # whatever the default, which `jax_enable_x64` changes
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -173,7 +175,7 @@ class GroupNorm(nn.Module):
         require(divides, f"GroupNorm: {channels} channels do not divide into {self.groups} groups")
 
         def group_mean(x: Array) -> Array:
-            means = jnp.mean(x, axis=(1, 2)).reshape(-1, self.groups, channels // self.groups).mean(axis=-1)
+            means = jnp.mean(x, axis=(1, 2)).reshape(len(x), self.groups, channels // self.groups).mean(axis=-1)
             return jnp.repeat(means, channels // self.groups, axis=1)[:, None, None]
 
         dtype = x.dtype
@@ -181,8 +183,8 @@ class GroupNorm(nn.Module):
         x = x - group_mean(x)
         gain = lax.rsqrt(group_mean(jnp.square(x)) + NORM_EPSILON)
         if self.affine:
-            gain *= self.param("scale", initializers.ones, (channels,))
-            x = x * gain + self.param("bias", initializers.zeros, (channels,))
+            gain *= self.param("scale", initializers.ones, (channels,), PARAM_DTYPE)
+            x = x * gain + self.param("bias", initializers.zeros, (channels,), PARAM_DTYPE)
         else:
             x = x * gain
         return x.astype(dtype)
@@ -208,9 +210,9 @@ class BatchNorm(nn.Module):
           train: use the statistics of the batch and update the running ones.
           axis_name: mapped axis over whose devices the batch is spread.
         """
-        features = x.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        like_features = x.shape[-1:], PARAM_DTYPE
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *like_features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, *like_features)
         mean, var = running_mean.value, running_var.value
         if train:
             axes = tuple(range(x.ndim - 1))
@@ -220,11 +222,13 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 count = x.size // x.shape[-1] * (lax.axis_size(axis_name) if axis_name else 1)
                 unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = 0.9 * running_mean.value + 0.1 * lax.stop_gradient(mean)
-                running_var.value = 0.9 * running_var.value + 0.1 * lax.stop_gradient(unbiased)
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    moved = 0.9 * running.value + 0.1 * lax.stop_gradient(new)
+                    running.value = moved.astype(running.value.dtype)
         y = (x - mean) * lax.rsqrt(var + NORM_EPSILON)
         if self.affine:
-            y = y * self.param("scale", initializers.ones, features) + self.param("bias", initializers.zeros, features)
+            y = y * self.param("scale", initializers.ones, *like_features)
+            y = y + self.param("bias", initializers.zeros, *like_features)
         return y
 
 
@@ -232,3 +236,29 @@ def dropout_mask(keys: Keys, channels: int, rate: float, dtype: Any) -> Array:
     """One variational channel mask per image, [B, 1, 1, channels]: 0 or 1 / (1 - rate)."""
     keep = keys.draw(lambda key: jax.random.bernoulli(key, 1 - rate, (1, 1, channels)))
     return keep.astype(dtype) / (1 - rate)
+
+
+def dropout_by_image(keys: Keys | None) -> AbstractContextManager[Any]:
+    """Within it, Flax's ``nn.Dropout`` draws the mask of each image [b, ...] of a batch by the image's number.
+
+    So neither the batch nor the number of devices changes a mask. A mask that the batch shares stays as Flax draws it.
+
+    Args:
+      keys: of the batch; None where nothing is drawn.
+    """
+    if keys is None:
+        return nullcontext()
+
+    def draw(call, args, kwargs, context):
+        dropout = context.module
+        if type(dropout) is not nn.Dropout or not args or len(args) > 2 or kwargs.get("rng") is not None:
+            return call(*args, **kwargs)
+        x, *rest = args
+        shared = {axis % x.ndim for axis in dropout.broadcast_dims}
+        if len(x) != len(keys.images) or 0 in shared or not dropout.has_rng(dropout.rng_collection):
+            return call(*args, **kwargs)
+        each = keys._replace(shared=dropout.make_rng(dropout.rng_collection)).each()
+        alone, options = dropout.clone(parent=None), {name: kwargs[name] for name in kwargs if name != "rng"}
+        return jax.vmap(lambda row, key: alone.apply({}, row[None], *rest, rng=key, **options)[0])(x, each)
+
+    return nn.intercept_methods(draw)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 
-from deq_jax.models.layers import BatchNorm, GroupNorm, conv, conv_layer, dropout_mask
+from deq_jax.models.layers import PARAM_DTYPE, BatchNorm, GroupNorm, conv, conv_layer, dropout_mask
 from deq_jax.types import Array, Injection, Keys, require
 
 HEAD_EXPANSION = 4
@@ -222,10 +222,11 @@ class WeightNormConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        v = self.param("v", _uniform, (self.size, self.size, x.shape[-1], self.features))
+        v = self.param("v", _uniform, (self.size, self.size, x.shape[-1], self.features), PARAM_DTYPE)
         g = self.param("g", lambda key: _norm(v))
         edge = (self.size // 2, self.size // 2)
         kernel = v * (g / _norm(v)).astype(v.dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel)  # as nn.Conv does
         return conv(x, kernel, (1, 1), (edge, edge))
 
 

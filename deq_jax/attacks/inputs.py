@@ -1,0 +1,255 @@
+"""The entry of every attack: what it is given is checked, brought to one precision, and compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deq_jax.attacks.programs import Compiled
+from deq_jax.attacks.threat import per_image
+from deq_jax.box import BOX_TOLERANCE, clip_to_box
+from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle, require
+
+Run = Callable[[Oracle, Array, Array, Keys], Array]
+"""``(oracle, x, target, keys) -> x_adv``: what an attack does once its inputs are known to make sense."""
+
+
+def carry_out(
+    run: Run,
+    oracle: Oracle,
+    x: AnyArray,
+    target: AnyArray,
+    key: int | Array | Keys,
+    *,
+    pairs: bool = True,
+    reference: bool = False,
+    asks: bool = True,
+) -> Array:
+    """Checks the inputs of an attack and carries it out.
+
+    `run` works in float32, in float64 only if the images are; labels are int32; the oracle's answers come in these
+    types. Outside of `jax.jit` it is compiled as a whole, and once for the same program (see `programs.Compiled`);
+    everything is refused that cannot be meant. Within `jax.jit` values are not known: there images outside [0, 1]
+    come back as NaN, and images whose label is no class, or whose logits are not finite, come back as they are.
+
+    Args:
+      run: the attack itself.
+      oracle, x, target, key: as they were given to the attack; see `types.Attack`.
+      pairs: whether the target may be pairs (label, class aimed at), too.
+      reference: whether it may be reference logits.
+      asks: whether the attack asks for the logits of the images themselves, which then must be finite.
+
+    Returns:
+      Images of the dtype of x. Those of half precision are rounded towards x, and so stay in the ball; the oracle is
+      asked about the rounded ones.
+
+    Raises:
+      InputError: the inputs are not as in `types.Attack`.
+    """
+    if isinstance(oracle, Guard):  # part of another attack
+        return run(cast(Oracle, replace(oracle, centre=x)), x, target, Keys.of(key, len(x)))
+    given, (x, target) = x, check_inputs(x, target, pairs=pairs, reference=reference)
+    if len(x) == 0:
+        return given
+    keys = Keys.of(key, len(x))
+
+    def attack(x: Array, target: Array, keys: Keys) -> Array:
+        guard = Guard.of(oracle, x, checked)
+        kind = jnp.int32 if has_labels(target) else working_type(x)  # narrower types cannot hold all class numbers
+        return guard.rounded(run(cast(Oracle, guard), guard.centre, target.astype(kind), keys))
+
+    def finite(x: Array, keys: Keys) -> Array:
+        guard = Guard.of(oracle, x, checked)
+        return all_finite(guard.logits(guard.centre, keys))
+
+    checked = target
+    if any(_is_traced(leaf) for leaf in jax.tree.leaves((x, target, keys))):
+        x_adv = attack(jnp.asarray(x), jnp.asarray(target), keys)
+        return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if _is_traced(x) else x_adv
+    if asks:
+        refuse_not_finite(Compiled(finite)(x, keys.fold(0)))
+    return Compiled(attack)(x, target, keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """An `Oracle` whose answers are checked and come in the working precision; it is asked in that of the images.
+
+    Attributes:
+      oracle: that is asked.
+      centre: the images [B, H, W, C] around which the attack looks, in the working precision.
+      given: dtype of the images as they were given.
+      target: of the whole attack, to be compared with the number of classes; None if another does that.
+    """
+
+    oracle: Oracle
+    centre: Array
+    given: Any
+    target: AnyArray | None = None
+
+    @classmethod
+    def of(cls, oracle: Oracle, x: Array, target: AnyArray | None = None) -> Guard:
+        """Of an attack on the images x, which it takes into the working precision."""
+        return cls(oracle, x.astype(working_type(x)), x.dtype, target)
+
+    def logits(self, x: Array, keys: Keys) -> Array:
+        """See `Oracle.logits`."""
+        return self._checked(self.oracle.logits(self.rounded(x), keys), len(x))
+
+    def grad(self, loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        """See `Oracle.grad`."""
+
+        def judge(logits: Array, target: Array) -> Array:
+            logits = self._checked(logits)
+            losses = loss(logits, target)
+            expected = f"attack: expected a loss of shape [{len(logits)}], one per image, got {_described(losses)}"
+            require(jnp.shape(losses) == logits.shape[:1], expected)
+            return losses
+
+        answer = self.oracle.grad(judge, self.rounded(x), target, keys)
+        expected = "attack: expected Oracle.grad to give (losses [B], logits [B, K], gradient [B, H, W, C])"
+        require(isinstance(answer, tuple) and len(answer) == 3, f"{expected}, got {_described(answer)}")
+        losses, logits, gradient = answer
+        same = jnp.shape(losses) == x.shape[:1] and jnp.shape(gradient) == x.shape
+        require(same, f"{expected} of images {x.shape}, got {', '.join(_described(part) for part in answer)}")
+        return losses.astype(x.dtype), self._checked(logits, len(x)), gradient.astype(x.dtype)
+
+    def rounded(self, x: Array) -> Array:
+        """x in the dtype of the images; where rounding would lead farther from them, it goes the other way."""
+        if self.given == x.dtype:
+            return x
+        kind, distance = jnp.finfo(self.given), jnp.abs(x - self.centre)
+        nearest = lax.reduce_precision(x, kind.nexp, kind.nmant).astype(self.given)  # XLA may drop pairs of casts
+        found = self.centre.astype(self.given)
+        for candidate in (jnp.nextafter(nearest, found), nearest):
+            near = jnp.abs(candidate.astype(x.dtype) - self.centre) <= distance
+            found = jnp.where(near, candidate, found)
+        return found
+
+    def _checked(self, logits: Any, batch_size: int | None = None) -> Array:
+        is_array = isinstance(logits, jax.Array | np.ndarray)
+        shape: tuple[int, ...] = logits.shape if is_array else ()
+        fits = len(shape) == 2 and batch_size in (None, shape[0])
+        size = "B" if batch_size is None else batch_size
+        require(fits, f"attack: expected logits [{size}, K], got {_described(logits)}")
+        way = "if that is one output s [B, 1] per image, two logits are jnp.concatenate([0 * s, s], axis=1)"
+        require(shape[1] >= 2, f"attack: expected logits [B, K] with K >= 2, got {_described(logits)}; {way}")
+        if self.target is not None:
+            check_classes(self.target, shape[1])
+        return logits.astype(self.centre.dtype)
+
+
+def check_inputs(
+    x: AnyArray, target: AnyArray, *, pairs: bool = True, reference: bool = False
+) -> tuple[AnyArray, AnyArray]:
+    """Images, clipped to [0, 1] by no more than rounding, and their target; as they were given if traced.
+
+    Args:
+      x, target, pairs, reference: see `carry_out`.
+
+    Raises:
+      InputError: naming what was expected and got.
+    """
+    x, target = (value if _is_traced(value) else np.asarray(value) for value in (x, target))
+    is_image = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating)
+    require(is_image, f"attack: expected float images [B, H, W, C], got {_described(x)}")
+    _, rows, height, width = x.shape
+    first = min(height, width) > 4 and (rows == 3 or (rows == 1 and height == width))
+    way = "x.transpose(0, 2, 3, 1) is [B, H, W, C]"
+    require(not first, f"attack: expected images [B, H, W, C], and {x.shape} looks like [B, C, H, W]: {way}")
+    if not (reference and jnp.issubdtype(target.dtype, jnp.floating) and target.ndim == 2):
+        _check_labels(target, len(x), pairs)
+    require(len(target) == len(x), f"attack: expected {len(x)} reference logits [B, K], got {_described(target)}")
+    return clip_to_box(x, "attack"), target
+
+
+def check_oracle(oracle: Oracle, x: AnyArray, labels: AnyArray) -> None:
+    """Refuses what does not fit together, as an attack does, by the shapes of the logits; nothing is computed.
+
+    Args:
+      oracle: of the predictor.
+      x: images [B, H, W, C] in [0, 1], a few of those that are to be attacked.
+      labels: [N], of all of them.
+    """
+
+    def logits(x: Array, keys: Keys) -> Array:
+        guard = Guard.of(oracle, x, labels)
+        return guard.logits(guard.centre, keys)
+
+    jax.eval_shape(logits, x, Keys.of(0, len(x)))
+
+
+def check_classes(target: AnyArray, num_classes: int) -> None:
+    """Refuses labels, or pairs, that do not lie below the number of classes; what is traced is not looked at."""
+    if not has_labels(target):
+        expected = f"attack: expected reference logits of {num_classes} classes, as the predictor's"
+        require(target.shape[1] == num_classes, f"{expected}, got {_described(target)}")
+        return
+    both = "which pairs (label, class aimed at) and one-hot rows could both be"
+    ambiguous = f"attack: with 2 classes expected labels [B], got {_described(target)}, {both}"
+    require(target.ndim == 1 or num_classes > 2, f"{ambiguous}: take pairs[:, 0] or rows.argmax(axis=1)")
+    if not _is_traced(target) and target.size > 0:
+        low, high = (int(end) for end in (np.min(np.asarray(target)), np.max(np.asarray(target))))
+        found = low if low < 0 else high
+        require(0 <= found < num_classes, f"attack: labels must lie in 0..{num_classes - 1}, found {found}")
+
+
+def working_type(x: AnyArray) -> Any:
+    """The dtype in which images are attacked: float32, or float64 if they are."""
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def has_labels(target: AnyArray) -> bool:
+    """Whether a target is labels or pairs, rather than reference logits."""
+    return jnp.issubdtype(target.dtype, jnp.integer)
+
+
+def all_finite(logits: AnyArray) -> Array:
+    """[B], whether all logits of an image are finite."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def refuse_not_finite(finite: AnyArray) -> None:
+    """Raises `InputError` with the number of the images [B] whose logits are not finite, if there are any."""
+    if not _is_traced(finite):
+        bad = np.flatnonzero(~np.asarray(finite))
+        require(len(bad) == 0, f"attack: logits of {len(bad)} images are not finite (first: {bad[:1]})")
+
+
+def _check_labels(target: AnyArray, size: int, pairs: bool) -> None:
+    shapes = [(size,), (size, 2)] if pairs else [(size,)]
+    kind = "integer labels (or pairs of them)" if pairs else "integer labels [B]"
+    way = "of one-hot rows take rows.argmax(axis=1)" if target.ndim == 2 else "one per image"
+    fits = target.shape in shapes and has_labels(target)
+    require(fits, f"attack: expected {size} {kind}, got {_described(target)}; {way}")
+    if target.ndim == 2 and not _is_traced(target):
+        same = np.flatnonzero(target[:, 0] == target[:, 1])
+        found = f"found {tuple(target[same[0]].tolist())} for image {same[0]}" if len(same) else ""
+        require(len(same) == 0, f"attack: of a pair (label, class aimed at) the two must differ, {found}")
+
+
+def _is_outside(x: Array) -> Array:
+    """[B], whether an image has a pixel that is not in [0, 1] but for rounding, or NaN."""
+    inside = (x >= -BOX_TOLERANCE) & (x <= 1 + BOX_TOLERANCE)
+    return ~jnp.all(inside, axis=(1, 2, 3))
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, dict):
+        return f"a dict with keys {', '.join(map(str, value))}"
+    if isinstance(value, tuple | list):
+        name = "tuple" if type(value) is tuple else type(value).__name__
+        return f"a {name} of {', '.join(_described(part) for part in value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,72 @@
+"""Eager calls that compile once: whatever compiles to the same program shares an executable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+
+from deq_jax.types import PyTree
+
+KEPT = 64  # executables
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A function of arrays, compiled for each combination of shapes that it is called with.
+
+    `jax.jit` knows a function by its identity: a new lambda is compiled anew, and arrays that a function closes over
+    are read once and for all, so that a model that was trained on would be attacked as it was before. Here the
+    function is traced when it is first called, which is cheap, and its program is looked up among those of all
+    functions. What it closes over are arguments of that program: other values need no other executable.
+
+    Attributes:
+      function: ``(*args) -> arrays``, pure, of pytrees of arrays.
+    """
+
+    function: Callable[..., PyTree]
+    _programs: dict[Any, Callable[..., PyTree]] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        return self.trace(*args)(*args)
+
+    def trace(self, *args: PyTree) -> Callable[..., PyTree]:
+        """The program for arguments of these shapes; nothing is compiled or run yet."""
+        shapes = jax.tree.structure(args), *map(jax.typeof, jax.tree.leaves(args))
+        if shapes not in self._programs:
+            self._programs[shapes] = _program(self.function, *args)
+        return self._programs[shapes]
+
+
+def _program(function: Callable[..., PyTree], *args: PyTree) -> Callable[..., PyTree]:
+    if jax.config.jax_disable_jit:
+        return function
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(*leaves: Any) -> PyTree:  # a new function, since jax knows traces by their identity, too
+        return function(*jax.tree.unflatten(tree, leaves))
+
+    traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
+    if any(isinstance(constant, jax.core.Tracer) for constant in traced.consts):
+        return function  # part of another trace, whose own compilation it belongs to
+    with_arguments = jax.make_jaxpr(partial(jax.core.eval_jaxpr, traced.jaxpr))(traced.consts, *leaves)
+    run = jax.jit(lambda consts, *leaves: jax.core.eval_jaxpr(with_arguments.jaxpr, [], *consts, *leaves))
+    text = run.lower(traced.consts, *leaves).as_text()
+    run, result = _kept(_Executable(hashlib.sha256(text.encode()).digest(), run)), jax.tree.structure(shapes)
+    return lambda *args: jax.tree.unflatten(result, run(traced.consts, *jax.tree.leaves(args)))
+
+
+@dataclass(frozen=True)
+class _Executable:
+    digest: bytes
+    run: Callable[..., list] = field(compare=False)
+
+
+@lru_cache(maxsize=KEPT)
+def _kept(executable: _Executable) -> Callable[..., list]:
+    """The first one with this digest."""
+    return executable.run

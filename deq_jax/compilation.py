@@ -1,0 +1,44 @@
+"""Functions that keep what they have compiled, so that calls outside `jax.jit` are fast as well."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import jax
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(*static: str) -> Callable[[Function], Function]:
+    """Decorator: compiles a function once for equal static arguments and shapes; within `jax.jit` it changes nothing.
+
+    A callable that is not hashable, or made anew for every call, is compiled at every call.
+
+    Args:
+      static: names of the arguments that are no arrays. They are compared by value, and must be pure.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        jitted = jax.jit(function, static_argnames=static)
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            keep = _is_hashable([given.get(name) for name in static])
+            return (jitted if keep else function)(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _is_hashable(values: list[Any]) -> bool:
+    try:
+        hash(tuple(values))
+    except TypeError:
+        return False
+    return True

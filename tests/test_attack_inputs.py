@@ -1,0 +1,463 @@
+"""What attacks refuse, in which precision they work, and how often they compile; the same for all of them."""
+
+import dataclasses
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import monitoring
+
+from deq_jax import losses
+from deq_jax.adaptive import LowEntropy
+from deq_jax.attacks import (
+    APGD,
+    FAB,
+    L2,
+    PGD,
+    SPSA,
+    AutoAttack,
+    Linf,
+    Square,
+    Targeted,
+    auto_attack,
+    logit_difference,
+    oracle_of,
+    targeted_dlr,
+)
+from deq_jax.attacks.inputs import check_oracle
+from deq_jax.trials import Noise, diagnostics
+from deq_jax.types import InputError, Keys, Oracle
+
+KEY = jax.random.key(0)
+SHAPE, CLASSES, BATCH = (4, 4, 1), 5, 6
+X = jax.random.uniform(jax.random.key(1), (BATCH, *SHAPE))
+
+
+def linear(num_classes=CLASSES, seed=0, dtype=jnp.float32):
+    weights = jnp.asarray(np.random.default_rng(seed).normal(size=(16, num_classes)), dtype)
+    return lambda x, keys=None: x.reshape(len(x), 16) @ weights
+
+
+MODEL = linear()
+Y = jnp.argmax(MODEL(X), axis=1)
+
+
+def attacks_within(threat):
+    return {
+        "pgd": PGD(threat, steps=2),
+        "pgd_last": PGD(threat, steps=2, best_of=False),
+        "apgd": APGD(threat, steps=3),
+        "apgd_t": Targeted(APGD(threat, steps=2, loss=targeted_dlr), classes=3),
+        "fab": FAB(threat, steps=2),
+        "square": Square(threat, queries=4),
+        "spsa": SPSA(threat, steps=2, samples=2),
+        "auto": AutoAttack((APGD(threat, steps=2), FAB(threat, steps=2)), batch_size=4),
+        "noise": Noise(threat),
+    }
+
+
+ATTACKS = attacks_within(Linf(0.1))
+EVERY = pytest.mark.parametrize("name", ATTACKS)
+ASKING = pytest.mark.parametrize("name", [name for name in ATTACKS if name != "noise"])
+
+
+def attack(name, logits=MODEL, x=X, y=Y, key=KEY):
+    return ATTACKS[name](oracle_of(logits), x, y, key)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("x", "found"),
+    [
+        ((X - 0.45) / 0.2, r"images must lie in \[0, 1\], found \[-2\.\d+, 2\.\d+\]"),
+        (255 * X, r"images must lie in \[0, 1\], found"),
+        (X.at[2, 0, 0, 0].set(1.00001), r"found \[0\.\d+, 1\.00001\d*\]"),
+        (X.at[2, 0, 0, 0].set(jnp.nan), r"found \[nan, nan\]"),
+        ((255 * X).astype(jnp.uint8), "expected float images"),
+        (X[0], "expected float images"),
+        (jnp.ones((2, 3, 6, 12)), "looks like"),
+    ],
+    ids=["normalised", "bytes", "beyond", "nan", "integers", "one", "channels-first"],
+)
+def test_images_that_are_none(name, x, found):
+    with pytest.raises(InputError, match=found):
+        attack(name, x=x, y=Y[: len(x)])
+
+
+@EVERY
+def test_within_jit_an_image_outside_the_box_comes_back_as_nan(name):
+    """It cannot be refused there, and a classifier of normalised images would look robust."""
+    x = X.at[1].add(1.0).at[2, 0, 0, 0].set(-3e-8).at[3].set(jnp.nan)
+    y = jnp.argmax(MODEL(jnp.clip(x, 0, 1)), axis=1)
+    x_adv = jax.jit(lambda x: attack(name, x=x, y=y))(x)
+    np.testing.assert_array_equal(jnp.all(jnp.isnan(x_adv), axis=(1, 2, 3)), [False, True, False, True, False, False])
+    assert jnp.all((x_adv >= 0) & (x_adv <= 1) | jnp.isnan(x_adv))
+
+
+@EVERY
+def test_rounding_at_the_edges_of_the_box_is_clipped(name):
+    x = np.array(X)
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = -2.98e-8, np.float32(1.0000001)
+    x_adv = attack(name, x=x)
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+@ASKING
+@pytest.mark.parametrize(
+    ("logits", "found"),
+    [
+        (lambda x, keys: MODEL(x)[:, :1], r"K >= 2, got float32 \(6, 1\); .*jnp.concatenate\(\[0 \* s, s\], axis=1\)"),
+        (lambda x, keys: (MODEL(x), x), r"expected logits \[.*, K\], got a tuple of float32 \(6, 5\), float32 \(6, 4"),
+        (lambda x, keys: {"logits": MODEL(x)}, r"expected logits \[.*, K\], got a dict with keys logits"),
+        (lambda x, keys: MODEL(x)[:, 0], r"expected logits \[.*, K\], got float32 \(6,\)"),
+        (lambda x, keys: MODEL(x)[:, None], r"expected logits \[.*, K\], got float32 \(6, 1, 5\)"),
+        (lambda x, keys: None, r"expected logits \[.*, K\], got a NoneType"),
+    ],
+    ids=["one-output", "tuple", "dict", "flat", "extra-axis", "none"],
+)
+def test_logits_that_are_none(name, logits, found):
+    eager = ATTACKS[name] if name != "auto" else AutoAttack(ATTACKS[name].attacks)
+    with pytest.raises(InputError, match=found):
+        eager(oracle_of(logits), X, Y, KEY)
+    with pytest.raises(InputError, match=found):
+        jax.jit(lambda x: attack(name, logits, x))(X)
+
+
+@ASKING
+@pytest.mark.parametrize(
+    ("y", "found"),
+    [
+        (Y.at[3].set(9), r"labels must lie in 0\.\.4, found 9"),
+        (Y.at[3].set(5), r"labels must lie in 0\.\.4, found 5"),
+        (Y.at[3].set(-1), r"labels must lie in 0\.\.4, found -1"),
+        (np.full(BATCH, 2**40), r"labels must lie in 0\.\.4, found 1099511627776"),
+    ],
+    ids=["nine", "five", "negative", "huge"],
+)
+def test_labels_that_are_no_classes(name, y, found):
+    with pytest.raises(InputError, match=found):
+        attack(name, y=y)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "y", [jax.nn.one_hot(Y, CLASSES, dtype=int), Y[:, None], Y.astype(bool), Y[:4]], ids=["rows", "2d", "bool", "few"]
+)
+def test_labels_that_are_none(name, y):
+    with pytest.raises(InputError, match="expected 6 integer labels"):
+        attack(name, y=y)
+
+
+@pytest.mark.parametrize("name", ["apgd", "fab", "square", "spsa", "pgd"])
+def test_pairs_that_are_none(name):
+    with pytest.raises(InputError, match=r"the two must differ, found \(3, 3\) for image 4"):
+        attack(name, y=jnp.stack([Y, (Y + 1) % CLASSES], 1).at[4].set(3))
+    with pytest.raises(InputError, match=r"labels must lie in 0\.\.4, found 7"):
+        attack(name, y=jnp.stack([Y, jnp.full_like(Y, 7)], 1))
+    rows = jax.nn.one_hot(Y % 2, 2, dtype=int)
+    with pytest.raises(InputError, match=r"with 2 classes expected labels \[B\], got .*rows.argmax"):
+        attack(name, linear(2), y=rows)
+
+
+@pytest.mark.parametrize("loss", [losses.cross_entropy, losses.margin, losses.dlr])
+def test_losses_of_labels_refuse_other_targets(loss):
+    for rows in (jax.nn.one_hot(Y, CLASSES), jax.nn.one_hot(Y, CLASSES, dtype=int), jnp.stack([Y, Y], 1)):
+        with pytest.raises(InputError, match=r"expected integer labels \[B\], got .*; a loss of pairs is logit_diff"):
+            loss(MODEL(X), rows)
+    with pytest.raises(InputError, match="a loss of pairs is logit_difference"):
+        Targeted(APGD(Linf(0.1), 2))(oracle_of(MODEL), X, Y, KEY)
+
+
+@pytest.mark.parametrize("loss", [logit_difference, targeted_dlr])
+def test_losses_of_pairs_refuse_other_targets(loss):
+    for target in (Y, jax.nn.one_hot(Y, CLASSES)):
+        with pytest.raises(InputError, match=r"expected pairs \(label, class aimed at\) \[B, 2\]"):
+            loss(MODEL(X), target)
+
+
+def test_reference_logits_of_another_predictor():
+    with pytest.raises(InputError, match=r"reference logits of 5 classes.* got float32 \(6, 3\)"):
+        PGD(Linf(0.1), 2, loss=losses.kl)(oracle_of(MODEL), X, MODEL(X)[:, :3], KEY)
+
+
+@pytest.mark.parametrize(
+    ("grad", "found"),
+    [
+        (lambda loss, x, target, keys: jnp.ones_like(x), r"expected Oracle.grad to give .* got float32 \(6, 4, 4, 1\)"),
+        (
+            lambda loss, x, target, keys: (loss(MODEL(x), target).sum(), MODEL(x), x),
+            r"of images \(6, 4, 4, 1\), got float32 \(\), float32 \(6, 5\), float32 \(6, 4, 4, 1\)",
+        ),
+        (
+            lambda loss, x, target, keys: (loss(MODEL(x), target), MODEL(x), x[0]),
+            r"of images \(6, 4, 4, 1\), got float32 \(6,\), float32 \(6, 5\), float32 \(4, 4, 1\)",
+        ),
+    ],
+    ids=["one", "sum", "gradient"],
+)
+def test_an_oracle_of_other_shapes(grad, found):
+    for name in ("pgd", "pgd_last", "apgd", "fab"):
+        with pytest.raises(InputError, match=found):
+            ATTACKS[name](Oracle(MODEL, grad), X, Y, KEY)
+
+
+def test_a_loss_that_is_no_vector():
+    with pytest.raises(InputError, match=r"expected a loss of shape \[6\], one per image, got float32 \(\)"):
+        PGD(Linf(0.1), 2, loss=lambda logits, y: jnp.mean(logits), best_of=False)(oracle_of(MODEL), X, Y, KEY)
+
+
+def test_only_the_logits_have_to_be_finite():
+    """The loss of a predictor whose logits are finite may be anything."""
+    x_adv = APGD(Linf(0.1), 2, loss=lambda logits, y: jnp.full(len(y), jnp.nan))(oracle_of(MODEL), X, Y, KEY)
+    assert x_adv.shape == X.shape
+    with pytest.raises(InputError, match="logits of 6 images are not finite"):
+        APGD(Linf(0.1), 2)(oracle_of(lambda x, keys: jnp.inf * MODEL(x)), X, Y, KEY)
+
+
+def test_an_oracle_is_checked_without_being_asked():
+    def logits(x, keys):
+        assert isinstance(x, jax.core.Tracer)
+        return MODEL(x)
+
+    check_oracle(oracle_of(logits), X[:1], Y)
+    with pytest.raises(InputError, match=r"labels must lie in 0\.\.4, found 7"):
+        check_oracle(oracle_of(logits), X[:1], Y.at[5].set(7))
+
+
+def test_radii_in_another_unit():
+    with pytest.raises(InputError, match=r"unit of x, \[0, 1\], got 8; did you mean 8/255\?"):
+        Linf(8)
+    with pytest.raises(InputError, match=r"unit of x"):
+        Linf(1000.0)
+    with pytest.raises(InputError, match="epsilon must be >= 0"):
+        Linf(float("nan"))
+    assert diagnostics(Linf(0.3)).far.attack.threat == Linf(1.0)
+
+
+@EVERY
+def test_a_seed_is_a_key(name):
+    np.testing.assert_array_equal(attack(name, key=7), attack(name, key=jax.random.key(7)))
+    np.testing.assert_array_equal(attack(name, key=np.int64(7)), attack(name, key=Keys.of(7, BATCH)))
+
+
+# --- labels, classes and precision ------------------------------------------------------------------------------
+
+
+@ASKING
+def test_labels_of_any_integer_type_mean_the_same(name):
+    """With 300 classes a label of 200 and the class aimed at do not fit into uint8."""
+    logits = linear(300)
+    y = np.array([100, 3, 90, 120, 7, 64])
+    expected = attack(name, logits, y=y.astype(np.int32))
+    for dtype in (np.int8, np.uint8, np.uint16, np.int64):
+        np.testing.assert_array_equal(attack(name, logits, y=y.astype(dtype)), expected)
+        np.testing.assert_array_equal(attack(name, logits, y=jnp.asarray(y.astype(dtype))), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.uint16, jnp.int16])
+def test_losses_take_labels_of_any_integer_type(dtype):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 300))).at[:, 260].set(5.0)
+    y = jnp.array([4, 100, 3, 127])
+    for loss in (losses.cross_entropy, losses.margin, losses.dlr, LowEntropy()):
+        np.testing.assert_array_equal(loss(logits, y.astype(dtype)), loss(logits, y))
+    pairs = jnp.stack([y, (y + 1) % 100], axis=1)
+    for loss in (logit_difference, targeted_dlr, LowEntropy()):
+        np.testing.assert_array_equal(loss(logits, pairs.astype(dtype)), loss(logits, pairs))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_losses_of_few_classes_lead_to_every_class(num_classes):
+    """Their gradient is that of the logit difference, up to a factor: a constant ratio would have none."""
+    logits = jnp.array([[4.0, 1.0, -2.0], [4.0, -2.0, 1.0]])[:, :num_classes]
+    pairs = jnp.array([[0, 1], [0, 1]])
+    values, pull = jax.vjp(lambda logits: targeted_dlr(logits, pairs), logits)
+    np.testing.assert_array_equal(values, logits[:, 1] - logits[:, 0])
+    gradient = pull(jnp.ones(2))[0]
+    np.testing.assert_array_equal(jnp.sign(gradient[:, :2]), [[-1, 1], [-1, 1]])
+    untargeted = jax.grad(lambda logits: losses.dlr(logits, pairs[:, 0]).sum())(logits)
+    assert jnp.all(untargeted[:, 0] < 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "num_classes"),
+    [(AutoAttack.standard, 2), (AutoAttack.standard, 3), (AutoAttack.plus, 2), (AutoAttack.rand, 2)],
+    ids=["standard-2", "standard-3", "plus-2", "rand-2"],
+)
+def test_auto_attack_of_few_classes(version, num_classes):
+    """It breaks exactly the images whose worst corner of the ball, known for a linear model, is misclassified."""
+    logits, epsilon = linear(num_classes, seed=5), 0.15
+    y = jnp.argmax(logits(X), axis=1)
+    x_adv = AutoAttack(_shortened(version(Linf(epsilon)).attacks), 8)(oracle_of(logits), X, y, KEY)
+    weights = logits(jnp.eye(16).reshape(16, *SHAPE))
+    breakable = np.zeros(BATCH, bool)
+    for aim in range(num_classes):
+        way = jnp.sign(weights[:, [aim]] - weights[:, y]).T.reshape(X.shape)
+        breakable |= np.asarray(jnp.argmax(logits(jnp.clip(X + epsilon * way, 0, 1)), axis=1) != y)
+    assert 0 < breakable.sum() < BATCH
+    np.testing.assert_array_equal(jnp.argmax(logits(x_adv), axis=1) != y, breakable)
+
+
+def _shortened(attacks):
+    """The same ones with few steps."""
+
+    def short(attack):
+        if isinstance(attack, Targeted):
+            return dataclasses.replace(attack, attack=short(attack.attack))
+        name = "queries" if isinstance(attack, Square) else "steps"
+        return dataclasses.replace(attack, **{name: 10})
+
+    return tuple(map(short, attacks))
+
+
+@EVERY
+@pytest.mark.parametrize("threat", [Linf(8 / 255), L2(0.3)], ids=["linf", "l2"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_images_stay_in_the_ball(name, threat, dtype):
+    attack, x = attacks_within(threat)[name], X.astype(dtype).at[0, 0, 0].set(0).at[0, 0, 1].set(1)
+    x_adv = attack(oracle_of(MODEL), x, jnp.argmax(MODEL(x), axis=1), KEY)
+    assert x_adv.dtype == dtype
+    wide, clean = (np.asarray(images).astype(np.float64).reshape(BATCH, -1) for images in (x_adv, x))
+    length = np.abs(wide - clean).max(1) if isinstance(threat, Linf) else np.linalg.norm(wide - clean, axis=1)
+    assert length.max() <= threat.epsilon * (1 + 1e-6) and length.max() > 0.005
+    assert wide.min() >= 0 and wide.max() <= 1
+
+
+def test_half_precision_images_that_are_returned_were_judged():
+    """What an attack calls misclassified is so after rounding, too."""
+    x = X.astype(jnp.bfloat16)
+    y = jnp.argmax(MODEL(x), axis=1)
+    for name in ("apgd", "square", "auto", "fab"):
+        before, after = (losses.margin(MODEL(images), y) for images in (x, attack(name, x=x, y=y)))
+        assert jnp.all(after >= before) and jnp.any(after > before)
+
+
+@EVERY
+def test_half_precision_logits_and_parameters(name):
+    half = linear(dtype=jnp.bfloat16)
+    x_adv = attack(name, lambda x, keys: half(x.astype(jnp.bfloat16)))
+    assert x_adv.dtype == X.dtype and jnp.all(jnp.abs(x_adv - X) <= 0.1 + 1e-6)
+
+
+@EVERY
+def test_mixed_single_and_double_precision(name, x64):
+    for x, logits in ((X, linear(dtype=jnp.float64)), (jnp.asarray(X, jnp.float64), linear(dtype=jnp.float32))):
+        x_adv = attack(name, logits, x, Y.astype(jnp.int64))
+        assert x_adv.dtype == x.dtype
+        assert jnp.all(jnp.abs(x_adv - x) <= 0.1 + 1e-6)
+    np.testing.assert_allclose(attack(name, linear(dtype=jnp.float64)), attack(name), atol=1e-5)
+
+
+def test_numpy_images_in_double_precision():
+    x = np.random.default_rng(0).uniform(size=(BATCH, *SHAPE))
+    for name in ("pgd", "auto"):
+        assert attack(name, x=x).dtype == jnp.float32
+
+
+# --- compilation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one at every compilation."""
+    found = []
+
+    def listen(name, seconds, **kwargs):
+        if name.endswith("backend_compile_duration"):
+            found.append(name)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    monitoring.unregister_event_duration_listener(listen)
+
+
+@EVERY
+def test_eager_calls_compile_once(name, compilations):
+    """Also of a new lambda; and what it closes over is read at every call."""
+    trained = [jnp.asarray(np.random.default_rng(seed).normal(size=(16, CLASSES)), jnp.float32) for seed in (0, 1)]
+    weights = trained[0]
+    oracle = oracle_of(lambda x, keys: x.reshape(len(x), 16) @ weights)
+    first = ATTACKS[name](oracle, X, Y, KEY)
+    fresh = ATTACKS[name](oracle_of(lambda x, keys: x.reshape(len(x), 16) @ trained[1]), X, Y, KEY)
+    compilations.clear()
+    for _ in range(3):
+        np.testing.assert_array_equal(ATTACKS[name](oracle, X, Y, KEY), first)
+    np.testing.assert_array_equal(
+        ATTACKS[name](oracle_of(lambda x, keys: x.reshape(len(x), 16) @ weights), X, Y, KEY), first
+    )
+    weights = trained[1]
+    np.testing.assert_array_equal(ATTACKS[name](oracle, X, Y, KEY), fresh)
+    assert not compilations
+
+
+def test_auto_attack_compiles_once(compilations):
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
+
+    def logits(x):
+        return x.reshape(len(x), 16) @ weights
+
+    attack = AutoAttack((PGD(Linf(0.02), 1), FAB(Linf(0.02), 1)), batch_size=4)
+    x, y = np.asarray(X), np.asarray(Y) % 4
+    attack(oracle_of(lambda x, keys: logits(x)), x, y, KEY)
+    attack(oracle_of(lambda x, keys: logits(x)), x[:5], y[:5], KEY)  # draws for five images
+    compilations.clear()
+    attack(oracle_of(lambda x, keys: logits(x)), x, y, KEY)
+    attack(oracle_of(lambda x, keys: logits(x)), x[:5], y[:5], KEY)
+    assert not compilations
+
+
+def test_no_model_is_kept():
+    weights = jnp.ones((16, CLASSES)) * jnp.arange(CLASSES)
+    ATTACKS["pgd"](oracle_of(lambda x, keys, w=weights: x.reshape(len(x), 16) @ w), X, Y, KEY)
+    kept = weakref.ref(weights)
+    del weights
+    gc.collect()
+    assert kept() is None
+
+
+def test_oracles_of_one_function_are_equal():
+    assert oracle_of(MODEL) == oracle_of(MODEL) and hash(oracle_of(MODEL)) == hash(oracle_of(MODEL))
+    assert oracle_of(MODEL) != oracle_of(linear())
+
+
+def test_the_gradient_through_a_traced_model():
+    """The images are known and the parameters are not: the attack belongs to the compilation around it."""
+
+    def adversarial_loss(scale):
+        x_adv = ATTACKS["pgd"](oracle_of(lambda x, keys: scale * MODEL(x)), X, Y, KEY)
+        return jnp.mean(losses.cross_entropy(scale * MODEL(x_adv), Y))
+
+    eager, jitted = jax.grad(adversarial_loss)(1.0), jax.jit(jax.grad(adversarial_loss))(1.0)
+    np.testing.assert_allclose(eager, jitted, rtol=1e-5)
+
+
+# --- auto_attack ------------------------------------------------------------------------------------------------
+
+
+def test_auto_attack_in_l2():
+    short = AutoAttack(_shortened(AutoAttack.standard(L2(0.2)).attacks))
+    assert short.attacks[0].threat == L2(0.2)
+    x_adv = auto_attack(lambda x: MODEL(x), X[:2], Y[:2], 0, threat=L2(0.2), batch_size=2)
+    assert jnp.all(L2(1.0).length(x_adv - X[:2]) <= 0.2 + 1e-6)
+
+
+def test_auto_attack_arguments():
+    with pytest.raises(InputError, match=r"expected epsilon or threat, got both: 0.1 and L2\(epsilon=0.5\)"):
+        auto_attack(MODEL, X, Y, 0, 0.1, threat=L2(0.5))
+    with pytest.raises(InputError, match="version must be one of standard, plus, rand, got 'custom'"):
+        auto_attack(MODEL, X, Y, 0, version="custom")
+
+
+def test_a_line_per_attack(capsys):
+    attack("auto")
+    assert not capsys.readouterr().out
+    ATTACKS["auto"](oracle_of(MODEL), X, Y, KEY, verbose=True)
+    clean, first, second = capsys.readouterr().out.splitlines()
+    assert clean.startswith("clean: 6 images, accuracy 100.00 %, ")
+    assert first.startswith("APGD (cross_entropy): 6 images, robust accuracy ") and first.endswith(" s")
+    assert second.startswith("FAB: ")

@@ -1,0 +1,77 @@
+"""Settings of the process that change numbers: recorded, compared, and refused where a run would become another."""
+
+import json
+from importlib.metadata import version
+
+import jax
+import pytest
+
+from deq_jax.environment import DECISIVE, decisive_settings, environment, resumed_environments
+from deq_jax.types import InputError
+
+
+def changed(part, name, value):
+    record = {"step": 0, **environment()}
+    return record | {part: {**record[part], name: value}}
+
+
+def test_an_environment_is_json_and_tells_what_is_set(x64, monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with jax.default_matmul_precision("highest"), jax.threefry_partitionable(False):
+        found = json.loads(json.dumps(environment()))
+    assert found["settings"] == {
+        "jax_enable_x64": True,
+        "jax_default_matmul_precision": "highest",
+        "jax_threefry_partitionable": False,
+        "jax_default_prng_impl": "threefry2x32",
+        "default_float": "float64",
+    }
+    assert found["flags"]["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert found["platform"]["platform"] == "cpu"
+    assert found["versions"]["jax"] == version("jax")
+
+
+def test_a_new_run_records_where_it_is():
+    assert resumed_environments([], 0) == ([{"step": 0, **environment()}], [])
+    assert resumed_environments([], 7) == ([{"step": 7, **environment()}], [])  # of an older version
+
+
+def test_nothing_is_said_of_the_same_environment():
+    record = {"step": 0, **environment()}
+    assert resumed_environments([record], 5) == ([record], [])
+
+
+@pytest.mark.parametrize("name", DECISIVE)
+def test_settings_that_change_numbers_are_refused(name):
+    other = {"jax_enable_x64": True, "jax_default_matmul_precision": "bfloat16", "jax_threefry_partitionable": False}
+    message = f"another setting of JAX: {name} was {other[name]}, now .*; set {name.upper()} as it was"
+    with pytest.raises(InputError, match=message):
+        resumed_environments([changed("settings", name, other[name])], 5)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("versions", "jax", "0.1"), ("platform", "platform", "tpu"), ("settings", "jax_default_prng_impl", "rbg")],
+)
+def test_another_machine_or_version_is_told_and_recorded(part, name, value):
+    old = changed(part, name, value)
+    records, told = resumed_environments([old], 5)
+    assert records == [old, {"step": 5, **environment()}]
+    assert told == [f"{name} was {value}, now {environment()[part][name]}"]
+
+
+def test_what_was_recorded_for_steps_that_were_lost_does_not_count():
+    first, later = changed("versions", "jax", "0.1"), changed("settings", "jax_enable_x64", True) | {"step": 5}
+    assert resumed_environments([first, later], 5)[0] == [first, {"step": 5, **environment()}]
+    assert resumed_environments([later], 5) == ([{"step": 5, **environment()}], [])
+
+
+def test_what_an_older_version_did_not_record_is_no_difference():
+    record = {"step": 0, "versions": environment()["versions"]}
+    assert resumed_environments([record], 5) == ([record], [])
+
+
+def test_decisive_settings_are_those_of_the_process():
+    with jax.default_matmul_precision("float32"):
+        assert decisive_settings()["jax_default_matmul_precision"] == "float32"
+    assert set(decisive_settings()) == set(DECISIVE)

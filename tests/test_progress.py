@@ -1,0 +1,70 @@
+"""Where a command is, in a file and on a terminal; plain signs that something is wrong."""
+
+import io
+from math import comb
+
+import pytest
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
+
+from deq_jax import progress
+from deq_jax.progress import Display, duration
+from deq_jax.sanity import plain_warnings
+
+
+def shown(monkeypatch, **kind):
+    console = Console(file=io.StringIO(), width=120, highlight=False, color_system=None, **kind)
+    monkeypatch.setattr(progress, "console", console)
+    with Display(MofNCompleteColumn()) as display:
+        display.say("compiling [this]")
+        display.show(3, 17, "loss 1.5", "step 3/17  loss 1.5")
+        display.show(4, 17, "loss 1.4", "step 4/17  loss 1.4")
+    return console.file.getvalue()
+
+
+def test_a_file_gets_one_line_at_a_time(monkeypatch):
+    assert shown(monkeypatch).splitlines() == ["compiling [this]", "step 3/17  loss 1.5", "step 4/17  loss 1.4"]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    text = shown(monkeypatch, force_terminal=True)
+    assert "compiling [this]" in text and "loss 1.4" in text and "4/17" in text
+    assert "step 4/17" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (185, "3 min 5 s"),
+        (7800, "2 h 10 min"),
+        (7199.9, "2 h"),
+        (273600, "3 d 4 h"),
+    ],
+)
+def test_durations_are_told_in_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("images", [1, 20, 64, 1000])
+def test_chance_is_told_by_the_exact_binomial_test(images, classes):
+    chances = [comb(images, k) * (classes - 1) ** (images - k) for k in range(images + 1)]
+    for correct in range(0, images + 1, max(images // 20, 1)):
+        at_chance = 20 * sum(chances[correct:]) > classes**images  # in whole numbers: P(X >= correct) > 1 / 20
+        assert len(plain_warnings(correct / images, images, classes)) == at_chance
+
+
+def test_warnings_tell_the_numbers():
+    chance, solver = plain_warnings(7 / 64, 64, 10, 0.058)
+    assert chance.startswith("clean accuracy is at chance: 10.9 % of 64 images, guessing gives 10.0 %; ")
+    assert solver.startswith("the solver has not converged: mean residual 0.058, expected at most 0.05; ")
+    assert plain_warnings(0.9, 64, 10, 0.05) == []
+    assert len(plain_warnings(0.9, 64, 10, float("inf"))) == 1
+
+
+@pytest.mark.parametrize(("images", "classes", "residual"), [(0, 10, None), (64, 1, None), (0, 10, float("nan"))])
+def test_nothing_to_judge_is_no_warning(images, classes, residual):
+    assert plain_warnings(1.0, images, classes, residual) == []
