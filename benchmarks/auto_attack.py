@@ -24,11 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.attacks import PGD, oracle_of
-from deq_jax.attacks.auto import AutoAttack
-from deq_jax.attacks.best import is_fooled
-from deq_jax.attacks.threat import Linf
-from deq_jax.models.layers import conv
+from deq_jax.attacks import PGD, AutoAttack, Linf, is_fooled, oracle_of
+from deq_jax.models.convolution import conv
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "attacks"
 NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -35,13 +35,14 @@ from configs import (
     eval_more_steps,
     eval_white_box,
 )
-from deq_jax import report, train
+from deq_jax import TrainConfig, report, train
+from deq_jax._cli import command_line, console
 from deq_jax.attacks import FAB, Linf, Square, Targeted
-from deq_jax.cli import command_line, console
-from deq_jax.config import TrainConfig, set_fields
 from deq_jax.evaluate import evaluate, with_deployed
+from deq_jax.evaluation import EvalConfig, Trial, diagnostics, with_transfers
+from deq_jax.storage import set_fields
 from deq_jax.surrogates import Intermediate
-from deq_jax.trials import EvalConfig, Trial, diagnostics, threat_of, with_transfers
+from deq_jax.training import threat_of
 
 DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from deq_jax.cli import command_line, console
-from deq_jax.records import read_json, write_json
+from deq_jax._cli import command_line, console
+from deq_jax.storage import read_json, write_json
 
 CONFIGS = [
     "digits_standard",

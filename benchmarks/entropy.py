@@ -22,14 +22,10 @@ import jax.numpy as jnp
 from kernels import cells, compare
 from rich.table import Table
 
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.cli import command_line, console
-from deq_jax.entropy import EntropyReduced
-from deq_jax.gradients import Phantom
-from deq_jax.models.mdeq import mdeq
-from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.records import make_folder, write_json
-from deq_jax.solvers import Broyden
+from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium, Phantom
+from deq_jax._cli import command_line, console
+from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder, mdeq
+from deq_jax.storage import make_folder, write_json
 
 DYNAMICS = Dynamics(Broyden(8, tolerance=0), gradient=Phantom(steps=5, damping=0.5))
 MODELS = {

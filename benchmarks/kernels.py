@@ -24,13 +24,13 @@ import numpy as np
 from jax import lax
 from rich.table import Table
 
-from deq_jax.cli import command_line, console
-from deq_jax.models.layers import loop_conv_gradients, native_conv_gradients
-from deq_jax.models.mdeq import mdeq_large
-from deq_jax.models.small import SmallCell
-from deq_jax.records import make_folder, write_json
-from deq_jax.solvers import Anderson, Broyden, FixedPoint, jaxopt, solve
-from deq_jax.types import Injection
+from deq_jax import Anderson, Broyden, FixedPoint, solve
+from deq_jax._cli import command_line, console
+from deq_jax.core import Injection
+from deq_jax.core.solvers import jaxopt
+from deq_jax.models import SmallCell, mdeq_large
+from deq_jax.models.convolution import loop_conv_gradients, native_conv_gradients
+from deq_jax.storage import make_folder, write_json
 
 STEPS, BATCH, SIZE, CHANNELS = 8, 32, 16, 32
 CONVOLUTIONS = [(32, 160, 32, 1), (160, 32, 32, 1), (32, 64, 32, 2), (128, 640, 8, 1)]  # in, out, side, stride

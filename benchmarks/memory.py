@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from deq_jax.classifiers import Equilibrium
-from deq_jax.cli import command_line, console
-from deq_jax.config import TrainConfig, load_config
-from deq_jax.records import make_folder, write_json
+from deq_jax import Equilibrium, TrainConfig
+from deq_jax._cli import command_line, console
+from deq_jax.storage import load_config, make_folder, write_json
 from deq_jax.training import Batch, TrainState, train_step
 
 GIGABYTE = 2**30

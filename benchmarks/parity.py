@@ -18,8 +18,8 @@ import jax
 import pytest
 from rich.table import Table
 
-from deq_jax.cli import command_line, console, fail
-from deq_jax.records import make_folder, write_json
+from deq_jax._cli import command_line, console, fail
+from deq_jax.storage import make_folder, write_json
 
 ROOT = Path(__file__).parents[1]
 QUANTITIES = {  # of the keys in tests/golden

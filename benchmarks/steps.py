@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from deq_jax.cli import command_line, console
-from deq_jax.config import TrainConfig, load_config
-from deq_jax.records import make_folder, write_json
+from deq_jax import TrainConfig
+from deq_jax._cli import command_line, console
+from deq_jax.storage import load_config, make_folder, write_json
 from deq_jax.training import Batch, TrainState, train_step
 
 WORK = {"PGD-AT step": "cifar10_large_pgd_at", "TRADES step": "cifar10_large_trades", "prediction": None}

@@ -7,16 +7,21 @@ from dataclasses import replace
 
 from flax import linen as nn
 
+from deq_jax import (
+    Broyden,
+    Dynamics,
+    Equilibrium,
+    Explicit,
+    Implicit,
+    PGDAdversarialTraining,
+    Phantom,
+    Trades,
+    TrainConfig,
+)
 from deq_jax.attacks import PGD, Linf, gaussian_start
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.config import TrainConfig
+from deq_jax.core import kl
 from deq_jax.data import CropFlip, Tfds
-from deq_jax.gradients import Implicit, Phantom
-from deq_jax.losses import kl
-from deq_jax.models.mdeq import Mdeq
-from deq_jax.objectives import PGDAdversarialTraining, Trades
-from deq_jax.regularizers import JacobianRegularization
-from deq_jax.solvers import Broyden
+from deq_jax.models import JacobianRegularization, Mdeq
 
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 ATTACK = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, best_of=False)

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from configs import cifar10_large_pgd_at
 from configs.cifar import with_modules
-from deq_jax.config import TrainConfig
+from deq_jax import TrainConfig
 from deq_jax.data import Tfds
-from deq_jax.models.mdeq import mdeq_large
+from deq_jax.models import mdeq_large
 
 
 def get_config() -> TrainConfig:

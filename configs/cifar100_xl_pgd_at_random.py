@@ -6,8 +6,8 @@ Hardware: one accelerator; see Memory in the README. Its accuracy has not been m
 """
 
 from configs import cifar100_xl_pgd_at
-from deq_jax.config import TrainConfig, with_readout
-from deq_jax.readouts import RandomIntermediateState
+from deq_jax import RandomIntermediateState, TrainConfig
+from deq_jax.training import with_readout
 
 
 def get_config() -> TrainConfig:

@@ -7,7 +7,7 @@ Hardware: one accelerator; see Memory in the README. Its accuracy has not been m
 
 from configs import cifar100_xl_pgd_at
 from configs.cifar import with_trades
-from deq_jax.config import TrainConfig
+from deq_jax import TrainConfig
 
 
 def get_config() -> TrainConfig:

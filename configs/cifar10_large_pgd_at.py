@@ -6,8 +6,8 @@ Hardware: one accelerator; see Memory in the README. Its accuracy has not been m
 """
 
 from configs.cifar import recipe
-from deq_jax.config import TrainConfig
-from deq_jax.models.mdeq import mdeq_large
+from deq_jax import TrainConfig
+from deq_jax.models import mdeq_large
 
 
 def get_config() -> TrainConfig:

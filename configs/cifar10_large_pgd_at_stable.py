@@ -7,7 +7,7 @@ Hardware: one accelerator; see Memory in the README. Its accuracy has not been m
 
 from configs import cifar10_large_pgd_at
 from configs.cifar import with_jacobian_weight
-from deq_jax.config import TrainConfig
+from deq_jax import TrainConfig
 
 
 def get_config() -> TrainConfig:

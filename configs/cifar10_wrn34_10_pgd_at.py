@@ -7,8 +7,8 @@ Hardware: one accelerator; see Memory in the README. Its accuracy has not been m
 
 from configs import cifar10_large_pgd_at
 from configs.cifar import with_module
-from deq_jax.config import TrainConfig
-from deq_jax.models.wide_resnet import WideResNet
+from deq_jax import TrainConfig
+from deq_jax.models import WideResNet
 
 
 def get_config() -> TrainConfig:

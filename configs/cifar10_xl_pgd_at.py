@@ -7,8 +7,8 @@ Hardware: one accelerator; see Memory in the README. Its accuracy has not been m
 
 from configs import cifar10_large_pgd_at
 from configs.cifar import with_modules
-from deq_jax.config import TrainConfig
-from deq_jax.models.mdeq import mdeq_xl
+from deq_jax import TrainConfig
+from deq_jax.models import mdeq_xl
 
 
 def get_config() -> TrainConfig:

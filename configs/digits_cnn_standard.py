@@ -6,9 +6,8 @@ python -m deq_jax.train --config configs/digits_cnn_standard.py --workdir runs/d
 from dataclasses import replace
 
 from configs import digits_standard
-from deq_jax.classifiers import Explicit
-from deq_jax.config import TrainConfig
-from deq_jax.models.small import SmallCNN
+from deq_jax import Explicit, TrainConfig
+from deq_jax.models import SmallCNN
 
 CLASSIFIER = Explicit(SmallCNN(num_classes=10, channels=digits_standard.CHANNELS))
 

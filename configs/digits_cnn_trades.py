@@ -6,7 +6,7 @@ python -m deq_jax.train --config configs/digits_cnn_trades.py --workdir runs/dig
 from dataclasses import replace
 
 from configs import digits_cnn_standard, digits_trades
-from deq_jax.config import TrainConfig
+from deq_jax import TrainConfig
 
 
 def get_config() -> TrainConfig:

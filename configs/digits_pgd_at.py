@@ -6,9 +6,8 @@ python -m deq_jax.train --config configs/digits_pgd_at.py --workdir runs/digits_
 from dataclasses import replace
 
 from configs import digits_standard
+from deq_jax import PGDAdversarialTraining, TrainConfig
 from deq_jax.attacks import PGD, Linf
-from deq_jax.config import TrainConfig
-from deq_jax.objectives import PGDAdversarialTraining
 
 ATTACK = PGD(Linf(0.1), steps=5, step_size=0.035, best_of=False)
 

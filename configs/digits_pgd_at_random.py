@@ -4,8 +4,8 @@ python -m deq_jax.train --config configs/digits_pgd_at_random.py --workdir runs/
 """
 
 from configs import digits_pgd_at
-from deq_jax.config import TrainConfig, with_readout
-from deq_jax.readouts import RandomIntermediateState
+from deq_jax import RandomIntermediateState, TrainConfig
+from deq_jax.training import with_readout
 
 
 def get_config() -> TrainConfig:

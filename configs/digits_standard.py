@@ -5,14 +5,11 @@
 The other digits configs are this one with a field or two replaced.
 """
 
+from deq_jax import Broyden, Dynamics, Equilibrium, Phantom, Standard, TrainConfig
 from deq_jax.attacks import PGD, Linf
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.config import AdamCosine, TrainConfig
 from deq_jax.data import Digits
-from deq_jax.gradients import Phantom
-from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.objectives import Standard
-from deq_jax.solvers import Broyden
+from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.training import AdamCosine
 
 CHANNELS = 12
 

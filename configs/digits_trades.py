@@ -6,10 +6,9 @@ python -m deq_jax.train --config configs/digits_trades.py --workdir runs/digits_
 from dataclasses import replace
 
 from configs import digits_pgd_at
+from deq_jax import Trades, TrainConfig
 from deq_jax.attacks import gaussian_start
-from deq_jax.config import TrainConfig
-from deq_jax.losses import kl
-from deq_jax.objectives import Trades
+from deq_jax.core import kl
 
 ATTACK = replace(digits_pgd_at.ATTACK, loss=kl, start=gaussian_start)
 

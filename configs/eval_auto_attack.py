@@ -5,10 +5,11 @@
 The radius is that of the training's validation attack, or --epsilon.
 """
 
-from deq_jax.config import TrainConfig
-from deq_jax.trials import EvalConfig, auto_attack, diagnostics, threat_of
+from deq_jax import TrainConfig
+from deq_jax.evaluation import EvalConfig, auto_attack_trials, diagnostics
+from deq_jax.training import threat_of
 
 
 def get_config(train: TrainConfig) -> EvalConfig:
     threat = threat_of(train)
-    return EvalConfig(threat, auto_attack(threat), diagnostics(threat), batch_size=train.batch_size)
+    return EvalConfig(threat, auto_attack_trials(threat), diagnostics(threat), batch_size=train.batch_size)

@@ -6,9 +6,9 @@ python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_raised.py
 from dataclasses import replace
 
 from configs import eval_entropy_reduced
-from deq_jax.config import TrainConfig
-from deq_jax.entropy import EntropyGradient
-from deq_jax.trials import EvalConfig
+from deq_jax import TrainConfig
+from deq_jax.defences import EntropyGradient
+from deq_jax.evaluation import EvalConfig
 
 
 def get_config(train: TrainConfig) -> EvalConfig:

@@ -9,9 +9,9 @@ So there are few, and no diagnostics. Differentiating the updates gains nothing,
 from dataclasses import replace
 
 from configs import eval_entropy_reduced
-from deq_jax.config import TrainConfig
-from deq_jax.entropy import RandomDirection
-from deq_jax.trials import EvalConfig
+from deq_jax import TrainConfig
+from deq_jax.defences import RandomDirection
+from deq_jax.evaluation import EvalConfig
 
 
 def get_config(train: TrainConfig) -> EvalConfig:

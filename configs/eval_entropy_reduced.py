@@ -12,15 +12,23 @@ below: through the defence, around it, without gradients, and from the worst ima
 from dataclasses import replace
 
 from configs.eval_white_box import from_worst
-from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage
-from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted, targeted_dlr
-from deq_jax.attacks.threat import Threat
-from deq_jax.classifiers import Equilibrium
-from deq_jax.config import TrainConfig
-from deq_jax.entropy import EntropyReduced
-from deq_jax.surrogates import Direct, Intermediate, Surrogate, ThroughSolver
-from deq_jax.trials import EvalConfig, Trial, diagnostics, threat_of
-from deq_jax.types import Attack, InputError
+from deq_jax import EntropyReduced, Equilibrium, InputError, TrainConfig
+from deq_jax.attacks import APGD, PGD, SPSA, Attack, Linf, Square, Targeted, Threat
+from deq_jax.core import LowEntropy, targeted_dlr
+from deq_jax.evaluation import EvalConfig, Trial, diagnostics
+from deq_jax.surrogates import (
+    BPDAHead,
+    BPDAIdentity,
+    BPDASolver,
+    Direct,
+    EndToEnd,
+    Intermediate,
+    OnBase,
+    PathAverage,
+    Surrogate,
+    ThroughSolver,
+)
+from deq_jax.training import threat_of
 
 
 def defence(train: TrainConfig) -> EntropyReduced:

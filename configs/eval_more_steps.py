@@ -6,8 +6,8 @@ python -m deq_jax.evaluate --workdir RUN --config configs/eval_more_steps.py
 from dataclasses import replace
 
 from configs import eval_entropy_reduced, eval_white_box
-from deq_jax.config import TrainConfig
-from deq_jax.trials import EvalConfig
+from deq_jax import TrainConfig
+from deq_jax.evaluation import EvalConfig
 
 
 def get_config(train: TrainConfig) -> EvalConfig:

@@ -8,15 +8,12 @@ more than any gradient of the equilibrium where eight steps do not reach it. Eve
 each row of the table has an accuracy of its own; the last one goes on from the worst image of all others.
 """
 
-from deq_jax.attacks import APGD, PGD, Targeted, targeted_dlr
-from deq_jax.attacks.threat import Threat
-from deq_jax.classifiers import Equilibrium
-from deq_jax.config import TrainConfig
-from deq_jax.gradients import Implicit
-from deq_jax.solvers import Broyden
+from deq_jax import Broyden, Equilibrium, Implicit, InputError, TrainConfig
+from deq_jax.attacks import APGD, PGD, Targeted, Threat
+from deq_jax.core import targeted_dlr
+from deq_jax.evaluation import EvalConfig, Trial, auto_attack_trials, diagnostics, with_surrogates
 from deq_jax.surrogates import Intermediate, MeanOverStates, SimultaneousAdjoint, Surrogate, ThroughSolver, WithGradient
-from deq_jax.trials import EvalConfig, Trial, auto_attack, diagnostics, threat_of, with_surrogates
-from deq_jax.types import InputError
+from deq_jax.training import threat_of
 
 
 def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
@@ -46,7 +43,7 @@ def get_config(train: TrainConfig) -> EvalConfig:
             Trial("pgd-10.exact", pgd, WithGradient(Implicit(Broyden(30)))),
             Trial("apgd-ce.through-solver", APGD(threat), ThroughSolver()),
             Trial("apgd-t.through-solver", Targeted(APGD(threat, 50, loss=targeted_dlr)), ThroughSolver()),
-            *auto_attack(threat),
+            *auto_attack_trials(threat),
             Trial("pgd-50.from-worst", from_worst(threat), ThroughSolver(), from_worst=True),
         ),
         diagnostics=diagnostics(threat),

@@ -1,21 +1,108 @@
-"""Deep equilibrium models in JAX: the layer, its solvers, readouts and gradients, and classifiers of them.
+"""deq_jax: train, regularise and honestly attack deep equilibrium models in JAX and Flax.
 
-Attacks are in `deq_jax.attacks`, models in `deq_jax.models`, objectives in `deq_jax.objectives`.
+The layer and its choices are here: ``import deq_jax as dj``, then ``dj.deq``, ``dj.Broyden(8)``, ``dj.Equilibrium``.
+All else is in rooms, which load when they are first used: `dj.attacks`, `dj.models`, `dj.data`, `dj.defences`,
+`dj.surrogates`, `dj.training`, `dj.evaluation`, `dj.reporting`, `dj.interop`; for contributors also `dj.core`,
+`dj.parallel` and `dj.storage`.
 """
 
-from deq_jax.classifiers import Dynamics as Dynamics
-from deq_jax.classifiers import Equilibrium as Equilibrium
-from deq_jax.classifiers import Explicit as Explicit
-from deq_jax.gradients import Implicit as Implicit
-from deq_jax.gradients import Neumann as Neumann
-from deq_jax.gradients import Phantom as Phantom
-from deq_jax.gradients import Unrolled as Unrolled
-from deq_jax.gradients import deq as deq
-from deq_jax.readouts import EnsembleState as EnsembleState
-from deq_jax.readouts import FinalState as FinalState
-from deq_jax.readouts import IntermediateState as IntermediateState
-from deq_jax.readouts import RandomIntermediateState as RandomIntermediateState
-from deq_jax.solvers import Anderson as Anderson
-from deq_jax.solvers import Broyden as Broyden
-from deq_jax.solvers import FixedPoint as FixedPoint
-from deq_jax.solvers import solve as solve
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+from deq_jax.core import (
+    Anderson,
+    Broyden,
+    EnsembleState,
+    FinalState,
+    FixedPoint,
+    Implicit,
+    InputError,
+    IntermediateState,
+    Keys,
+    LastState,
+    Neumann,
+    Phantom,
+    RandomIntermediateState,
+    Unrolled,
+    deq,
+    solve,
+)
+from deq_jax.models import Dynamics, Equilibrium, Explicit
+
+__version__ = version("deq_jax")
+
+_ROOMS = (
+    "attacks",
+    "core",
+    "data",
+    "defences",
+    "evaluation",
+    "interop",
+    "models",
+    "parallel",
+    "reporting",
+    "storage",
+    "surrogates",
+    "training",
+)
+_ROOM_OF = {
+    "EntropyReduced": "defences",
+    "PGDAdversarialTraining": "training",
+    "Standard": "training",
+    "TrainConfig": "training",
+    "Trades": "training",
+}
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "Dynamics",
+    "EnsembleState",
+    "EntropyReduced",
+    "Equilibrium",
+    "Explicit",
+    "FinalState",
+    "FixedPoint",
+    "Implicit",
+    "InputError",
+    "IntermediateState",
+    "Keys",
+    "LastState",
+    "Neumann",
+    "PGDAdversarialTraining",
+    "Phantom",
+    "RandomIntermediateState",
+    "Standard",
+    "Trades",
+    "TrainConfig",
+    "Unrolled",
+    "__version__",
+    "attacks",
+    "core",
+    "data",
+    "defences",
+    "deq",
+    "evaluation",
+    "interop",
+    "models",
+    "parallel",
+    "reporting",
+    "solve",
+    "storage",
+    "surrogates",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms, and names from rooms that take time to load, at their first use (PEP 562)."""
+    if name in _ROOMS:
+        return importlib.import_module(f"deq_jax.{name}")
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(f"deq_jax.{_ROOM_OF[name]}"), name)
+    raise AttributeError(f"module 'deq_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-import flax
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from deq_jax.checkpoints import Checkpoints
-from deq_jax.classifiers import Equilibrium
-from deq_jax.cli import add_set_option, command_line, console
-from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
-from deq_jax.models.mdeq import MdeqCell, MdeqDecoder, MdeqEncoder
-from deq_jax.normalized import Normalized
-from deq_jax.records import make_folder, write_json
-from deq_jax.runs import checkpoints_of, read_config
-from deq_jax.state_dicts import check_writable, read_state_dict, write_state_dict
-from deq_jax.steps import TrainState, optimizer_of
-from deq_jax.torch_names import STEM, from_torch, to_torch, torch_shapes
-from deq_jax.types import InputError, Variables, prng_key, require
+from deq_jax._cli import add_set_option, command_line, console
+from deq_jax.core.errors import InputError, require
+from deq_jax.interop.checkpoints import export_checkpoint, import_checkpoint, mdeq_shapes
+from deq_jax.interop.mdeq_names import torch_shapes
+from deq_jax.storage.configs import load_config, set_fields
+from deq_jax.training.config import TrainConfig
 
-STEPS = 1_000_000  # of a training whose data are not read: more than any warm-up
 EPILOG = """\
 CHECKPOINT is the state_dict of an MDEQ classifier, under the names of the published implementations:
   .pth.tar .pth .pt   read by torch >= 2.10 (pip install torch), tensors only: no code in the file is run
@@ -117,132 +106,6 @@ def _run_export(options: argparse.Namespace) -> None:
     require(options.config is None and not options.assignments, own)
     step = export_checkpoint(options.source, options.out, best=options.checkpoint != "latest")
     console.print(f"converted: {options.checkpoint or 'best'} checkpoint, step {step}, in {options.out}")
-
-
-def import_checkpoint(
-    checkpoint: str | Path, config: TrainConfig, workdir: str | Path, report: Callable[[str], None] = lambda text: None
-) -> TrainState:
-    """Writes the workdir of a training that starts from a PyTorch checkpoint.
-
-    Args:
-      checkpoint: see `read_state_dict`.
-      config: its classifier is the MDEQ of the checkpoint; its dataset is not read.
-      workdir: gets ``config.json``, ``checkpoints/best`` and ``checkpoints/latest``.
-      report: called with a line on entries beside the network, if there are any.
-
-    Returns:
-      The state at step 0 that was written, with a fresh optimiser; variables in float32.
-
-    Raises:
-      InputError: for another classifier, a checkpoint that cannot be read or does not fit, or a workdir that
-        holds a training; nothing is written then.
-    """
-    workdir = Path(workdir)
-    names, tree = torch_shapes(mdeq_shapes(config)), to_tree(config)
-    taken = any((workdir / name).exists() for name in ("config.json", "checkpoints"))
-    require(not taken, f"{workdir} holds a training already; choose another --out")
-    arrays, left_out = read_state_dict(checkpoint, names)
-    try:
-        shapes = mdeq_shapes(config, _channels(arrays))
-        variables = jax.tree_util.tree_map_with_path(_as_float32, from_torch(arrays, shapes))
-    except InputError as error:
-        raise InputError(f"{checkpoint}: {error}") from None
-    state = _initial_state(config, variables)
-    if left_out:
-        report(f"left out: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''} (beside the network)")
-    make_folder(workdir)
-    for name, keep in (("best", 1), ("latest", 2)):
-        meta = {"config": tree, "best_accuracy": -1.0}  # not measured yet
-        Checkpoints(workdir / "checkpoints" / name, keep).save(0, state, meta)
-    write_json(workdir / "config.json", tree)
-    return state
-
-
-def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True) -> int:
-    """Writes a training's variables under their PyTorch names; the dataset is not read.
-
-    Args:
-      workdir: of the training of an MDEQ.
-      out: new file, ``.npz`` or ``.safetensors``.
-      best: the best checkpoint, or else the latest.
-
-    Returns:
-      The step of the checkpoint.
-
-    Raises:
-      InputError: if the workdir holds no such checkpoint of an MDEQ, or `out` exists or has another ending.
-    """
-    workdir, out = Path(workdir), Path(out)
-    check_writable(out)
-    config = read_config(workdir)
-    mdeq_shapes(config)
-    checkpoints = checkpoints_of(workdir, "best" if best else "latest")
-    template = mdeq_shapes(config, _stored_channels(checkpoints))
-    variables, _ = checkpoints.restore(template, only=list(template))
-    make_folder(out.parent)
-    write_state_dict(out, to_torch(variables))
-    return cast(int, checkpoints.latest_step())
-
-
-def _channels(arrays: dict[str, np.ndarray]) -> int | None:
-    """How many channels the images have for which a network was made; None if it does not tell."""
-    stem = arrays.get(STEM)
-    return stem.shape[1] if stem is not None and stem.ndim == 4 else None
-
-
-def _stored_channels(checkpoints: Checkpoints) -> int | None:
-    try:
-        return int(checkpoints.shapes()["params"]["encoder"]["stem_conv0"]["kernel"].shape[2])
-    except (TypeError, KeyError, IndexError):
-        return None  # damaged, or of another network: restoring it will tell
-
-
-def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
-    """Shapes and dtypes of the variables of the config's MDEQ.
-
-    Args:
-      config: its dataset is not read.
-      channels: of the images; None for those of the config's normalisation, and for three without one.
-
-    Raises:
-      InputError: if the classifier is no MDEQ, or its parts do not fit together.
-    """
-    classifier = config.classifier
-    encoder = classifier.encoder if isinstance(classifier, Equilibrium) else None
-    own = len(encoder.mean) if isinstance(encoder, Normalized) else 3
-    encoder = encoder.module if isinstance(encoder, Normalized) else encoder
-    if not (
-        isinstance(classifier, Equilibrium)
-        and isinstance(encoder, MdeqEncoder)
-        and isinstance(classifier.cell, MdeqCell)
-        and isinstance(classifier.decoder, MdeqDecoder)
-    ):
-        raise InputError("the config's classifier is no MDEQ: expected Equilibrium(*mdeq(...), dynamics)")
-    side = 2 ** (len(encoder.channels) - 1)  # the coarsest branch is one pixel
-    images = jnp.zeros((1, side, side, own if channels is None else channels))
-    try:
-        return jax.eval_shape(classifier.init, prng_key(0), images)
-    except InputError:
-        raise
-    except (TypeError, ValueError, IndexError, ZeroDivisionError, flax.errors.FlaxError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"the parts of the config's MDEQ do not fit together: {reason}") from None
-
-
-def _as_float32(path: tuple, array: np.ndarray) -> np.ndarray:
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    require(jnp.issubdtype(array.dtype, jnp.floating), f"{name}: expected floating numbers, found {array.dtype}")
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    require(bool(np.isfinite(array).all()), f"{name}: holds numbers that are not finite in float32")
-    return array
-
-
-def _initial_state(config: TrainConfig, variables: Variables) -> TrainState:
-    """As before the first step of a training; the optimiser's state does not depend on the number of steps."""
-    params = variables["params"]
-    optimizer = optimizer_of(config, STEPS)
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
 
 
 if __name__ == "__main__":

@@ -17,21 +17,27 @@ from typing import Any, cast
 import numpy as np
 from rich.progress import TaskProgressColumn
 
-from deq_jax.attacks import PGD, Linf
-from deq_jax.cli import add_process_options, add_set_option, command_line, console, join
-from deq_jax.config import TrainConfig, load_config, set_fields, to_tree
-from deq_jax.data import to_unit
-from deq_jax.moments import Moment
-from deq_jax.processes import agreed, is_primary
-from deq_jax.progress import Display
-from deq_jax.readouts import EnsembleState, LastState
-from deq_jax.reports import accuracy_table, headline, report_of, states_table, write_report
-from deq_jax.surrogates import deployed
-from deq_jax.training import load_run
-from deq_jax.transfers import Transfer
-from deq_jax.trials import EarlyState, EvalConfig, Trial, threat_of, with_transfers
-from deq_jax.types import Classifier, Readout, require
-from deq_jax.worst_case import worst_case
+from deq_jax._cli import add_process_options, add_set_option, command_line, console, join
+from deq_jax._progress import Display
+from deq_jax.attacks.pgd import PGD
+from deq_jax.attacks.threats import Linf
+from deq_jax.core.errors import require
+from deq_jax.core.readouts import EnsembleState, LastState
+from deq_jax.core.types import Readout
+from deq_jax.data.batches import to_unit
+from deq_jax.defences.states import deployed
+from deq_jax.evaluation.engine import worst_case
+from deq_jax.evaluation.moments import Moment
+from deq_jax.evaluation.plan import EarlyState, EvalConfig, Trial, with_transfers
+from deq_jax.evaluation.record import headline, report_of, write_report
+from deq_jax.evaluation.terminal import accuracy_table, states_table
+from deq_jax.evaluation.transfers import Transfer
+from deq_jax.models.base import Classifier
+from deq_jax.parallel.processes import agreed, is_primary
+from deq_jax.storage.configs import load_config, set_fields
+from deq_jax.storage.trees import to_tree
+from deq_jax.training.config import TrainConfig, threat_of
+from deq_jax.training.workdir import load_run
 
 EPILOG = """\
 Writes into the output folder: evaluation.json (means, red flags, and what was run), evaluation.npz (per image:
@@ -54,8 +60,11 @@ examples:
     --transfer reference=runs/a/evaluation/test-eval_white_box
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
+
 SILENCE = 30  # seconds after which a file or a pipe gets a line
+
 READOUTS = ("trained", "early", "last", "ensemble")
+
 RAW: dict[str, Readout] = {"last": LastState(), "ensemble": EnsembleState()}
 
 

@@ -9,10 +9,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from deq_jax.cli import command_line, console
-from deq_jax.finished import read_evaluations, unfinished
-from deq_jax.pages import report_files
-from deq_jax.records import make_folder
+from deq_jax._cli import command_line, console
+from deq_jax.reporting.archive import read_evaluations, unfinished
+from deq_jax.reporting.page import report_files
+from deq_jax.storage.files import make_folder
 
 EPILOG = """\
 Writes index.html, one page that needs no network, no script and no other file, and the figures and tables on it as

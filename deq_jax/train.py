@@ -14,11 +14,13 @@ from typing import Any
 import jax
 from rich.progress import MofNCompleteColumn
 
-from deq_jax.cli import add_process_options, add_set_option, command_line, console, fail, join
-from deq_jax.config import TrainConfig, load_config, set_fields
-from deq_jax.processes import agreed
-from deq_jax.progress import Display, duration
-from deq_jax.training import Interrupted, NonFiniteLoss, train
+from deq_jax._cli import add_process_options, add_set_option, command_line, console, fail, join
+from deq_jax._progress import Display
+from deq_jax.parallel.processes import agreed
+from deq_jax.storage.briefs import duration
+from deq_jax.storage.configs import load_config, set_fields
+from deq_jax.training.config import TrainConfig
+from deq_jax.training.loop import Interrupted, NonFiniteLoss, train
 
 EPILOG = """\
 The workdir gets: config.json (what is trained), environment.json (settings and versions), metrics.jsonl (one line

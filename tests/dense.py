@@ -3,11 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.entropy import EntropyReduced
-from deq_jax.gradients import Phantom
-from deq_jax.solvers import Broyden
-from deq_jax.types import Injection
+from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium, Phantom
+from deq_jax.core import Injection
 
 WIDTH = 6
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deq_jax.classifiers import Explicit
+from deq_jax import Explicit
+from deq_jax.core import cross_entropy
 from deq_jax.data import Digits
-from deq_jax.losses import cross_entropy
 
 DATA = Digits().load()
 

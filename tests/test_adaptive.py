@@ -10,14 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage, SmoothSign
-from deq_jax.attacks import PGD, Linf, classifier_oracle, expectation, surrogate
-from deq_jax.entropy import EntropyGradient, RandomDirection, reduce_entropy
-from deq_jax.losses import cross_entropy, entropy
-from deq_jax.readouts import EnsembleState, IntermediateState, LastState
-from deq_jax.solvers import Anderson, Broyden, FixedPoint
-from deq_jax.surrogates import Direct, Intermediate, ThroughSolver, deployed
-from deq_jax.types import InputError, Keys
+from deq_jax import Anderson, Broyden, EnsembleState, FixedPoint, InputError, IntermediateState, Keys, LastState
+from deq_jax.attacks import PGD, Linf, expectation, gradient_from
+from deq_jax.core import LowEntropy, cross_entropy, entropy
+from deq_jax.defences import EntropyGradient, RandomDirection, deployed, reduce_entropy
+from deq_jax.surrogates import (
+    BPDAHead,
+    BPDAIdentity,
+    BPDASolver,
+    Direct,
+    EndToEnd,
+    Intermediate,
+    OnBase,
+    PathAverage,
+    SmoothSign,
+    ThroughSolver,
+    classifier_oracle,
+)
 from tests.dense import WIDTH, defence_of
 
 X = 0.3 + 0.4 * jax.random.uniform(jax.random.key(0), (2, 3, 3, 1))
@@ -44,7 +53,7 @@ def compiled(surrogate, defence, loss):
     """Gradient query and logits in one; numbers of the surrogate are traced."""
 
     def query(surrogate, x):
-        oracle = surrogate(defence, VARIABLES)
+        oracle = gradient_from(defence, VARIABLES)
         return oracle.grad(loss, x, Y, KEYS), oracle.logits(x, KEYS)
 
     return partial(jax.jit(query), surrogate)
@@ -181,7 +190,7 @@ def test_attacks_judge_the_defended_predictor():
     attack = PGD(Linf(0.1), steps=4, step_size=0.03)
     judge = classifier_oracle(DEFENCE, VARIABLES)
     clean = cross_entropy(judge.logits(X, KEYS), Y)
-    oracle = surrogate(BPDAIdentity()(DEFENCE, VARIABLES), judge)
+    oracle = gradient_from(BPDAIdentity()(DEFENCE, VARIABLES), judge)
     x_adv = jax.jit(partial(attack, oracle))(X, Y, jax.random.key(0))
     assert np.all(cross_entropy(judge.logits(x_adv, KEYS), Y) > clean)
 

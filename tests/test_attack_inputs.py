@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from jax import monitoring
 
-from deq_jax import losses
-from deq_jax.adaptive import LowEntropy
+from deq_jax import InputError, Keys
 from deq_jax.attacks import (
     APGD,
     FAB,
@@ -20,16 +19,16 @@ from deq_jax.attacks import (
     SPSA,
     AutoAttack,
     Linf,
+    Noise,
+    Oracle,
     Square,
     Targeted,
     auto_attack,
-    logit_difference,
     oracle_of,
-    targeted_dlr,
 )
 from deq_jax.attacks.inputs import check_oracle
-from deq_jax.trials import Noise, diagnostics
-from deq_jax.types import InputError, Keys, Oracle
+from deq_jax.core import LowEntropy, logit_difference, losses, targeted_dlr
+from deq_jax.evaluation import diagnostics
 
 KEY = jax.random.key(0)
 SHAPE, CLASSES, BATCH = (4, 4, 1), 5, 6

@@ -12,20 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.attacks import PGD, oracle_of
-from deq_jax.attacks.apgd import APGD, checkpoints
-from deq_jax.attacks.auto import AutoAttack, auto_attack
-from deq_jax.attacks.best import is_fooled
-from deq_jax.attacks.combine import average, expectation, surrogate
-from deq_jax.attacks.fab import FAB
-from deq_jax.attacks.spsa import SPSA
-from deq_jax.attacks.square import Square
-from deq_jax.attacks.targeted import Targeted, targeted_dlr
-from deq_jax.attacks.threat import L2, Linf
-from deq_jax.losses import cross_entropy, margin
-from deq_jax.models.layers import conv
+from deq_jax import InputError, Keys
+from deq_jax.attacks import (
+    APGD,
+    FAB,
+    L2,
+    PGD,
+    SPSA,
+    AutoAttack,
+    Linf,
+    Oracle,
+    Square,
+    Targeted,
+    auto_attack,
+    average,
+    expectation,
+    gradient_from,
+    is_fooled,
+    oracle_of,
+)
+from deq_jax.attacks.apgd import checkpoints
+from deq_jax.core import cross_entropy, margin, targeted_dlr
+from deq_jax.models.convolution import conv
 from deq_jax.parallel import replicate_and_split
-from deq_jax.types import InputError, Keys, Oracle
 
 GOLDEN = Path(__file__).parent / "golden" / "attacks"
 SHAPE, CLASSES, BATCH = (6, 6, 2), 5, 6
@@ -371,7 +380,7 @@ def test_average_and_surrogate():
     keys = Keys.of(KEY, BATCH)
     other = oracle_of(lambda x, keys: -2 * mlp(x))
     np.testing.assert_allclose(average([MLP, other]).logits(X, keys), -0.5 * mlp(X), atol=1e-5)
-    pair = surrogate(other, MLP)
+    pair = gradient_from(other, MLP)
     losses, logits, gradient = pair.grad(margin, X, Y, keys)
     np.testing.assert_allclose(logits, mlp(X), atol=1e-6)
     np.testing.assert_allclose(losses, margin(mlp(X), Y), atol=1e-6)
@@ -382,7 +391,7 @@ def test_surrogate_is_judged_on_the_deployed_predictor():
     blind = Oracle(MLP.logits, lambda loss, x, target, keys: oracle_of(lambda x, keys: mlp(x) + 99).grad(
         loss, x, target, keys
     ))  # fmt: skip
-    x_adv = APGD(Linf(0.1), steps=8)(surrogate(blind, MLP), X, Y, KEY)
+    x_adv = APGD(Linf(0.1), steps=8)(gradient_from(blind, MLP), X, Y, KEY)
     assert jnp.all((cross_entropy(mlp(x_adv), Y) >= cross_entropy(mlp(X), Y)) | is_fooled(mlp(x_adv), Y))
 
 

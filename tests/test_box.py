@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.box import clip_to_box
-from deq_jax.types import InputError
+from deq_jax import InputError
+from deq_jax.core import clip_to_box
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, jnp.bfloat16], ids=lambda kind: kind.__name__)

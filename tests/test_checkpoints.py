@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from deq_jax.checkpoints import Checkpoints
-from deq_jax.types import InputError
+from deq_jax import InputError
+from deq_jax.storage.checkpoints import Checkpoints
 
 
 class State(NamedTuple):

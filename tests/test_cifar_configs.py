@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.classifiers import Equilibrium
-from deq_jax.config import TrainConfig, from_tree, load_config, to_tree
-from deq_jax.gradients import Implicit, Phantom
-from deq_jax.objectives import PGDAdversarialTraining, Trades
+from deq_jax import (
+    Equilibrium,
+    FinalState,
+    Implicit,
+    PGDAdversarialTraining,
+    Phantom,
+    RandomIntermediateState,
+    Trades,
+    TrainConfig,
+)
 from deq_jax.parallel import AXIS, replicate, replicate_and_split
-from deq_jax.readouts import FinalState, RandomIntermediateState
+from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.training import Batch, TrainState, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"

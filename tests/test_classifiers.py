@@ -7,13 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.attacks import classifier_oracle
-from deq_jax.classifiers import Dynamics, Explicit
-from deq_jax.gradients import Unrolled
-from deq_jax.losses import cross_entropy
-from deq_jax.models.small import SmallCNN
-from deq_jax.readouts import IntermediateState, RandomIntermediateState
-from deq_jax.types import Keys
+from deq_jax import Dynamics, Explicit, IntermediateState, Keys, RandomIntermediateState, Unrolled
+from deq_jax.core import cross_entropy
+from deq_jax.models import SmallCNN
+from deq_jax.surrogates import classifier_oracle
 from tests import tiny
 
 X = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 8, 8, 1)), jnp.float32)

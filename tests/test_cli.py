@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from configs import digits_pgd_at
-from deq_jax import evaluate, train
+from deq_jax import InputError, evaluate, train
 from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
-from deq_jax.checkpoints import Checkpoints
-from deq_jax.config import from_tree, load_config, to_tree
-from deq_jax.trials import EvalConfig
-from deq_jax.types import InputError
+from deq_jax.evaluation import EvalConfig
+from deq_jax.storage import from_tree, load_config, to_tree
+from deq_jax.storage.checkpoints import Checkpoints
 
 TINY = [  # seconds to compile
     "classifier.encoder.channels=4",
@@ -473,7 +472,7 @@ def test_an_evaluation_config_is_run_resumed_and_never_mixed(folder, tmp_path, c
 def test_the_last_state_is_deployed(folder, tmp_path):
     report = evaluate_tiny(folder, tmp_path / "out", "--readout", "last", "--attack", "none")
     assert report["defence"] == "last state"
-    assert report["evaluation"]["predictor"]["dynamics"]["readout"]["class"] == "deq_jax.readouts.LastState"
+    assert report["evaluation"]["predictor"]["dynamics"]["readout"]["class"] == "deq_jax.core.LastState"
     assert report["rows"]["deployed"]["clean"]["entropy"] == report["rows"]["z_2"]["clean"]["entropy"]
 
 

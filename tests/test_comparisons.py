@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from deq_jax.comparisons import Estimate, accuracy_sides, difference_sides, paired_difference, paired_quotient
-from deq_jax.types import InputError
+from deq_jax import InputError
+from deq_jax.reporting import Estimate, paired_difference, paired_quotient
+from deq_jax.reporting.statistics import accuracy_sides, difference_sides
 
 Z = 1.959964
 

@@ -11,14 +11,24 @@ import numpy as np
 import pytest
 from jax import monitoring
 
-from deq_jax import adaptive, surrogates
-from deq_jax.classifiers import Dynamics, Explicit
-from deq_jax.gradients import AtState, Implicit, Neumann, Phantom, PhantomUpTo, Unrolled, deq
-from deq_jax.losses import cross_entropy
-from deq_jax.models.small import SmallCNN
-from deq_jax.regularizers import JacobianRegularization, jacobian_norm, spectral_radius
-from deq_jax.solvers import Anderson, Broyden, FixedPoint, solve
-from deq_jax.types import Keys
+from deq_jax import (
+    Anderson,
+    Broyden,
+    Dynamics,
+    Explicit,
+    FixedPoint,
+    Implicit,
+    Keys,
+    Neumann,
+    Phantom,
+    Unrolled,
+    deq,
+    solve,
+)
+from deq_jax.core import AtState, PhantomUpTo, cross_entropy, jacobian_norm, spectral_radius
+from deq_jax.models import JacobianRegularization, SmallCNN
+from deq_jax.surrogates import adaptive
+from deq_jax.surrogates import dynamics as surrogates
 from tests import dense
 
 GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]

@@ -10,25 +10,14 @@ from pathlib import Path
 import jax
 import pytest
 
+from deq_jax import Explicit, InputError, RandomIntermediateState, Standard, TrainConfig
 from deq_jax.attacks import PGD, Linf
-from deq_jax.classifiers import Explicit
-from deq_jax.config import (
-    AdamCosine,
-    TrainConfig,
-    first_difference,
-    from_tree,
-    load_config,
-    scalar_paths,
-    set_fields,
-    to_tree,
-    with_readout,
-)
+from deq_jax.core import kl
 from deq_jax.data import CropFlip, Digits, Npz
-from deq_jax.losses import kl
-from deq_jax.models.small import SmallCNN
-from deq_jax.objectives import Standard
-from deq_jax.readouts import RandomIntermediateState
-from deq_jax.types import InputError
+from deq_jax.models import SmallCNN
+from deq_jax.storage import first_difference, from_tree, load_config, set_fields, to_tree
+from deq_jax.storage.configs import scalar_paths
+from deq_jax.training import AdamCosine, with_readout
 
 CONFIGS = [p for p in sorted(Path("configs").glob("*.py")) if p.stem != "cifar" and not p.stem.startswith("eval_")]
 
@@ -138,11 +127,11 @@ def test_set_refuses(config, assignment, words):
         ({}, None),
         ({"seed": 3}, "seed was 0, now 3"),
         ({"optimizer": AdamCosine(2e-3)}, "optimizer.learning_rate was 0.003, now 0.002"),
-        ({"objective": Standard()}, "objective was deq_jax.objectives.PGDAdversarialTraining, now deq_jax.objectives"),
+        ({"objective": Standard()}, "objective was deq_jax.training.PGDAdversarialTraining, now deq_jax.training"),
         ({"augmentation": CropFlip()}, "augmentation was None, now deq_jax.data.CropFlip"),
         (
             {"validation_attack": PGD(Linf(0.1), steps=10, step_size=0.025, loss=kl)},
-            "validation_attack.loss was deq_jax.losses.cross_",
+            "validation_attack.loss was deq_jax.core.cross_",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -174,7 +163,7 @@ class Holder:
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({"class": "deq_jax.attacks.pgd.FGD", "epsilon": 1}, ["cannot import 'deq_jax.attacks.pgd.FGD'"]),
+        ({"class": "deq_jax.attacks.pgd.FGD", "epsilon": 1}, ["cannot import 'deq_jax.attacks.FGD'"]),
         ({"class": "no_such_package.Thing"}, ["cannot import 'no_such_package.Thing'"]),
         ({"class": "deq_jax.data.Npz", "file": "a"}, ["deq_jax.data.Npz", "other fields", "file"]),
         ({"class": "deq_jax.data.Npz", "path": "a", "validation": 2.0}, ["validation", "(0, 1)", "2.0"]),

@@ -10,13 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.evaluation import measure, row_names, spectral_radii
-from deq_jax.gradients import AtState, Implicit, Neumann, Phantom, PhantomUpTo, Unrolled, deq
-from deq_jax.readouts import EnsembleState, LastState
-from deq_jax.regularizers import jacobian_norm, spectral_radius
-from deq_jax.solvers import Anderson, Broyden, FixedPoint, solve
-from deq_jax.types import Injection, InputError, Keys
+from deq_jax import (
+    Anderson,
+    Broyden,
+    Dynamics,
+    EnsembleState,
+    Equilibrium,
+    Explicit,
+    FixedPoint,
+    Implicit,
+    InputError,
+    Keys,
+    LastState,
+    Neumann,
+    Phantom,
+    Unrolled,
+    deq,
+    solve,
+)
+from deq_jax.core import AtState, Injection, PhantomUpTo, jacobian_norm, spectral_radius
+from deq_jax.evaluation import measure, row_names
+from deq_jax.evaluation.measure import spectral_radii
 from tests import dense
 
 GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]

@@ -16,15 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import convert, evaluate, train
-from deq_jax.checkpoints import Checkpoints
-from deq_jax.config import TrainConfig, load_config, to_tree
-from deq_jax.convert import export_checkpoint, import_checkpoint, mdeq_shapes
-from deq_jax.records import read_json
-from deq_jax.state_dicts import check_writable, read_state_dict, write_state_dict
-from deq_jax.torch_names import to_torch
+from deq_jax import InputError, TrainConfig, convert, evaluate, train
+from deq_jax.interop import (
+    export_checkpoint,
+    import_checkpoint,
+    mdeq_shapes,
+    read_state_dict,
+    to_torch,
+    write_state_dict,
+)
+from deq_jax.interop.state_dicts import check_writable
+from deq_jax.storage import load_config, read_json, to_tree
+from deq_jax.storage.checkpoints import Checkpoints
 from deq_jax.training import initial_state, load_run
-from deq_jax.types import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deq_jax import InputError, Keys
 from deq_jax.data import CropFlip, Digits, Images, Npz, Tfds, batch_indices, evaluation_batches, hold_out, to_unit
-from deq_jax.types import InputError, Keys
 
 
 def numbered(size, shape=(2, 2, 1)):

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.defences import CONTROLS, DEFENCES, RADII, first, lightened, plan
 from configs import digits_pgd_at
-from deq_jax.trials import EvalConfig
+from deq_jax.evaluation import EvalConfig
 
 TRAIN = digits_pgd_at.get_config()
 DEQ, CNN = "digits_pgd_at-1", "digits_cnn_pgd_at-1"

@@ -9,17 +9,33 @@ import numpy as np
 import pytest
 
 from configs import digits_cnn_pgd_at, digits_pgd_at
-from deq_jax.adaptive import BPDAHead, BPDAIdentity, BPDASolver, EndToEnd, LowEntropy, OnBase, PathAverage
-from deq_jax.attacks import APGD, PGD, SPSA, Linf, Square, Targeted
-from deq_jax.config import from_tree, load_config, set_fields, to_tree
+from deq_jax import EntropyReduced, InputError, Keys
+from deq_jax.attacks import APGD, PGD, SPSA, Linf, Noise, Square, Targeted
+from deq_jax.core import LowEntropy
 from deq_jax.data import Images
-from deq_jax.entropy import EntropyReduced, RandomDirection, reduce_entropy
-from deq_jax.red_flags import red_flags
-from deq_jax.reports import report_of, write_report
-from deq_jax.surrogates import Direct, Intermediate, ThroughSolver
-from deq_jax.trials import Diagnostics, EvalConfig, Noise, Trial, with_transfers
-from deq_jax.types import InputError, Keys
-from deq_jax.worst_case import worst_case
+from deq_jax.defences import RandomDirection, reduce_entropy
+from deq_jax.evaluation import (
+    Diagnostics,
+    EvalConfig,
+    Trial,
+    red_flags,
+    report_of,
+    with_transfers,
+    worst_case,
+    write_report,
+)
+from deq_jax.storage import from_tree, load_config, set_fields, to_tree
+from deq_jax.surrogates import (
+    BPDAHead,
+    BPDAIdentity,
+    BPDASolver,
+    Direct,
+    EndToEnd,
+    Intermediate,
+    OnBase,
+    PathAverage,
+    ThroughSolver,
+)
 from tests.dense import defence_of
 
 THREAT = Linf(0.1)

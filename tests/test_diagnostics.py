@@ -7,19 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deq_jax import Broyden, Explicit, Implicit, Neumann, Phantom
 from deq_jax.attacks import Linf
-from deq_jax.classifiers import Explicit
+from deq_jax.core import AtState, Injection, cross_entropy
 from deq_jax.data import Images
-from deq_jax.evaluation import adjoint_residuals, mean_and_largest
-from deq_jax.gradients import AtState, Implicit, Neumann, Phantom
-from deq_jax.losses import cross_entropy
-from deq_jax.models.small import SmallCNN
-from deq_jax.reports import report_of, states_table
-from deq_jax.solvers import Broyden
+from deq_jax.evaluation import EvalConfig, report_of, worst_case
+from deq_jax.evaluation.measure import adjoint_residuals, mean_and_largest
+from deq_jax.evaluation.terminal import states_table
+from deq_jax.models import SmallCNN
 from deq_jax.training import train
-from deq_jax.trials import EvalConfig
-from deq_jax.types import Injection
-from deq_jax.worst_case import worst_case
 from tests import dense, tiny
 
 

@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.carries import ReferenceCarry
-from deq_jax.entropy import (
-    EntropyGradient,
+from deq_jax import (
+    Anderson,
+    Broyden,
+    EnsembleState,
     EntropyReduced,
-    RandomDirection,
-    reduce_entropy,
-    sign,
+    FixedPoint,
+    InputError,
+    IntermediateState,
+    Keys,
+    LastState,
+    Phantom,
 )
-from deq_jax.gradients import Phantom, straight_through
-from deq_jax.losses import entropy
-from deq_jax.models.small import SmallCNN
+from deq_jax.core import entropy, straight_through
+from deq_jax.defences import EntropyGradient, RandomDirection, ReferenceCarry, reduce_entropy, sign
+from deq_jax.models import SmallCNN
 from deq_jax.parallel import replicate_and_split
-from deq_jax.readouts import EnsembleState, IntermediateState, LastState
-from deq_jax.solvers import Anderson, Broyden, FixedPoint
-from deq_jax.types import InputError, Keys
 from tests import tiny
 from tests.golden.case import Case, compiled
 

@@ -6,8 +6,9 @@ from importlib.metadata import version
 import jax
 import pytest
 
-from deq_jax.environment import DECISIVE, decisive_settings, environment, resumed_environments
-from deq_jax.types import InputError
+from deq_jax import InputError
+from deq_jax.storage import decisive_settings, environment
+from deq_jax.storage.environment import DECISIVE, resumed_environments
 
 
 def changed(part, name, value):

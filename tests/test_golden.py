@@ -12,17 +12,24 @@ import numpy as np
 import pytest
 from jax import lax
 
+from deq_jax import (
+    Anderson,
+    Broyden,
+    Dynamics,
+    Implicit,
+    IntermediateState,
+    Keys,
+    Neumann,
+    PGDAdversarialTraining,
+    Phantom,
+    Standard,
+    Trades,
+    Unrolled,
+)
 from deq_jax.attacks import PGD, Linf
-from deq_jax.attacks.oracle import classifier_oracle
-from deq_jax.classifiers import Dynamics
-from deq_jax.gradients import Implicit, Neumann, Phantom, Unrolled
-from deq_jax.losses import cross_entropy, kl
-from deq_jax.objectives import PGDAdversarialTraining, Standard, Trades
-from deq_jax.readouts import IntermediateState
-from deq_jax.regularizers import jacobian_norm
-from deq_jax.solvers import Anderson, Broyden
-from deq_jax.torch_names import to_torch
-from deq_jax.types import Keys
+from deq_jax.core import cross_entropy, jacobian_norm, kl
+from deq_jax.interop import to_torch
+from deq_jax.surrogates import classifier_oracle
 from tests.golden.case import SOLVER, Case, compiled
 
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255

@@ -8,20 +8,26 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from deq_jax.gradients import (
-    AtState,
+from deq_jax import (
+    Anderson,
+    Broyden,
+    EnsembleState,
+    FinalState,
+    FixedPoint,
     Implicit,
+    InputError,
+    IntermediateState,
+    Keys,
+    LastState,
     Neumann,
     Phantom,
-    PhantomUpTo,
+    RandomIntermediateState,
     Unrolled,
-    adjoint_residual,
     deq,
-    simultaneous_adjoint,
+    solve,
 )
-from deq_jax.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
-from deq_jax.solvers import Anderson, Broyden, FixedPoint, solve
-from deq_jax.types import InputError, Keys
+from deq_jax.core import AtState, PhantomUpTo, adjoint_residual
+from deq_jax.surrogates import simultaneous_adjoint
 from tests import tiny
 
 BATCH, SIZE = 3, 10

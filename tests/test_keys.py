@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.readouts import RandomIntermediateState
-from deq_jax.types import InputError, Keys, prng_key
+from deq_jax import InputError, Keys, RandomIntermediateState
+from deq_jax.core import prng_key
 from tests import tiny
 
 PACKAGE = Path(__file__).parents[1] / "deq_jax"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from deq_jax.models import layers
-from deq_jax.models.layers import BatchNorm, GroupNorm, conv, conv_layer, dropout_mask
-from deq_jax.types import InputError, Keys
+from deq_jax import InputError, Keys
+from deq_jax.models import BatchNorm, GroupNorm, conv_layer, dropout_mask, layers
+from deq_jax.models.convolution import conv
 
 # in, out, image height and width, kernel, stride, padding
 CASES = [

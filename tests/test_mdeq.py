@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.gradients import Phantom
-from deq_jax.models.mdeq import mdeq, mdeq_large, mdeq_xl
-from deq_jax.models.resnet import ResNet18
-from deq_jax.models.wide_resnet import WideResNet
-from deq_jax.solvers import Broyden
-from deq_jax.torch_names import IGNORED, from_torch, to_torch
-from deq_jax.types import Injection, InputError, Keys
+from deq_jax import Broyden, Dynamics, Equilibrium, Explicit, InputError, Keys, Phantom
+from deq_jax.core import Injection
+from deq_jax.interop import from_torch, to_torch
+from deq_jax.interop.mdeq_names import IGNORED
+from deq_jax.models import ResNet18, WideResNet, mdeq, mdeq_large, mdeq_xl
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGES = jnp.zeros((1, 32, 32, 3))

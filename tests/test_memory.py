@@ -6,14 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.config import AdamCosine
-from deq_jax.gradients import Implicit, Phantom
-from deq_jax.losses import cross_entropy
-from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.objectives import Standard
-from deq_jax.solvers import Anderson, Broyden
-from deq_jax.training import Batch, initial_state, train_step
+from deq_jax import Anderson, Broyden, Dynamics, Equilibrium, Implicit, Phantom, Standard
+from deq_jax.core import cross_entropy
+from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.training import AdamCosine, Batch, initial_state, train_step
 from tests import tiny
 
 X = jnp.asarray(np.random.default_rng(0).uniform(size=(16, 8, 8, 1)), jnp.float32)

@@ -8,15 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.models.layers import BatchNorm
-from deq_jax.models.mdeq import mdeq
-from deq_jax.models.resnet import ResNet18
-from deq_jax.models.small import SmallCNN
-from deq_jax.models.wide_resnet import WideResNet
-from deq_jax.solvers import Broyden
+from deq_jax import Broyden, Dynamics, Equilibrium, Explicit, InputError, Keys
+from deq_jax.core import Injection, prng_key
+from deq_jax.models import BatchNorm, ResNet18, SmallCNN, WideResNet, mdeq
 from deq_jax.training import initial_state
-from deq_jax.types import Injection, InputError, Keys, prng_key
 from tests import dense, tiny
 
 SOLVER = Broyden(3, tolerance=0)

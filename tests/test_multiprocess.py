@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from deq_jax import train
-from deq_jax.meters import TIMINGS
-from deq_jax.processes import agreed, connect, from_primary, gather, gather_texts, is_primary
-from deq_jax.records import read_metrics
-from deq_jax.training import load_run
-from deq_jax.types import InputError
+from deq_jax import InputError, train
+from deq_jax.parallel import agreed, connect, from_primary, gather, is_primary
+from deq_jax.parallel.processes import gather_texts
+from deq_jax.training import load_run, read_metrics
+from deq_jax.training.meters import TIMINGS
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # for a job to end

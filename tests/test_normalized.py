@@ -7,18 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.attacks import classifier_oracle
-from deq_jax.classifiers import Equilibrium, Explicit
-from deq_jax.config import from_tree, to_tree
-from deq_jax.entropy import EntropyReduced, reduce_entropy
+from deq_jax import EntropyReduced, Equilibrium, Explicit, FixedPoint, InputError, Keys
+from deq_jax.core import cross_entropy
+from deq_jax.defences import reduce_entropy
 from deq_jax.evaluation import measure
-from deq_jax.losses import cross_entropy
-from deq_jax.models.mdeq import mdeq
-from deq_jax.models.small import SmallCNN
-from deq_jax.normalized import normalized
-from deq_jax.solvers import FixedPoint
-from deq_jax.surrogates import ThroughSolver
-from deq_jax.types import InputError, Keys
+from deq_jax.models import SmallCNN, mdeq, normalized
+from deq_jax.storage import from_tree, to_tree
+from deq_jax.surrogates import ThroughSolver, classifier_oracle
 from tests import tiny
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

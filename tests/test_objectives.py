@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import losses
-from deq_jax.attacks import PGD, classifier_oracle, gaussian_start
-from deq_jax.objectives import ADVERSARIAL, NATURAL, PERTURB, PGDAdversarialTraining, Standard, Trades
-from deq_jax.readouts import RandomIntermediateState
-from deq_jax.types import InputError, Keys
+from deq_jax import InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
+from deq_jax.attacks import PGD, gaussian_start
+from deq_jax.core import losses
+from deq_jax.surrogates import classifier_oracle
+from deq_jax.training.objectives import ADVERSARIAL, NATURAL, PERTURB
 from tests import tiny
 
 CLASSIFIER = tiny.classifier()

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import losses
-from deq_jax.attacks import L2, PGD, Linf, clean_start, gaussian_start, oracle_of, uniform_start
-from deq_jax.types import InputError, Keys, Oracle
+from deq_jax import InputError, Keys
+from deq_jax.attacks import L2, PGD, Linf, Oracle, clean_start, gaussian_start, oracle_of, uniform_start
+from deq_jax.core import losses
 from tests import tiny
 
 LOGITS = jnp.array([[2.0, 1.0, -1.0, 0.0], [0.5, 3.0, 1.0, 1.0]])

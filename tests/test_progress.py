@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
-from deq_jax import progress
-from deq_jax.progress import Display, duration
-from deq_jax.sanity import plain_warnings
+from deq_jax import _progress as progress
+from deq_jax._progress import Display
+from deq_jax.evaluation import plain_warnings
+from deq_jax.storage import duration
 
 
 def shown(monkeypatch, **kind):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deq_jax.config import TrainConfig
+from deq_jax import TrainConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

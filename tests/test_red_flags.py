@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deq_jax.adaptive import BPDA
-from deq_jax.attacks import APGD, PGD, AutoAttack, Linf, Square, Targeted, clean_start
-from deq_jax.classifiers import Explicit
+from deq_jax import Explicit
+from deq_jax.attacks import APGD, PGD, AutoAttack, Linf, Noise, Square, Targeted, clean_start
 from deq_jax.data import Images
-from deq_jax.evaluation import Measured
-from deq_jax.red_flags import (
+from deq_jax.evaluation import (
+    EvalConfig,
+    Measured,
+    Probe,
+    Transfer,
+    Trial,
+    diagnostics,
+    headline,
+    red_flags,
+    report_of,
+    worst_case,
+)
+from deq_jax.evaluation.red_flags import (
     batch_dependence,
     no_collapse,
     no_plateau,
@@ -21,14 +31,10 @@ from deq_jax.red_flags import (
     only_by,
     order_of_strength,
     randomness,
-    red_flags,
     zero_gradients,
 )
-from deq_jax.reports import accuracy_table, headline, report_of
-from deq_jax.results import Probe
-from deq_jax.transfers import Transfer
-from deq_jax.trials import EvalConfig, Noise, Trial, diagnostics
-from deq_jax.worst_case import worst_case
+from deq_jax.evaluation.terminal import accuracy_table
+from deq_jax.surrogates import BPDA
 from tests.linear import DATA, Linear, trained
 
 THREAT = Linf(0.1)

@@ -7,13 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.classifiers import Explicit
-from deq_jax.models.small import SmallCNN
-from deq_jax.objectives import ADVERSARIAL, NATURAL, PGDAdversarialTraining, Trades
-from deq_jax.readouts import IntermediateState, RandomIntermediateState
-from deq_jax.regularizers import JacobianRegularization, gaussian_probes, jacobian_norm, spectral_radius
+from deq_jax import (
+    Explicit,
+    InputError,
+    IntermediateState,
+    Keys,
+    PGDAdversarialTraining,
+    RandomIntermediateState,
+    Trades,
+)
+from deq_jax.core import gaussian_probes, jacobian_norm, spectral_radius
+from deq_jax.models import JacobianRegularization, SmallCNN
 from deq_jax.training import train
-from deq_jax.types import InputError, Keys
+from deq_jax.training.objectives import ADVERSARIAL, NATURAL
 from tests import tiny
 from tests.test_objectives import TRADES_ATTACK
 

@@ -11,21 +11,28 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from deq_jax import evaluate, report, train
+from deq_jax import EnsembleState, evaluate, report, train
 from deq_jax.attacks import APGD, PGD, Linf
-from deq_jax.briefs import brief, number
-from deq_jax.comparisons import Estimate
-from deq_jax.config import to_tree
-from deq_jax.evaluation import Measured, Outcomes, summary
-from deq_jax.finished import protocol_text, read_evaluations, unfinished
-from deq_jax.pages import report_files
-from deq_jax.readouts import EnsembleState
-from deq_jax.reports import report_of, write_report
-from deq_jax.results import Attempt, Cost, Probe, WorstCase
-from deq_jax.studies import (
-    Group,
+from deq_jax.defences import deployed
+from deq_jax.evaluation import (
+    Attempt,
+    Cost,
+    EvalConfig,
+    Measured,
+    Outcomes,
+    Probe,
+    Transfer,
+    Trial,
+    WorstCase,
+    report_of,
+    summary,
+    write_report,
+)
+from deq_jax.reporting import Estimate, Group, Table, groups_of, read_evaluations, report_files, unfinished
+from deq_jax.reporting.archive import protocol_text
+from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
+from deq_jax.reporting.groups import (
     defence_pairs,
-    groups_of,
     labels,
     radius_curves,
     robust,
@@ -33,12 +40,10 @@ from deq_jax.studies import (
     undefended,
     undefended_trainings,
 )
-from deq_jax.summaries import accuracy_table, headline_table, pair_table
-from deq_jax.surrogates import ThroughSolver, deployed
-from deq_jax.tables import Cell, Column, Table
-from deq_jax.transfers import Transfer
-from deq_jax.trials import EvalConfig, Trial
-from deq_jax.wording import DEFENCE, TRAINING, quotes, sentences
+from deq_jax.reporting.tables import Cell, Column
+from deq_jax.reporting.wording import DEFENCE, TRAINING, quotes, sentences
+from deq_jax.storage import brief, number, to_tree
+from deq_jax.surrogates import ThroughSolver
 from tests import tiny
 from tests.test_cli import TINY, assignments
 

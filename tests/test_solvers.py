@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.solvers import Anderson, Broyden, FixedPoint, jaxopt, solve
-from deq_jax.types import InputError
+from deq_jax import Anderson, Broyden, FixedPoint, InputError, solve
+from deq_jax.core.solvers import jaxopt
 
 BATCH, SIZE = 4, 12
 SOLVERS = [

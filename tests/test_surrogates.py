@@ -13,27 +13,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.adaptive import BPDA, identity
-from deq_jax.attacks import PGD, Linf, classifier_oracle
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.config import from_tree, to_tree
-from deq_jax.entropy import EntropyReduced
-from deq_jax.gradients import AtState, Implicit, Phantom
-from deq_jax.losses import cross_entropy, margin
+from deq_jax import (
+    Anderson,
+    Broyden,
+    Dynamics,
+    EnsembleState,
+    EntropyReduced,
+    Equilibrium,
+    Explicit,
+    Implicit,
+    InputError,
+    IntermediateState,
+    Keys,
+    Phantom,
+)
+from deq_jax.attacks import PGD, Linf
+from deq_jax.core import AtState, Injection, cross_entropy, margin
+from deq_jax.defences import deployed
+from deq_jax.models import Prediction
 from deq_jax.parallel import replicate_and_split
-from deq_jax.readouts import EnsembleState, IntermediateState
-from deq_jax.solvers import Anderson, Broyden
+from deq_jax.storage import from_tree, to_tree
 from deq_jax.surrogates import (
+    BPDA,
     Direct,
     Intermediate,
     MeanOverStates,
     SimultaneousAdjoint,
     ThroughSolver,
     WithGradient,
-    deployed,
+    classifier_oracle,
     judged,
 )
-from deq_jax.types import Injection, InputError, Keys, Prediction
+from deq_jax.surrogates.adaptive import identity
 from tests.golden.case import Case, compiled
 
 T, WIDTH = 4, 8

@@ -17,22 +17,27 @@ import numpy as np
 import optax
 import pytest
 
+from deq_jax import Explicit, InputError, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
 from deq_jax.attacks import gaussian_start
-from deq_jax.checkpoints import Checkpoints
-from deq_jax.classifiers import Explicit
-from deq_jax.config import AdamCosine
+from deq_jax.core import cross_entropy, kl
 from deq_jax.data import CropFlip
-from deq_jax.environment import environment
-from deq_jax.losses import cross_entropy, kl
-from deq_jax.meters import TIMINGS, Meter
-from deq_jax.models.small import SmallCell, SmallCNN
-from deq_jax.objectives import PGDAdversarialTraining, Standard, Trades
+from deq_jax.models import SmallCell, SmallCNN
 from deq_jax.parallel import AXIS, replicate, replicate_and_split
-from deq_jax.readouts import RandomIntermediateState
-from deq_jax.records import digest
-from deq_jax.steps import Batch, TrainState, initial_state, learning_rate, train_step
-from deq_jax.training import Interrupted, NonFiniteLoss, load_run, train
-from deq_jax.types import InputError
+from deq_jax.storage import digest, environment
+from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.training import (
+    AdamCosine,
+    Batch,
+    Interrupted,
+    NonFiniteLoss,
+    TrainState,
+    initial_state,
+    learning_rate,
+    load_run,
+    train,
+    train_step,
+)
+from deq_jax.training.meters import TIMINGS, Meter
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

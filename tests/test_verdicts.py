@@ -5,8 +5,9 @@ from math import comb
 import numpy as np
 import pytest
 
-from deq_jax.moments import Watch
-from deq_jax.verdicts import better_state, exact_interval
+from deq_jax.evaluation import exact_interval
+from deq_jax.evaluation.moments import Watch
+from deq_jax.evaluation.verdicts import better_state
 
 
 def at_least(count, of, chance):

@@ -14,44 +14,48 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.adaptive import BPDA, EndToEnd, OnBase
-from deq_jax.attacks import APGD, FAB, L2, PGD, SPSA, AutoAttack, Linf, Square, Targeted
-from deq_jax.classifiers import Dynamics, Equilibrium, Explicit
-from deq_jax.config import from_tree, to_tree
+from deq_jax import (
+    Broyden,
+    Dynamics,
+    EnsembleState,
+    Equilibrium,
+    Explicit,
+    Implicit,
+    InputError,
+    IntermediateState,
+    Keys,
+    Phantom,
+)
+from deq_jax.attacks import APGD, FAB, L2, PGD, SPSA, AutoAttack, Linf, Noise, Square, Targeted
+from deq_jax.core import Injection, margin
 from deq_jax.data import Images, evaluation_batches
+from deq_jax.defences import deployed
 from deq_jax.evaluate import at_radius
 from deq_jax.evaluation import (
-    attack_batch,
-    choose_early_state,
-    correctness,
-    evaluator,
-    is_correct,
-    measure,
-    row_names,
-    spectral_radii,
-)
-from deq_jax.gradients import Implicit, Phantom
-from deq_jax.losses import margin
-from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.readouts import EnsembleState, IntermediateState
-from deq_jax.red_flags import red_flags
-from deq_jax.results import worst_of
-from deq_jax.solvers import Broyden
-from deq_jax.surrogates import Direct, Intermediate, MeanOverStates, WithGradient, deployed
-from deq_jax.transfers import Transfer, is_within
-from deq_jax.trials import (
     Diagnostics,
     EarlyState,
     EvalConfig,
-    Noise,
+    Transfer,
     Trial,
-    auto_attack,
+    choose_early_state,
+    correctness,
     diagnostics,
-    threat_of,
+    evaluator,
+    is_correct,
+    measure,
+    red_flags,
+    row_names,
     with_surrogates,
+    worst_case,
 )
-from deq_jax.types import Injection, InputError, Keys
-from deq_jax.worst_case import worst_case
+from deq_jax.evaluation.measure import attack_batch, spectral_radii
+from deq_jax.evaluation.plan import auto_attack
+from deq_jax.evaluation.results import worst_of
+from deq_jax.evaluation.transfers import is_within
+from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.storage import from_tree, to_tree
+from deq_jax.surrogates import BPDA, Direct, EndToEnd, Intermediate, MeanOverStates, OnBase, WithGradient
+from deq_jax.training import threat_of
 from tests import dense, tiny
 from tests.linear import DATA, Linear, trained
 
@@ -474,7 +478,7 @@ class TestEarlyState:
 
     def test_the_best_one_is_deployed_and_recorded(self, deq, tmp_path, monkeypatch):
         accuracies = iter([[0.1, 0.3, 0.2]])
-        monkeypatch.setattr("deq_jax.worst_case.choose_early_state", lambda *_, **__: next(accuracies))
+        monkeypatch.setattr("deq_jax.evaluation.engine.choose_early_state", lambda *_, **__: next(accuracies))
         config = EvalConfig(THREAT, (), predictor=EarlyState(ATTACK), defence="early", batch_size=16)
         with pytest.raises(InputError, match="held-out training images"):
             worst_case(config, *deq, tmp_path)

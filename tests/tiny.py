@@ -1,14 +1,9 @@
 """A configuration so small that it compiles and trains in seconds."""
 
+from deq_jax import Broyden, Dynamics, Equilibrium, FinalState, PGDAdversarialTraining, Phantom, TrainConfig
 from deq_jax.attacks import PGD, Linf
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.config import TrainConfig
 from deq_jax.data import Digits
-from deq_jax.gradients import Phantom
-from deq_jax.models.small import SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.objectives import PGDAdversarialTraining
-from deq_jax.readouts import FinalState
-from deq_jax.solvers import Broyden
+from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
 
 ATTACK = PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
 

@@ -12,9 +12,11 @@ from jax import lax
 
 from deq_jax.attacks.best import Best, until_fooled
 from deq_jax.attacks.inputs import carry_out
-from deq_jax.attacks.threat import Threat, per_image
-from deq_jax.losses import cross_entropy
-from deq_jax.types import Array, Keys, Loss, Oracle, require
+from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.threats import Threat, per_image
+from deq_jax.core.errors import require
+from deq_jax.core.losses import cross_entropy
+from deq_jax.core.types import Array, Keys, Loss
 
 
 def checkpoints(steps: int) -> list[int]:

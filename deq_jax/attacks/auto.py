@@ -14,7 +14,6 @@ import numpy as np
 
 from deq_jax.attacks.apgd import APGD
 from deq_jax.attacks.best import Best
-from deq_jax.attacks.combine import expectation
 from deq_jax.attacks.fab import FAB
 from deq_jax.attacks.inputs import (
     Guard,
@@ -25,13 +24,14 @@ from deq_jax.attacks.inputs import (
     refuse_not_finite,
     working_type,
 )
-from deq_jax.attacks.oracle import oracle_of
+from deq_jax.attacks.oracles import Attack, Oracle, expectation, oracle_of
 from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.square import Square
-from deq_jax.attacks.targeted import Targeted, targeted_dlr
-from deq_jax.attacks.threat import Linf, Threat
-from deq_jax.losses import dlr, margin
-from deq_jax.types import Array, Attack, Keys, Oracle, require
+from deq_jax.attacks.targeted import Targeted
+from deq_jax.attacks.threats import Linf, Threat
+from deq_jax.core.errors import require
+from deq_jax.core.losses import dlr, margin, targeted_dlr
+from deq_jax.core.types import Array, Keys
 
 
 def auto_attack(

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.inputs import all_finite, has_labels
-from deq_jax.attacks.threat import per_image
-from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle
+from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.threats import per_image
+from deq_jax.core.types import AnyArray, Array, Keys, Loss
 
 
 class Best(NamedTuple):

@@ -11,10 +11,11 @@ from jax import lax
 
 from deq_jax.attacks.best import Best, is_fooled, labels_of, until_fooled
 from deq_jax.attacks.inputs import carry_out
-from deq_jax.attacks.targeted import logit_difference
-from deq_jax.attacks.threat import Threat, per_image
-from deq_jax.losses import margin
-from deq_jax.types import Array, Keys, Oracle, require
+from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.threats import Threat, per_image
+from deq_jax.core.errors import require
+from deq_jax.core.losses import logit_difference, margin
+from deq_jax.core.types import Array, Keys
 
 
 @dataclass(frozen=True)

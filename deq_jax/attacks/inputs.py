@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.programs import Compiled
-from deq_jax.attacks.threat import per_image
-from deq_jax.box import BOX_TOLERANCE, clip_to_box
-from deq_jax.types import AnyArray, Array, Keys, Loss, Oracle, require
+from deq_jax.attacks.threats import per_image
+from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
+from deq_jax.core.errors import require
+from deq_jax.core.types import AnyArray, Array, Keys, Loss
 
 Run = Callable[[Oracle, Array, Array, Keys], Array]
 """``(oracle, x, target, keys) -> x_adv``: what an attack does once its inputs are known to make sense."""

@@ -12,9 +12,11 @@ from jax import lax
 
 from deq_jax.attacks.best import Best
 from deq_jax.attacks.inputs import carry_out
-from deq_jax.attacks.threat import Threat
-from deq_jax.losses import cross_entropy
-from deq_jax.types import Array, Keys, Loss, Oracle, require
+from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.threats import Threat
+from deq_jax.core.errors import require
+from deq_jax.core.losses import cross_entropy
+from deq_jax.core.types import Array, Keys, Loss
 
 Start = Callable[[Keys, Array, Threat], Array]
 """``(keys, x, threat) -> x_0``; the attack projects what it returns."""

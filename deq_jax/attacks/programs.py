@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from deq_jax.types import PyTree
+from deq_jax.core.types import PyTree
 
 KEPT = 64  # executables
 

@@ -5,40 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax import lax
 
 from deq_jax.attacks.best import Best, until_fooled
 from deq_jax.attacks.inputs import carry_out
-from deq_jax.attacks.threat import Threat
-from deq_jax.losses import class_numbers, margin
-from deq_jax.types import Array, Attack, Keys, Oracle, require
-
-
-def logit_difference(logits: Array, target: Array) -> Array:
-    """Logit of the class aimed at minus the label's, [B].
-
-    Args:
-      logits: [B, K].
-      target: [B, 2] int, (label, class aimed at).
-    """
-    picked = jnp.take_along_axis(logits, class_numbers(target, pairs=True), axis=-1)
-    return picked[:, 1] - picked[:, 0]
-
-
-def targeted_dlr(logits: Array, target: Array) -> Array:
-    """Targeted difference of logits ratio ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, [B].
-
-    Args:
-      logits: [B, K]. With fewer than 4 classes it is the `logit_difference`: of 2 logits every ratio is constant, of 3
-        that for the least likely class.
-      target: [B, 2] int, (label y, class t aimed at).
-
-    References: Croce & Hein 2020a, eq. 7.
-    """
-    if logits.shape[-1] < 4:
-        return logit_difference(logits, target)
-    top = lax.top_k(logits, 4)[0]
-    return logit_difference(logits, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+from deq_jax.attacks.oracles import Attack, Oracle
+from deq_jax.attacks.threats import Threat
+from deq_jax.core.errors import require
+from deq_jax.core.losses import margin
+from deq_jax.core.types import Array, Keys
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 
-from deq_jax.models.layers import PARAM_DTYPE, BatchNorm, GroupNorm, conv, conv_layer, dropout_mask
-from deq_jax.types import Array, Injection, Keys, require
+from deq_jax.core.errors import require
+from deq_jax.core.types import Array, Injection, Keys
+from deq_jax.models.convolution import conv
+from deq_jax.models.layers import PARAM_DTYPE, BatchNorm, GroupNorm, conv_layer, dropout_mask
 
 HEAD_EXPANSION = 4
 
@@ -26,6 +28,7 @@ State = tuple[Array, ...]
 """Branches ``[B, H / 2^i, W / 2^i, channels[i]]``, finest first."""
 
 _uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1 / sqrt(fan_in), 1 / sqrt(fan_in))
+
 _normal = initializers.normal(0.01)
 
 

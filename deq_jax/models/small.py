@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import flax.linen as nn
 
+from deq_jax.core.errors import require
+from deq_jax.core.types import Array, Injection, Keys
 from deq_jax.models.layers import BatchNorm, GroupNorm, conv_layer, dropout_mask
-from deq_jax.types import Array, Injection, Keys, require
 
 
 class SmallEncoder(nn.Module):

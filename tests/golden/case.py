@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.losses import cross_entropy
-from deq_jax.models.mdeq import mdeq
-from deq_jax.solvers import Broyden, solve
-from deq_jax.torch_names import from_torch
+from deq_jax import Broyden, Dynamics, Equilibrium, solve
+from deq_jax.core import cross_entropy
+from deq_jax.interop import from_torch
+from deq_jax.models import mdeq
 
 GOLDEN = Path(__file__).parent
 BRANCHES = ((8, 32, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4))  # C, H, W

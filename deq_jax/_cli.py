@@ -1,0 +1,57 @@
+"""What the command lines share: errors in one line, the compilation cache, the console."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from deq_jax.core.errors import InputError
+from deq_jax.parallel.processes import connect, is_primary
+
+# Into a file or a pipe tables are written whole, at their own width.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
+def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """The repeatable option ``--set NAME=VALUE``, kept as a list of `assignments`, with its help."""
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="assignments", help=text)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which several processes find each other; see `join`."""
+    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and in SLURM steps")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
+    several.add_argument("--processes", type=int, metavar="N", help="their number; 1 looks for no others")
+    several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
+def join(options: argparse.Namespace) -> None:
+    """Joins the other processes of the job, of which the primary alone prints."""
+    connect(options.coordinator, options.processes, options.process)
+    console.quiet = not is_primary()
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Runs a command: a user's mistake becomes one line on stderr and exit code 2; compiled code is kept."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deq_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        yield
+    except InputError as error:
+        fail(str(error), 2)
+
+
+def fail(message: str, code: int) -> None:
+    """Leaves with one line on stderr."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,32 @@
+"""Random noise of the full radius: what any attack must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.threats import Threat
+from deq_jax.core.types import Array, Keys
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A random perturbation of length epsilon: what any attack must beat.
+
+    Attributes:
+      threat: norm and radius.
+    """
+
+    threat: Threat
+
+    uses_gradients: ClassVar[bool] = False
+    gradient_queries: ClassVar[int] = 0
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+        """Perturbed images; see `APGD.__call__`. The oracle is not asked."""
+        return carry_out(self._run, oracle, x, target, key, asks=False)
+
+    def _run(self, oracle, x, target, keys):
+        return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)

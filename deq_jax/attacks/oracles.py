@@ -1,0 +1,136 @@
+"""What an attacker may ask of a predictor, and oracles made of oracles; attacks see these, never models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.core.errors import require
+from deq_jax.core.types import Array, Keys, Loss
+
+
+def average(oracles: Sequence[Oracle]) -> Oracle:
+    """The mean of several oracles: of their logits, and of their losses and gradients.
+
+    The gradient is that of the mean loss, not of the loss of the mean logits.
+
+    Args:
+      oracles: at least one; the i-th draws from keys folded with i.
+    """
+    oracles = tuple(oracles)
+    require(len(oracles) > 0, "average: expected at least one oracle, got none")
+
+    def logits(x: Array, keys: Keys) -> Array:
+        return jnp.mean(jnp.stack([oracle.logits(x, keys.fold(i)) for i, oracle in enumerate(oracles)]), axis=0)
+
+    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        answers = [oracle.grad(loss, x, target, keys.fold(i)) for i, oracle in enumerate(oracles)]
+        return jax.tree.map(lambda *parts: sum(parts) / len(oracles), *answers)
+
+    return Oracle(logits, grad)
+
+
+def expectation(oracle: Oracle, draws: int) -> Oracle:
+    """Expectation over transformation (EOT): the mean of a random oracle over several draws.
+
+    Logits are averaged too, so that an attack does not select what one lucky draw misclassified.
+
+    Args:
+      oracle: random in its keys.
+      draws: per query; the i-th uses keys folded with i.
+
+    References: Athalye et al. 2018, section 3.
+    """
+    require(draws >= 1, f"expectation: draws must be >= 1, got {draws!r}")
+
+    def mean(query):
+        def add(total, number):
+            return jax.tree.map(jnp.add, total, query(number)), None
+
+        total, _ = lax.scan(add, query(0), jnp.arange(1, draws))
+        return jax.tree.map(lambda part: part / draws, total)
+
+    def logits(x: Array, keys: Keys) -> Array:
+        return mean(lambda number: oracle.logits(x, keys.fold(number)))
+
+    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        return mean(lambda number: oracle.grad(loss, x, target, keys.fold(number)))
+
+    return Oracle(logits, grad)
+
+
+def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
+    """Gradients of one predictor, success and loss judged on another.
+
+    Args:
+      source: gives the gradients.
+      judge: the deployed predictor; it is asked once more with every gradient.
+    """
+
+    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        gradient = source.grad(loss, x, target, keys)[2]
+        logits = judge.logits(x, keys)
+        return loss(logits, target), logits, gradient
+
+    return Oracle(judge.logits, grad)
+
+
+def oracle_of(logits: Callable[[Array, Keys], Array]) -> Oracle:
+    """Oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``; equal for the same one."""
+    return Oracle(logits, _Gradient(logits))
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    logits: Callable[[Array, Keys], Array]
+
+    def __call__(self, loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        def total(x):
+            scores = self.logits(x, keys)
+            losses = loss(scores, target)
+            return jnp.sum(losses), (losses, scores)
+
+        gradient, (losses, scores) = jax.grad(total, has_aux=True)(x)
+        return losses, scores, gradient
+
+
+class Oracle(NamedTuple):
+    """All that an attacker may ask. The gradient need not be that of the logits.
+
+    An attack asks in the dtype of its images; answers in another one are cast. Shapes are checked at every query, also
+    within `jax.jit`.
+
+    Attributes:
+      logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
+      grad: ``(loss, x, target, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
+        gradient of the summed loss with respect to x.
+    """
+
+    logits: Callable[[Array, Keys], Array]
+    grad: Callable[[Loss, Array, Array, Keys], tuple[Array, Array, Array]]
+
+
+class Attack(Protocol):
+    """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1].
+
+    The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
+    in their own dtype. The target is labels [B] of any integer type, from 0 to K - 1, or for some attacks pairs
+    (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
+
+    The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
+    [0, 1] by more than 1e-6, labels that are no classes, logits that are not [B, K] with K >= 2 or, on the images
+    themselves, not finite. Values are not known within `jax.jit`: there an image outside [0, 1] comes back as NaN, and
+    one without a class or without finite logits unchanged. Outside of it an attack is compiled as a whole, at the
+    first of all calls with the same program and shapes.
+
+    An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
+    `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
+    asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
+    """
+
+    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array: ...

@@ -1,0 +1,69 @@
+"""The mathematics of equilibria: solvers, readouts, gradients and losses. It knows no image, classifier or file."""
+
+from deq_jax.core.box import clip_to_box
+from deq_jax.core.errors import InputError, require
+from deq_jax.core.gradients import (
+    AtState,
+    Implicit,
+    Neumann,
+    Phantom,
+    PhantomUpTo,
+    Unrolled,
+    adjoint_residual,
+    has_adjoint,
+    straight_through,
+)
+from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, jacobian_norm, spectral_radius
+from deq_jax.core.layer import deq
+from deq_jax.core.losses import LowEntropy, cross_entropy, dlr, entropy, kl, logit_difference, margin, targeted_dlr
+from deq_jax.core.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
+from deq_jax.core.solve import solve
+from deq_jax.core.solvers import Anderson, Broyden, FixedPoint
+from deq_jax.core.types import Cell, Gradient, Injection, Keys, Loss, Optimizer, Readout, Solution, Solver, prng_key
+
+__all__ = [
+    "Anderson",
+    "AtState",
+    "Broyden",
+    "Cell",
+    "EnsembleState",
+    "FinalState",
+    "FixedPoint",
+    "Gradient",
+    "Implicit",
+    "Injection",
+    "InputError",
+    "IntermediateState",
+    "Keys",
+    "LastState",
+    "Loss",
+    "LowEntropy",
+    "Neumann",
+    "Optimizer",
+    "Phantom",
+    "PhantomUpTo",
+    "RandomIntermediateState",
+    "Readout",
+    "Solution",
+    "Solver",
+    "SpectralRadius",
+    "Unrolled",
+    "adjoint_residual",
+    "clip_to_box",
+    "cross_entropy",
+    "deq",
+    "dlr",
+    "entropy",
+    "gaussian_probes",
+    "has_adjoint",
+    "jacobian_norm",
+    "kl",
+    "logit_difference",
+    "margin",
+    "prng_key",
+    "require",
+    "solve",
+    "spectral_radius",
+    "straight_through",
+    "targeted_dlr",
+]

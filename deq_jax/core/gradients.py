@@ -1,0 +1,348 @@
+"""How gradients pass through an equilibrium.
+
+The solver is never differentiated. A gradient estimator takes the solved state, held constant, and
+returns a state of the same value, or a few steps further on, that carries gradients to the cell's
+parameters and to the injection: ``gradient(cell, params, u, z) -> state``.
+
+With J the cell's Jacobian at z* and g the incoming cotangent, the implicit function theorem gives the
+gradient ``w^T df/d(params, u)`` where ``w = (I - J^T)^{-1} g``. `Implicit` solves for w, `Neumann` sums
+the first terms of its (damped) series, `Phantom` differentiates a few damped steps, which is a
+truncation of the same series, and `Unrolled` differentiates plain steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.core.cells import apply
+from deq_jax.core.compilation import compiled
+from deq_jax.core.errors import require
+from deq_jax.core.norms import relative_distance
+from deq_jax.core.solve import solve
+from deq_jax.core.solvers import Broyden
+from deq_jax.core.types import Array, Cell, Gradient, Params, PyTree, Solution, Solver
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """``z <- f(z)``, then `steps` times ``z <- (1 - damping) z + damping f(z)``, all differentiated.
+
+    Attributes:
+      steps: K, damped steps after the plain one.
+      damping: weight of f(z), in (0, 1].
+
+    References: Geng et al. 2021, eq. 9 (unrolling-based phantom gradient).
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self):
+        require(self.steps >= 0, f"Phantom: steps must be >= 0, got {self.steps!r}")
+        require(0 < self.damping <= 1, f"Phantom: damping must be in (0, 1], got {self.damping!r}")
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return self.steps + 1
+
+    @compiled("self", "cell")
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        def step(z, damping):
+            return _damped_step(cell, params, u, z, damping), None
+
+        # The plain step is a step of damping 1, so that the cell is compiled once.
+        damping = jnp.full(self.steps + 1, self.damping, _dtype(z)).at[0].set(1)
+        return lax.scan(step, z, damping)[0]
+
+
+@dataclass(frozen=True)
+class PhantomUpTo:
+    """`Phantom` whose number of steps and damping may be traced, so that all are compiled as one.
+
+    Attributes:
+      max_steps: largest number of damped steps; those beyond `steps` are skipped at run time.
+      steps: K, a number or a scalar array.
+      damping: weight of f(z), a number or a scalar array.
+    """
+
+    max_steps: int
+    steps: int | Array
+    damping: float | Array
+
+    @property
+    def applications(self) -> int | Array:
+        """See `types.Gradient`."""
+        return self.steps + 1
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        return self._take(cell, params, u, z, self.max_steps, self.steps, self.damping)
+
+    @staticmethod
+    @compiled("cell", "max_steps")
+    def _take(cell: Cell, params: Params, u: PyTree, z: PyTree, max_steps: int, steps: Any, damping: Any) -> PyTree:
+        def step(z, scheduled):
+            number, damping = scheduled
+            advance = partial(_damped_step, cell, params, u)
+            return lax.cond(number <= steps, advance, lambda z, damping: z, z, damping), None
+
+        numbers = jnp.arange(max_steps + 1)
+        damping = jnp.where(numbers == 0, 1, damping).astype(_dtype(z))
+        return lax.scan(step, z, (numbers, damping))[0]
+
+
+@dataclass(frozen=True)
+class AtState:
+    """The raw state itself, which carries the gradient that another estimator has at it (`straight_through`).
+
+    For predictors that classify a state without a further application of the cell.
+
+    Attributes:
+      gradient: the estimator.
+    """
+
+    gradient: Gradient
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return 0
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        return straight_through(z, self.gradient(cell, params, u, z))
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """`steps` times ``z <- f(z)``, differentiated; memory grows with the steps.
+
+    With ``solver=None`` it is plain backpropagation through f^steps(z0): shallow pre-training, and a
+    second way to the exact gradient in tests.
+    """
+
+    steps: int
+
+    def __post_init__(self):
+        require(self.steps >= 1, f"Unrolled: steps must be >= 1, got {self.steps!r}")
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return self.steps
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        return Phantom(self.steps - 1, damping=1.0)(cell, params, u, z)
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The exact gradient: value f(z*), backward pass by solving ``w = J^T w + g`` from w = 0.
+
+    Where g is not finite, neither is the gradient.
+
+    Attributes:
+      solver: of the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
+
+    References: Bai et al. 2019, theorem 1.
+    """
+
+    solver: Solver = Broyden(7)
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return 1
+
+    @compiled("self", "cell")
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        return _apply_with_adjoint(partial(apply, cell), self, params, u, z)
+
+    def solve_adjoint(self, vjp: Callable, cotangent: PyTree) -> Solution:
+        """Solution w of ``w = vjp(w) + cotangent``."""
+
+        def linear_cell(vjp, w, cotangent):
+            return jax.tree.map(jnp.add, vjp(w)[0], cotangent)
+
+        start = jax.tree.map(jnp.zeros_like, cotangent)
+        return solve(self.solver, linear_cell, vjp, start, cotangent)
+
+    def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
+        solution = self.solve_adjoint(vjp, cotangent)
+        finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(cotangent)]
+        is_finite = jnp.stack(finite).all(axis=0)
+
+        def where_finite(w: Array, g: Array) -> Array:
+            return jnp.where(is_finite.reshape(-1, *[1] * (w.ndim - 1)), w, g)
+
+        return jax.tree.map(where_finite, solution.z, cotangent)
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """Value f(z*), backward pass ``w = damping * sum_{i=0..terms} (J_d^T)^i g`` with the damped Jacobian
+    ``J_d = (1 - damping) I + damping J``.
+
+    References: Geng et al. 2021, eq. 12 (Neumann-series phantom gradient).
+    """
+
+    terms: int = 8
+    damping: float = 0.5
+
+    def __post_init__(self):
+        require(self.terms >= 0, f"Neumann: terms must be >= 0, got {self.terms!r}")
+        require(0 < self.damping <= 1, f"Neumann: damping must be in (0, 1], got {self.damping!r}")
+
+    @property
+    def applications(self) -> int:
+        """See `types.Gradient`."""
+        return 1
+
+    @compiled("self", "cell")
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        return _apply_with_adjoint(partial(apply, cell), self, params, u, z)
+
+    def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
+        def add_term(w, _):
+            def damped(w, jw, g):
+                return g + (1 - self.damping) * w + self.damping * jw
+
+            return jax.tree.map(damped, w, vjp(w)[0], cotangent), None
+
+        w = lax.scan(add_term, cotangent, length=self.terms)[0]
+        return jax.tree.map(lambda leaf: self.damping * leaf, w)
+
+
+def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: PyTree, cotangent: PyTree) -> Array:
+    """How far an estimator's adjoint state w is from solving its equation, per sample, whatever the scale.
+
+    Args:
+      gradient: `Implicit`, `Neumann`, or `AtState` of one of them; see `has_adjoint`.
+      cell: ``(params, z, u) -> z``.
+      params: of the cell.
+      u: injection, leaves [B, ...].
+      z: solved state, leaves [B, ...].
+      cotangent: g, the gradient of a loss with respect to the state, leaves [B, ...].
+
+    Returns:
+      [B], ``||g + J^T w - w|| / ||w||``; 0 where g is 0.
+
+    Raises:
+      InputError: the estimator has no adjoint state.
+    """
+    require(has_adjoint(gradient), f"adjoint_residual: expected Implicit or Neumann, got {gradient!r}")
+    gradient = _innermost(gradient)
+    vjp = jax.vjp(lambda z: cell(params, z, u), z)[1]
+    w = gradient.adjoint(vjp, cotangent)
+    following = jax.tree.map(jnp.add, vjp(w)[0], cotangent)
+    return relative_distance(following, w)
+
+
+def has_adjoint(gradient: Any) -> bool:
+    """Whether an estimator's backward pass has an adjoint state, as that of `Implicit` and `Neumann` has."""
+    return hasattr(_innermost(gradient), "adjoint")
+
+
+def _innermost(gradient: Any) -> Any:
+    return _innermost(gradient.gradient) if isinstance(gradient, AtState) else gradient
+
+
+@jax.custom_vjp
+def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
+    """The value, whose cotangent goes to the proxy instead. Where nothing is differentiated the proxy costs nothing."""
+    return value
+
+
+straight_through.defvjp(
+    lambda value, proxy: (straight_through(value, proxy), None), lambda _, cotangent: (None, cotangent)
+)
+
+
+class _Adjoint(Protocol):
+    def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree: ...
+
+
+class _Point(NamedTuple):
+    """Where a cell is linearised."""
+
+    params: Params
+    u: PyTree
+    z: PyTree
+
+
+@dataclass(frozen=True)
+class _Jacobian:
+    """``x -> J^T x`` of a cell, or ``x -> J x``; both by reverse mode, the only one that every cell has."""
+
+    cell: Cell
+    transposed: bool = True
+
+    def at(self, point: _Point) -> Callable[[PyTree], tuple[PyTree]]:
+        """The linear map at a point, which is visited once."""
+        vjp = jax.vjp(lambda z: self.cell(point.params, z, point.u), point.z)[1]
+        if self.transposed:
+            return vjp
+        return jax.vjp(lambda w: vjp(w)[0], jax.tree.map(jnp.zeros_like, point.z))[1]
+
+    @property
+    def transpose(self) -> _Jacobian:
+        return _Jacobian(self.cell, not self.transposed)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply_with_adjoint(cell: Cell, method: _Adjoint, params: Params, u: PyTree, z: PyTree) -> PyTree:
+    """f(z), whose cotangent is first replaced by the method's adjoint state."""
+    return cell(params, z, u)
+
+
+def _forward(cell, method, params, u, z):
+    fz = _apply_with_adjoint(cell, method, params, u, z)
+    # To further derivatives the saved z is the equilibrium, which depends on params and u as the output does.
+    return fz, _Point(params, u, straight_through(z, fz))
+
+
+def _backward(cell, method, point, cotangent):
+    w = _linear_solution(method, _Jacobian(cell), point, cotangent)
+    gradient = jax.vjp(lambda params, u: cell(params, point.z, u), point.params, point.u)[1](w)
+    return *gradient, jax.tree.map(jnp.zeros_like, point.z)
+
+
+_apply_with_adjoint.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_solution(method: _Adjoint, jacobian: _Jacobian, point: _Point, g: PyTree) -> PyTree:
+    """x = A x + g with A = J^T (or J), as the method solves it; differentiated as the solution that it is."""
+    return method.adjoint(jacobian.at(point), g)
+
+
+def _linear_forward(method, jacobian, point, g):
+    x = _linear_solution(method, jacobian, point, g)
+    return x, (point, x)
+
+
+def _linear_backward(method, jacobian, saved, cotangent):
+    point, x = saved
+    t = _linear_solution(method, jacobian.transpose, point, cotangent)
+    return jax.vjp(lambda point: jacobian.at(point)(x)[0], point)[1](t)[0], t
+
+
+_linear_solution.defvjp(_linear_forward, _linear_backward)
+
+
+def _damped_step(cell: Cell, params: Params, u: PyTree, z: PyTree, damping: Array) -> PyTree:
+    def step(a, b):
+        weight = damping.astype(a.dtype)
+        return (1 - weight) * a + weight * b
+
+    return jax.tree.map(step, z, apply(cell, params, z, u))
+
+
+def _dtype(tree: PyTree):
+    return jnp.result_type(*jax.tree.leaves(tree))

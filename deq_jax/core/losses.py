@@ -1,0 +1,151 @@
+"""Adaptive attacks on defences: surrogates that give the gradient of a defended classifier.
+
+A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`.
+`BPDA` is for anyone's wrapper around a classifier, the others are for input entropy reduction (`EntropyReduced`);
+success stays judged on the defended predictor (`attacks.combine.surrogate`).
+Their oracles draw from the keys of a query, so that a random defence is attacked through
+`attacks.combine.expectation`. Square and SPSA need no surrogate.
+
+References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on test-time defences).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.core.errors import require
+from deq_jax.core.types import Array
+
+
+@dataclass(frozen=True)
+class LowEntropy:
+    """Loss that wants a confident mistake, which a defence that lowers the entropy makes only more certain:
+    ``log softmax(logits)[wrong] - weight * entropy``.
+
+    Attributes:
+      weight: of the entropy in nats, >= 0.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self):
+        require(self.weight >= 0, f"LowEntropy: weight must be >= 0, got {self.weight!r}")
+
+    def __call__(self, logits: Array, target: Array) -> Array:
+        """Per-example loss [B].
+
+        Args:
+          logits: [B, K].
+          target: [B, 2] int, (label, class aimed at), as `attacks.Targeted` gives it; or labels [B], to aim at the
+            class that is the likeliest wrong one at this query.
+        """
+        wrong = jnp.argmax(without(logits, target), axis=-1) if target.ndim == 1 else target[:, 1]
+        return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
+
+
+def logit_difference(logits: Array, target: Array) -> Array:
+    """Logit of the class aimed at minus the label's, [B].
+
+    Args:
+      logits: [B, K].
+      target: [B, 2] int, (label, class aimed at).
+    """
+    picked = jnp.take_along_axis(logits, class_numbers(target, pairs=True), axis=-1)
+    return picked[:, 1] - picked[:, 0]
+
+
+def targeted_dlr(logits: Array, target: Array) -> Array:
+    """Targeted difference of logits ratio ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, [B].
+
+    Args:
+      logits: [B, K]. With fewer than 4 classes it is the `logit_difference`: of 2 logits every ratio is constant, of 3
+        that for the least likely class.
+      target: [B, 2] int, (label y, class t aimed at).
+
+    References: Croce & Hein 2020a, eq. 7.
+    """
+    if logits.shape[-1] < 4:
+        return logit_difference(logits, target)
+    top = lax.top_k(logits, 4)[0]
+    return logit_difference(logits, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """``-log softmax(logits)[label]``.
+
+    Args:
+      logits: [B, K].
+      labels: [B] int.
+
+    Returns:
+      [B], in nats.
+    """
+    return -_pick(jax.nn.log_softmax(logits), labels)
+
+
+def kl(logits: Array, reference_logits: Array) -> Array:
+    """Kullback-Leibler divergence KL(softmax(reference) || softmax(logits)), in nats.
+
+    Args:
+      logits: [B, K], of the attacked input.
+      reference_logits: [B, K], of the clean input.
+
+    Returns:
+      [B].
+
+    References: Zhang et al. 2019 (TRADES), eq. 5.
+    """
+    log_p, log_q = jax.nn.log_softmax(reference_logits), jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def margin(logits: Array, labels: Array) -> Array:
+    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017)."""
+    return jnp.max(without(logits, labels), axis=-1) - _pick(logits, labels)
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+    """Difference of logits ratio ``-(z_y - max_{i != y} z_i) / (z_(1) - z_(3))``.
+
+    With 2 classes it is the `margin`: of two logits every ratio is constant.
+
+    References: Croce & Hein 2020, eq. 6.
+    """
+    if logits.shape[-1] < 3:
+        return margin(logits, labels)
+    top = jax.lax.top_k(logits, 3)[0]
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def entropy(logits: Array, labels: Array | None = None) -> Array:
+    """Entropy of softmax(logits) in nats, [B]. The labels are not used: it is a loss without target."""
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def class_numbers(target: Array, *, pairs: bool = False) -> Array:
+    """Labels [B], or pairs (label, class aimed at) [B, 2], as int32: narrower types cannot hold all classes.
+
+    Raises:
+      InputError: the target is something else.
+    """
+    integer, shape = jnp.issubdtype(target.dtype, jnp.integer), jnp.shape(target)
+    fits = integer and (shape[1:] == (2,) if pairs else len(shape) == 1)
+    expected = "pairs (label, class aimed at) [B, 2], as Targeted gives them" if pairs else "integer labels [B]"
+    way = "a loss of pairs is logit_difference, of one-hot rows take rows.argmax(axis=1)"
+    way = "" if pairs or len(shape) == 1 else f"; {way}"
+    require(fits, f"loss: expected {expected}, got {target.dtype} {shape}{way}")
+    return jnp.asarray(target, jnp.int32)
+
+
+def _pick(values: Array, labels: Array) -> Array:
+    return jnp.take_along_axis(values, class_numbers(labels)[:, None], axis=-1)[:, 0]
+
+
+def without(logits: Array, labels: Array) -> Array:
+    """Logits [B, K] with -inf for the label."""
+    return jnp.where(jax.nn.one_hot(class_numbers(labels), logits.shape[-1], dtype=bool), -jnp.inf, logits)

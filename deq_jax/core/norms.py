@@ -1,0 +1,69 @@
+"""Lengths and residuals of flat states, whatever their scale and however narrow their dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.core.cells import ravel
+from deq_jax.core.types import Array, PyTree
+
+RESIDUAL_FLOOR = 1e-9  # in units of f(z0); keeps an equilibrium at 0 within reach
+
+
+def unit_of(solver: Any, fz: Array) -> Array:
+    """The unit of each sample's inner products, [B, 1]: the power of two next to the largest entry of f(z0).
+
+    Squares of tiny or huge states leave the range of their dtype; in this unit they do not. Scaling by a power of
+    two rounds nothing. The unit is 1 where f(z0) is 0 or not finite.
+    """
+    largest = jnp.max(jnp.abs(lax.stop_gradient(wide(fz))), axis=1, keepdims=True, initial=0)
+    if solver.batch_joint:
+        largest = jnp.broadcast_to(jnp.max(largest), largest.shape)
+    return power_of_two(largest)
+
+
+def relative_distance(a: PyTree, b: PyTree) -> Array:
+    """``||a - b|| / ||b||`` per sample, [B], whatever the scale of b; 0 where a is b.
+
+    Args:
+      a, b: leaves [B, ...].
+    """
+    a, b = (wide(ravel(tree)) for tree in (a, b))
+    unit = power_of_two(jnp.max(jnp.abs(b), axis=1, keepdims=True, initial=0))
+    difference, size = (jnp.linalg.norm(x / unit, axis=1) for x in (a - b, b))
+    return jnp.where(difference == 0, 0, difference / size)
+
+
+def residual_of(solver: Any, memory: Any) -> Array:
+    """Relative residuals [B]."""
+    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic, whose gradient at 0 would be NaN
+    difference, scale = in_unit(memory, fz - z), in_unit(memory, fz)
+    difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]
+    if solver.batch_joint:
+        difference, scale = (jnp.broadcast_to(jnp.sum(norm), norm.shape) for norm in (difference, scale))
+    return jnp.sqrt(difference) / (jnp.sqrt(scale) + RESIDUAL_FLOOR)
+
+
+def inner(a: Array, b: Array) -> Array:
+    """Per-sample inner products, [B, 1]."""
+    return jnp.sum(a * b, axis=1, keepdims=True)
+
+
+def in_unit(memory: Any, x: Array) -> Array:
+    """x in each sample's unit."""
+    return x * (1 / memory.unit)
+
+
+def power_of_two(size: Array) -> Array:
+    """The power of two next to a positive size; 1 where it is 0 or not finite. Its inverse is a normal number."""
+    limits = jnp.finfo(size.dtype)
+    size = jnp.where((size > 0) & (size < jnp.inf), size, 1)
+    return lax.reduce_precision(jnp.clip(size, 2 * limits.tiny, 0.5 / limits.tiny), limits.nexp, 0)
+
+
+def wide(x: Array) -> Array:
+    """x in at least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

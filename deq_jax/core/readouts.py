@@ -1,0 +1,98 @@
+"""Readouts: which state of the neural dynamics represents the input.
+
+``readout(solution, keys=None) -> state [B, ...]``. Without keys a readout is deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from deq_jax.core.errors import require
+from deq_jax.core.types import Array, Keys, PyTree, Solution, prng_key
+
+
+@dataclass(frozen=True)
+class FinalState:
+    """The equilibrium: per sample the state with the lowest residual."""
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        return solution.z
+
+
+@dataclass(frozen=True)
+class IntermediateState:
+    """The state z_t after exactly `t` solver steps, 1 <= t <= T (the early state of Yang et al. 2022)."""
+
+    t: int
+
+    def __post_init__(self):
+        require(self.t >= 1, f"IntermediateState: t counts from 1, got {self.t!r}")
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        steps = len(solution.residuals)
+        require(self.t <= steps, f"IntermediateState: t must be at most the solver's {steps} steps, got {self.t}")
+        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+
+
+@dataclass(frozen=True)
+class LastState:
+    """The state z_T after the last step, whatever its residual."""
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        _require_states("LastState", solution)
+        return jax.tree.map(lambda states: states[-1], solution.states)
+
+
+@dataclass(frozen=True)
+class RandomIntermediateState:
+    """The state after t ~ U{first..T} solver steps; the equilibrium where no keys are given (deployment).
+
+    Attributes:
+      per_sample: draw t for every sample, rather than once for the batch.
+      best_so_far: take the lowest residual among z_1 .. z_t, rather than z_t itself.
+      first: the smallest t.
+
+    References: Yang et al. 2023, section 4.1.
+    """
+
+    per_sample: bool = False
+    best_so_far: bool = True
+    first: int = 1
+
+    def __post_init__(self):
+        require(self.first >= 1, f"RandomIntermediateState: first counts from 1, got {self.first!r}")
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        if keys is None:
+            return solution.z
+        steps, batch = solution.residuals.shape
+        within = self.first <= steps
+        require(within, f"RandomIntermediateState: first must be at most the solver's {steps} steps, got {self.first}")
+
+        def draw(key: Array) -> Array:
+            return jax.random.randint(key, (), self.first - 1, steps)
+
+        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(prng_key(keys.shared)))
+        if self.best_so_far:
+            residuals = jnp.where(jnp.isnan(solution.residuals), jnp.inf, solution.residuals)
+            last = jnp.argmin(jnp.where(jnp.arange(steps)[:, None] <= last, residuals, jnp.inf), axis=0)
+        return jax.tree.map(lambda states: states[last, jnp.arange(batch)], solution.states)
+
+
+@dataclass(frozen=True)
+class EnsembleState:
+    """The mean of the states z_1 .. z_T (Yang et al. 2022, section 5).
+
+    Differs from the reference, which averages these and the unrolled final state.
+    """
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        _require_states("EnsembleState", solution)
+        return jax.tree.map(lambda states: jnp.mean(states, axis=0), solution.states)
+
+
+def _require_states(name: str, solution: Solution) -> None:
+    require(len(solution.residuals) > 0, f"{name}: expected a solver's states z_1 .. z_T, got none (no solver)")

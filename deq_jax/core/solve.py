@@ -1,0 +1,112 @@
+"""The loop around any solver: T steps, each sample on its own, and the best state kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.core.cells import flat_cell
+from deq_jax.core.compilation import compiled
+from deq_jax.core.norms import residual_of, wide
+from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver
+
+
+@compiled("solver", "cell")
+def solve(
+    solver: Solver | None,
+    cell: Cell,
+    params: Params,
+    z0: PyTree,
+    u: PyTree,
+    *,
+    memory: Any = None,
+) -> Solution:
+    """Runs `solver` on z = cell(params, z, u), each sample on its own; not differentiable.
+
+    Once all samples have converged, the remaining steps do not evaluate the cell.
+
+    Args:
+      solver: which trajectory; None for none: the solution is z0 and T is 0.
+      cell: ``(params, z, u) -> z``; pure. What is compiled is kept for equal cells; see `gradients.deq`.
+      params: of the cell.
+      z0: start, leaves [B, ...]. Not read where `memory` is given.
+      u: injection, leaves [B, ...].
+      memory: of an earlier solution, to go on from there.
+
+    Returns:
+      `Solution` with T = solver.steps; see there for shapes. Failure to converge is told by its
+      residuals, never by an exception. A sample whose every residual is NaN keeps its start as z.
+
+    Raises:
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
+
+    Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
+    each sample's own (the reference stops and chooses by the norm of the whole batch).
+    """
+    f, flat, unravel = flat_cell(cell, params, z0)
+    if solver is None:
+        empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), z0)
+        batch = flat.shape[0]
+        return Solution(z0, empty, jnp.zeros((0, batch), wide(flat).dtype), jnp.zeros(batch, jnp.int32), None)
+
+    first_evaluation = 1 if memory is None else 0
+    if memory is None:
+        memory = solver.init(f, flat, u)
+
+    def step(carry, _):
+        memory, best, lowest = carry
+        memory, residual, active = advance(solver, f, memory, u)
+        better = residual < lowest
+        best = jnp.where(better[:, None], memory.z, best)
+        lowest = jnp.where(better, residual, lowest)
+        return (memory, best, lowest), (memory.z, residual, active)
+
+    carry = memory, memory.z, jnp.full(flat.shape[0], jnp.inf, memory.unit.dtype)
+    (memory, best, _), (states, residuals, active) = lax.scan(step, carry, length=solver.steps)
+    evaluations = first_evaluation + jnp.sum(active, axis=0, dtype=jnp.int32)
+    return Solution(unravel(best), jax.vmap(unravel)(states), residuals, evaluations, memory)
+
+
+def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
+    """One step in which converged samples stay where they are; f is not evaluated once all have converged.
+
+    Args:
+      solver: whose step.
+      f: over flat states; see `cells.flat_cell`.
+      memory: of the solver.
+      u: injection, leaves [B, ...].
+
+    Returns:
+      The memory, its relative residuals [B], and which samples moved [B].
+    """
+    active = _active(solver, memory)
+
+    def unless_all_converged(z: Array, u: PyTree) -> Array:
+        return lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
+
+    memory = solver.update(unless_all_converged, memory, u, active)
+    return memory, residual_of(solver, memory), active
+
+
+def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
+    """The last step once more, for another function: the warm start after the injection has changed.
+
+    The iterate is the same, but f(z; u) is evaluated anew, also where a sample had converged, and what the
+    step taught (Broyden's secant pair, Anderson's residual) is that of the new function.
+
+    Args:
+      solver: whose step.
+      f: over flat states; see `cells.flat_cell`.
+      before: the memory before that step.
+      u: the new injection, leaves [B, ...].
+    """
+    return solver.update(f, before, u, _active(solver, before))
+
+
+def _active(solver: Solver, memory: Any) -> Array:
+    tolerance = max(solver.tolerance, float(jnp.finfo(memory.z.dtype).eps))
+    return ~(residual_of(solver, memory) < tolerance)

@@ -1,0 +1,294 @@
+"""Fixed-point solvers: what is tried next is the solver's, the loop is `solve`'s.
+
+A solver is a frozen object with two pure functions over flat states ``[B, N]``:
+
+    memory = solver.init(f, z0, u)                  # evaluates f(z0)
+    memory = solver.update(f, memory, u, active)    # one new iterate, one evaluation of f
+
+where ``f(z, u)`` is the cell with its parameters. Every memory has the fields ``z`` (the last iterate),
+``fz`` (``f(z)``), so that T steps cost T + 1 evaluations, and ``unit`` (see `unit_of`). A sample that is not
+`active` has converged: it must stay where it is.
+
+Nothing depends on the scale of a problem: inner products are taken in units of f(z0), in at least float32.
+
+`FixedPoint` is jaxopt's; `Anderson` and `Broyden` are kernels over whole batches with the iterates of
+``jaxopt.AndersonAcceleration`` and ``jaxopt.Broyden``, which work on one sample at a time. jaxopt is imported
+in this file alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax.core.errors import require
+from deq_jax.core.norms import in_unit, inner, unit_of, wide
+from deq_jax.core.types import Array, PyTree, Solver
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
+    import jaxopt
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What all solvers share.
+
+    Attributes:
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and is left as it is; at least
+        the rounding unit of its numbers.
+      batch_joint: judge residuals by the norm over the whole batch, as the papers' code does; for
+        comparison with it only, since an image's prediction then depends on its batch.
+    """
+
+    tolerance: float = 1e-3
+    batch_joint: bool = False
+
+    def __post_init__(self):
+        name, steps = type(self).__name__, getattr(self, "steps", None)
+        require(_positive_int(steps), f"{name}: steps must be a positive integer, got {steps!r}")
+        require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
+
+
+class FixedPointMemory(NamedTuple):
+    z: Array
+    fz: Array
+    unit: Array
+    proposal: Array
+
+
+@dataclass(frozen=True)
+class FixedPoint(_Settings):
+    """(Damped) fixed-point iteration ``z <- (1 - damping) z + damping f(z)``, by jaxopt.
+
+    Attributes:
+      steps: T.
+      damping: weight of f(z), in (0, 1].
+    """
+
+    steps: int
+    damping: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.damping <= 1, f"FixedPoint: damping must be in (0, 1], got {self.damping!r}")
+
+    def init(self, f: Callable, z: Array, u: PyTree) -> FixedPointMemory:
+        def damped(z, u):
+            fz = f(z, u)
+            return z + self.damping * (fz - z) if self.damping < 1 else fz, fz
+
+        iteration = jaxopt.FixedPointIteration(damped, has_aux=True)
+        proposal, state = iteration.update(z, iteration.init_state(z, u), u)
+        return FixedPointMemory(z, state.aux, unit_of(self, state.aux), proposal)
+
+    def update(self, f: Callable, memory: FixedPointMemory, u: PyTree, active: Array) -> FixedPointMemory:
+        following = self.init(f, jnp.where(active[:, None], memory.proposal, memory.z), u)
+        return following._replace(unit=memory.unit)
+
+
+class AndersonMemory(NamedTuple):
+    """Of the last points z_i the residuals r_i = f(z_i) - z_i and where they point, z_i + beta r_i, in ``[m, B, N]``
+    rings, and the residuals' Gram matrix. Residuals are kept in the sample's unit.
+    """
+
+    z: Array
+    fz: Array
+    unit: Array
+    targets: Array
+    residuals: Array
+    gram: Array  # [B, m, m]
+    taken: Array  # [B], points
+
+
+@dataclass(frozen=True)
+class Anderson(_Settings):
+    """Anderson acceleration: ``z_k = sum_i alpha_i (z_i + beta (f(z_i) - z_i))`` over the last
+    ``min(k, history_size)`` points, alpha summing to 1 and minimising the residual of the combination.
+
+    Attributes:
+      steps: T.
+      history_size: number of points kept, at least 2.
+      ridge: by which share the diagonal entries of the residuals' Gram matrix are enlarged; at least what its
+        rounding needs.
+      beta: mixing.
+      absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
+        since the iterates then depend on the scale of the problem.
+
+    References: Walker & Ni 2011. With the absolute ridge the iterates equal those of
+    ``jaxopt.AndersonAcceleration``, except that it accelerates from the first two points on, where jaxopt's own
+    start makes `history_size` plain steps first.
+    """
+
+    steps: int
+    history_size: int = 6
+    ridge: float = 1e-5
+    beta: float = 1.0
+    absolute_ridge: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        size_is_valid = _positive_int(self.history_size) and self.history_size >= 2
+        require(size_is_valid, f"Anderson: history_size must be an integer >= 2, got {self.history_size!r}")
+        require(self.ridge > 0, f"Anderson: ridge must be > 0, got {self.ridge!r}")
+        require(0 < self.beta <= 1, f"Anderson: beta must be in (0, 1], got {self.beta!r}")
+
+    def init(self, f: Callable, z: Array, u: PyTree) -> AndersonMemory:
+        size, batch = self.history_size, len(z)
+        fz, unit = f(z, u), jnp.ones((batch, 1), wide(z).dtype)
+        empty = jnp.zeros((size, *z.shape), unit.dtype)
+        gram, taken = jnp.zeros((batch, size, size), unit.dtype), jnp.zeros(batch, jnp.int32)
+        memory = AndersonMemory(z, fz, unit_of(self, fz), empty, empty, gram, taken)
+        return self._visit(memory, z, fz, jnp.ones(batch, bool))
+
+    def update(self, f: Callable, memory: AndersonMemory, u: PyTree, active: Array) -> AndersonMemory:
+        z = jnp.where(active[:, None], self._mixed(memory).astype(memory.z.dtype), memory.z)
+        return self._visit(memory, z, f(z, u), active)
+
+    def _mixed(self, memory: AndersonMemory) -> Array:
+        """The combination, its system scaled so that the diagonal is 1."""
+        size, limits = self.history_size, jnp.finfo(memory.gram.dtype)
+        diagonal = jnp.diagonal(memory.gram, axis1=1, axis2=2)
+        share = max(self.ridge, 2 * size * float(limits.eps))  # keeps the rounded matrix positive definite
+        ridge = self.ridge / memory.unit**2 if self.absolute_ridge else share * diagonal
+        norms = jnp.sqrt(jnp.maximum(diagonal + ridge, limits.tiny))
+        is_filled = jnp.arange(size) < memory.taken[:, None]
+        smallest = jnp.min(jnp.where(is_filled, norms, jnp.inf), axis=1, keepdims=True)
+        weights = jnp.where(is_filled, smallest / norms, 0)
+        off_diagonal = memory.gram * (1 - jnp.eye(size, dtype=memory.gram.dtype))
+        system = off_diagonal / (norms[:, :, None] * norms[:, None]) + jnp.eye(size, dtype=memory.gram.dtype)
+        alpha = weights * jnp.linalg.solve(system, weights[:, :, None])[:, :, 0]
+        alpha /= jnp.sum(alpha, axis=1, keepdims=True)
+        return sum(alpha[:, i : i + 1] * memory.targets[i] for i in range(size))
+
+    def _visit(self, memory: AndersonMemory, z: Array, fz: Array, active: Array) -> AndersonMemory:
+        """The memory with z as its newest point; where a sample is not active, as its last one once more."""
+        taken, samples = memory.taken + active, jnp.arange(z.shape[0])
+        slot, residual = (taken - 1) % self.history_size, wide(fz) - wide(z)
+        targets = memory.targets.at[slot, samples].set(wide(z) + self.beta * residual)
+        residual = in_unit(memory, residual)
+        residuals = memory.residuals.at[slot, samples].set(residual)
+        products = jnp.stack([jnp.sum(row * residual, axis=1) for row in residuals], axis=1)
+        gram = memory.gram.at[samples, slot].set(products).at[samples, :, slot].set(products)
+        return AndersonMemory(z, fz, memory.unit, targets, residuals, gram, taken)
+
+
+class BroydenMemory(NamedTuple):
+    """Inverse Jacobian of g(z) = f(z) - z, as the steps s_k that were taken, in a ring [H + 1, B, N]; see `Broyden`."""
+
+    z: Array
+    fz: Array
+    unit: Array
+    step: Array  # -B g(z), the next step
+    steps: Array  # in the sample's unit
+    weights: Array  # [H + 1, B], 1 / ||s_k||^2 in that unit, or 0 for a pair that is left out
+    taken: Array  # steps
+
+
+@dataclass(frozen=True)
+class Broyden(_Settings):
+    """Broyden's good method on g(z) = f(z) - z, inverse form, full steps, from B = -I.
+
+    With full steps ``s_{n+1} = -B_n g(z_n)`` the rank-one correction of the inverse Jacobian is a factor,
+    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so that the steps are all that need be kept, and a product with
+    B costs one inner product and one addition for each of them.
+
+    Attributes:
+      steps: T.
+      history_size: number of factors kept, the newest; None keeps all T. Memory per sample is
+        ``history_size + 1`` states.
+      history_dtype: in which they are kept, e.g. ``jax.numpy.bfloat16``; None: as the states.
+
+    References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
+    ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where
+    jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
+    """
+
+    steps: int
+    history_size: int | None = None
+    history_dtype: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        valid = self.history_size is None or _positive_int(self.history_size)
+        require(valid, f"Broyden: history_size must be a positive integer or None, got {self.history_size!r}")
+
+    def init(self, f: Callable, z: Array, u: PyTree) -> BroydenMemory:
+        fz = f(z, u)
+        size, step, unit = 1 + (self.history_size or self.steps), wide(fz) - wide(z), unit_of(self, fz)
+        steps = jnp.zeros((size, *z.shape), self.history_dtype or z.dtype)
+        weights = jnp.zeros((size, len(z)), unit.dtype)
+        return BroydenMemory(z, fz, unit, step, steps, weights, jnp.zeros((), jnp.int32))
+
+    def update(self, f: Callable, memory: BroydenMemory, u: PyTree, active: Array) -> BroydenMemory:
+        steps = self._with_next_step(memory)
+        z = jnp.where(active[:, None], (memory.z + memory.step).astype(memory.z.dtype), memory.z)
+        fz = f(z, u)
+        step, bg = in_unit(memory, memory.step), self._multiply(steps, memory, in_unit(memory, wide(fz) - wide(z)))
+        square, product = inner(step, step), inner(step, bg)
+        denominator = square + product  # s^T B dg, where B dg = B g - B g_old = bg + s
+        sound = active[:, None] & (jnp.abs(denominator) > jnp.finfo(bg.dtype).eps * (square + jnp.abs(product)))
+        square, denominator = jnp.where(sound, square, 1), jnp.where(sound, denominator, 1)
+        weights = memory.weights.at[memory.taken % len(steps)].set((sound / square)[:, 0])
+        following = bg * (-square / denominator * memory.unit)
+        return BroydenMemory(z, fz, memory.unit, following, steps, weights, memory.taken + 1)
+
+    def multiply(self, memory: BroydenMemory, g: Array) -> Array:
+        """``B g`` for vectors g [B, N]."""
+        return self._multiply(self._with_next_step(memory), memory, g)
+
+    def left_multiply(self, memory: BroydenMemory, w: Array) -> Array:
+        """``w^T B`` for vectors w [B, N]."""
+        steps, count = self._with_next_step(memory), self.count(memory)
+
+        def apply(k, w):
+            step, following, weight = _pair(steps, memory, 1 + k)
+            return w + step * (weight * inner(following, w))
+
+        return lax.fori_loop(0, count, apply, -wide(w))
+
+    def count(self, memory: BroydenMemory) -> Array | int:
+        """How many pairs of consecutive steps the memory holds, the next step included."""
+        return jnp.minimum(memory.taken, len(memory.steps) - 1)
+
+    def _multiply(self, steps: Array, memory: BroydenMemory, g: Array) -> Array:
+        count = self.count(memory)
+
+        def apply(k, product):
+            step, following, weight = _pair(steps, memory, count - k)
+            return product + following * (weight * inner(step, product))
+
+        return lax.fori_loop(0, count, apply, -wide(g))
+
+    def _with_next_step(self, memory: BroydenMemory) -> Array:
+        step = in_unit(memory, memory.step).astype(memory.steps.dtype)
+        return memory.steps.at[memory.taken % len(memory.steps)].set(step)
+
+
+def differentiable(solver: Solver) -> Solver:
+    """The same solver, with loops of static length, so that its own steps can be differentiated backwards."""
+    return _DifferentiableBroyden(**vars(solver)) if type(solver) is Broyden else solver
+
+
+class _DifferentiableBroyden(Broyden):
+    """Loops over all places for pairs: those not filled change nothing."""
+
+    def count(self, memory: BroydenMemory) -> int:
+        return len(memory.steps) - 1
+
+
+def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:
+    """A step, the one after it, and the step's weight [B, 1]; at age 1 the one after it is the next step."""
+    size, dtype = len(steps), memory.weights.dtype
+    first, second = (memory.taken - age) % size, (memory.taken - age + 1) % size
+    return steps[first].astype(dtype), steps[second].astype(dtype), memory.weights[first][:, None]
+
+
+def _positive_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,19 @@
+"""Datasets, and the batches made of them."""
+
+from deq_jax.data.batches import CropFlip, EvaluationBatch, batch_indices, evaluation_batches, to_unit
+from deq_jax.data.datasets import Dataset, Digits, Images, Npz, Splits, Tfds, hold_out
+
+__all__ = [
+    "CropFlip",
+    "Dataset",
+    "Digits",
+    "EvaluationBatch",
+    "Images",
+    "Npz",
+    "Splits",
+    "Tfds",
+    "batch_indices",
+    "evaluation_batches",
+    "hold_out",
+    "to_unit",
+]

@@ -1,0 +1,207 @@
+"""Datasets as arrays in memory.
+
+A dataset is a frozen object; ``dataset.load()`` returns its `Splits`. Images are uint8, or float32 in
+[0, 1]; `to_unit` turns either into float32 in [0, 1] on the device. The validation split is held out
+of the training data, so that nothing is ever chosen on the test set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from deq_jax.core.box import clip_to_box
+from deq_jax.core.errors import InputError, require
+
+SPLIT_SEED = 0
+
+COLOURS = (1, 3)  # channels that images have, where a shape must tell which axis they are
+
+
+class Images(NamedTuple):
+    """Labelled images: x ``[N, H, W, C]`` uint8 or float32 in [0, 1], y ``[N]`` int32."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Splits(NamedTuple):
+    """The three disjoint parts of a dataset."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+class Dataset(Protocol):
+    """Anything with ``load() -> Splits``."""
+
+    def load(self) -> Splits: ...
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1,797 handwritten digits of 8x8 pixels, shipped with the package.
+
+    Split once and for all: 1,149 for training, 288 for validation, 360 for testing.
+
+    References: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (UCI, CC BY 4.0), the
+    test part that scikit-learn distributes.
+    """
+
+    def load(self) -> Splits:
+        with np.load(Path(__file__).with_name("digits.npz")) as file:
+            images, labels = file["images"], file["labels"]
+        data = Images((images / np.float32(16))[..., None], labels.astype(np.int32))
+        rest, test = hold_out(data, 360)
+        return Splits(*hold_out(rest, 288), test)
+
+
+@dataclass(frozen=True)
+class Npz:
+    """Anyone's images: an npz file with ``x_train, y_train, x_test, y_test``.
+
+    Images are [N, H, W, C] (or [N, H, W] for grey ones), uint8 in 0..255 or floating in [0, 1]; labels
+    are [N] integers from 0 on.
+
+    Attributes:
+      path: of the npz file.
+      validation: share of the training images that is held out.
+      channels: "last" for [N, H, W, C]; "first" for [N, C, H, W], as PyTorch has them; None: last, but a shape that
+        looks like channels first, such as [N, 3, 32, 32], is refused.
+    """
+
+    path: str
+    validation: float = 0.1
+    channels: str | None = None
+
+    def __post_init__(self):
+        _check_share("Npz", self.validation)
+        known = self.channels in ("last", "first", None)
+        require(known, f"Npz: channels must be 'last', 'first' or None, got {self.channels!r}")
+
+    def load(self) -> Splits:
+        arrays = self._read()
+        train, test = (self._images(arrays, part) for part in ("train", "test"))
+        same = train.x.shape[1:] == test.x.shape[1:]
+        require(same, f"{self.path}: x_train has images {train.x.shape[1:]}, x_test {test.x.shape[1:]}")
+        return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+
+    def _images(self, arrays: dict[str, np.ndarray], part: str) -> Images:
+        x, where = arrays[f"x_{part}"], f"{self.path}: {part}"
+        if x.ndim == 4 and self.channels == "first":
+            x = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        if self.channels is None and _looks_channels_first(x.shape):
+            found = f"images must be [N, H, W, C], and {x.shape} looks like [N, C, H, W]"
+            ways = 'pass Npz(..., channels="first") for that, or channels="last" if it is not so'
+            raise InputError(f"{where}: {found}: {ways}")
+        return _checked_images(x, arrays[f"y_{part}"], where)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        names = ["x_train", "y_train", "x_test", "y_test"]
+        try:
+            with open(self.path, "rb") as opened:  # numpy leaves a damaged file open
+                file = np.load(opened, allow_pickle=False)
+                missing = [name for name in names if name not in getattr(file, "files", ())]
+                require(
+                    not missing,
+                    f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}",
+                )
+                return {name: file[name] for name in names}
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no such npz file") from None
+        except InputError:
+            raise
+        except Exception as error:  # numpy, zipfile and zlib each have their own
+            raise InputError(f"{self.path}: cannot be read as an npz file ({error})") from None
+
+
+@dataclass(frozen=True)
+class Tfds:
+    """A TensorFlow Datasets image dataset, read without TensorFlow.
+
+    Attributes:
+      name: for instance cifar10, cifar100, svhn_cropped, mnist, fashion_mnist.
+      validation: share of the training images that is held out.
+      data_dir: where the prepared dataset lies; None for TFDS' own default.
+    """
+
+    name: str
+    validation: float = 0.1
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        _check_share("Tfds", self.validation)
+
+    def load(self) -> Splits:
+        train, test = (self._read(split) for split in ("train", "test"))
+        return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+
+    def _read(self, split: str) -> Images:
+        import tensorflow_datasets as tfds  # noqa: PLC0415 (seconds to import)
+
+        where = f", data_dir={self.data_dir!r}" if self.data_dir else ""
+        try:
+            builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
+        except (AssertionError, ImportError, ValueError) as error:
+            usable = f"Tfds: TensorFlow Datasets has no usable dataset named {self.name!r}{where}"
+            raise InputError(f"{usable} ({_first_line(error)})") from None
+        splits = list(builder.info.splits)
+        require(split in splits or not splits, f"Tfds {self.name}: expected a split {split}, found {', '.join(splits)}")
+        try:
+            source = builder.as_data_source(split)
+        except (AssertionError, ImportError, KeyError, NotImplementedError, OSError, ValueError) as error:
+            raise InputError(
+                f"Tfds: {self.name} is not prepared in array_record format on this machine. Prepare it once with:"
+                ' pip install tensorflow importlib_resources && python -c "import tensorflow_datasets as tfds;'
+                f" tfds.builder({self.name!r}, file_format='array_record'{where}).download_and_prepare()\""
+                f" ({_first_line(error)})"
+            ) from None
+        try:
+            examples = [source[i] for i in range(len(source))]
+            images, labels = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
+        except (KeyError, ValueError) as error:
+            expected = f"Tfds {self.name} {split}: expected examples with an image, all of one size, and a label"
+            raise InputError(f"{expected} ({_first_line(error)})") from None
+        return _checked_images(images, labels, f"Tfds {self.name} {split}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def hold_out(data: Images, count: int) -> tuple[Images, Images]:
+    """Splits off `count` images, always the same ones for the same number of images."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
+    return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
+
+
+def _check_share(name: str, share: float) -> None:
+    require(0 < share < 1, f"{name}: validation must be a share in (0, 1), got {share!r}")
+
+
+def _held_out(size: int, share: float) -> int:
+    return max(1, round(size * share))
+
+
+def _looks_channels_first(shape: tuple[int, ...]) -> bool:
+    """Whether axis 1 has as many entries as colours, and the last one more than colours and transparency."""
+    return len(shape) == 4 and shape[1] in COLOURS and shape[2] > 1 and shape[3] > 4
+
+
+def _checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
+    if x.ndim == 3:
+        x = x[..., None]
+    require(x.ndim == 4, f"{where}: images must be [N, H, W, C], got shape {x.shape}")
+    require(y.shape == (len(x),), f"{where}: expected one label per image, got {len(x)} images and labels {y.shape}")
+    require(x.size > 0, f"{where}: holds no images, or images without pixels: shape {x.shape}")
+    require(np.issubdtype(y.dtype, np.integer), f"{where}: labels must be integers, got {y.dtype}")
+    in_range = y.min() >= 0 and y.max() < 2**31
+    require(in_range, f"{where}: labels must count from 0, found {y.min()} to {y.max()}")
+    if x.dtype != np.uint8:
+        require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
+        x = clip_to_box(x, where).astype(np.float32)
+    return Images(x, y.astype(np.int32))

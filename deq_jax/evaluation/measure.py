@@ -1,0 +1,249 @@
+"""What a classifier does with each image, clean and attacked, at every state of its dynamics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deq_jax.attacks.oracles import Attack
+from deq_jax.core.gradients import adjoint_residual, has_adjoint
+from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, spectral_radius
+from deq_jax.core.losses import cross_entropy, entropy, margin
+from deq_jax.core.readouts import EnsembleState
+from deq_jax.core.types import AnyArray, Array, Keys, PyTree, prng_key
+from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
+from deq_jax.data.datasets import Images
+from deq_jax.models.base import Classifier, Variables
+from deq_jax.models.classifiers import Equilibrium
+from deq_jax.parallel.devices import check_batch_size, replicate_and_split
+from deq_jax.surrogates.base import Direct, Surrogate, judged
+
+DEPLOYED = 1 << 30  # the keys that a random predictor draws from are folded with it; attacks never see those
+
+RADIUS_STEPS = 30
+
+
+class Measured(NamedTuple):
+    """What is seen of each image, in R rows: the raw states z_1 .. z_T, their mean, and what is deployed.
+
+    An explicit network has the last row only. See `row_names`.
+
+    Attributes:
+      label: [N, R] int, the predicted one.
+      margin: [N, R], best wrong logit minus the true one; not finite where a logit is not.
+      entropy: [N, R], of the predicted distribution, in nats.
+      residual: [N, R], relative; for what is deployed the lowest of the trajectory, which is that of the
+        equilibrium. NaN for the mean of the states and for an explicit network.
+    """
+
+    label: AnyArray
+    margin: AnyArray
+    entropy: AnyArray
+    residual: AnyArray
+
+
+class Outcomes(NamedTuple):
+    """Per image, in the order of the split.
+
+    Attributes:
+      y: [N], the true labels.
+      clean: on the images as they are.
+      attacked: on the adversarial images; None without attack.
+      x_adv: [N, H, W, C]; None without attack.
+      adjoint_residual: [N], of the images as they are, see `adjoint_residuals`; None where there is no adjoint state.
+    """
+
+    y: AnyArray
+    clean: Measured
+    attacked: Measured | None
+    x_adv: AnyArray
+    adjoint_residual: AnyArray = None
+
+
+def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys | None = None) -> Measured:
+    """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
+
+    A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
+    one draws from the keys, and is deterministic without them.
+    """
+    prediction = classifier(variables, x, keys=keys and keys.fold(DEPLOYED))
+    logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
+    residual, solution = unknown, prediction.solution
+    if solution is not None and len(solution.residuals):  # without a solver there are no states
+        decode: Callable[[PyTree], Array] = partial(cast(Any, classifier).decode, variables)
+        mean = decode(EnsembleState()(solution))[None]
+        logits = jnp.concatenate([lax.map(decode, solution.states), mean, logits])
+        lowest = jnp.min(solution.residuals, axis=0, keepdims=True)
+        residual = jnp.concatenate([solution.residuals, unknown, lowest])
+    margins = jax.vmap(margin, (0, None))(logits, y)
+    return Measured(jnp.argmax(logits, axis=-1).T, margins.T, jax.vmap(entropy)(logits).T, residual.T)
+
+
+def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys: Keys) -> SpectralRadius:
+    """The spectral radius of the cell's Jacobian at the equilibrium of each image [B, H, W, C].
+
+    Near the equilibrium plain iteration of the cell converges if it is below 1. The radius is NaN for an explicit
+    network, and without a solver.
+    """
+    solution = classifier(variables, x).solution if isinstance(classifier, Equilibrium) else None
+    if solution is None or not len(solution.residuals) or not isinstance(classifier, Equilibrium):
+        return SpectralRadius(jnp.full(len(x), jnp.nan), jnp.zeros(len(x), bool))
+    params, u, z = variables["params"]["cell"], classifier.encode(variables, x), solution.z
+    start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys, z, 1))
+    return spectral_radius(classifier.apply_cell, params, u, z, start, RADIUS_STEPS)
+
+
+def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, y: Array) -> Array | None:
+    """How well the classifier's own gradient estimator solves the adjoint equation of its cross-entropy, [B].
+
+    Args:
+      classifier: as trained.
+      variables: of the classifier.
+      x: images [B, H, W, C] in [0, 1].
+      y: labels [B].
+
+    Returns:
+      Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ whose estimator has an adjoint
+      state.
+    """
+    if not isinstance(classifier, Equilibrium) or not has_adjoint(classifier.dynamics.gradient):
+        return None
+    solution: Any = classifier(variables, x).solution
+    z, params, u = classifier.dynamics.readout(solution), variables["params"]["cell"], classifier.encode(variables, x)
+    fz = classifier.apply_cell(params, z, u)
+    g = jax.grad(lambda z: jnp.sum(cross_entropy(classifier.decode(variables, z), y)))(fz)
+    return adjoint_residual(classifier.dynamics.gradient, classifier.apply_cell, params, u, z, g)
+
+
+def attack_batch(
+    classifier: Classifier,
+    variables: Variables,
+    attack: Attack,
+    batch: EvaluationBatch,
+    *,
+    seed: int,
+    surrogate: Surrogate | None = None,
+    draws: int | None = None,
+) -> tuple[Array, Measured]:
+    """Attacks a batch of images, and measures what comes of it.
+
+    What is drawn for an image depends on the seed and its number alone.
+
+    Args:
+      classifier: as deployed; success is judged on it.
+      variables: of the classifier.
+      attack: called with labels as its target.
+      batch: images of this device.
+      seed: of the attack's randomness.
+      surrogate: gives the gradients; None for the classifier's own.
+      draws: see `surrogates.judged`.
+
+    Returns:
+      Adversarial images [B, H, W, C], and how they are classified.
+    """
+    keys = Keys(prng_key(seed), batch.number)
+    oracle = judged(Direct() if surrogate is None else surrogate, classifier, variables, draws)
+    x_adv = attack(oracle, to_unit(batch.x), batch.y, keys)
+    return x_adv, measure(classifier, variables, x_adv, batch.y, None if draws is None else keys)
+
+
+def evaluator(
+    classifier: Classifier, attack: Attack | None, *, batch_size: int, seed: int = 0
+) -> Callable[..., Outcomes]:
+    """Prepares to attack and measure every image of a split once, on all local devices.
+
+    What is drawn for an image depends on the seed and its number alone.
+
+    Args:
+      classifier: as deployed; the attack is judged on it.
+      attack: None for clean images only.
+      batch_size: images at a time, over all devices; the last batch is padded and masked.
+      seed: of the attack's randomness.
+
+    Returns:
+      ``(variables, images, report) -> Outcomes``, compiled at its first call. `report`, if given, is called
+      with the number of images done and their total.
+
+    Raises:
+      InputError: the batch does not divide among the devices.
+    """
+    check_batch_size(batch_size)
+
+    def on_device(variables: Variables, batch: EvaluationBatch) -> Outcomes:
+        clean = measure(classifier, variables, to_unit(batch.x), batch.y)
+        found = Outcomes(
+            batch.y, clean, None, None, adjoint_residuals(classifier, variables, to_unit(batch.x), batch.y)
+        )
+        if attack is None:
+            return found
+        x_adv, attacked = attack_batch(classifier, variables, attack, batch, seed=seed)
+        return found._replace(attacked=attacked, x_adv=x_adv)
+
+    run = replicate_and_split(on_device, joint=False)
+
+    def run_all(
+        variables: Variables, images: Images, report: Callable[[int, int], None] = lambda done, total: None
+    ) -> Outcomes:
+        parts = []
+        for batch in evaluation_batches(images, batch_size):
+            parts.append(jax.tree.map(lambda leaf, keep=~batch.is_padding: leaf[keep], run(variables, batch)))
+            report(sum(len(part.y) for part in parts), len(images.y))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    return run_all
+
+
+def is_correct(measured: Measured, y: AnyArray) -> AnyArray:
+    """[N, R] bool. Logits that are not finite never count as fooled."""
+    return (measured.label == y[:, None]) | ~np.isfinite(measured.margin)
+
+
+def correctness(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray | None]:
+    """[N, R] bool: correct as it is, and correct under attack (None without attack).
+
+    An image counts as correct under attack only if it is correct as it is, too.
+    """
+    clean = is_correct(outcomes.clean, outcomes.y)
+    if outcomes.attacked is None:
+        return clean, None
+    return clean, clean & is_correct(outcomes.attacked, outcomes.y)
+
+
+def row_names(measured: Measured) -> list[str]:
+    """Names of the R rows: z_1 .. z_T, ensemble (the mean of these states), deployed."""
+    states = measured.label.shape[1] - 2
+    return [*(f"z_{t}" for t in range(1, states + 1)), *["ensemble"][: states + 1], "deployed"]
+
+
+def summary(outcomes: Outcomes) -> dict[str, Any]:
+    """Means over the images, as JSON data: for each row of `row_names`, what was measured."""
+    clean, robust = correctness(outcomes)
+    rows = {}
+    for row, name in enumerate(row_names(outcomes.clean)):
+        rows[name] = {"clean": _means(clean, outcomes.clean, row)}
+        if robust is not None and outcomes.attacked is not None:
+            rows[name]["attacked"] = _means(robust, outcomes.attacked, row)
+    return {"images": len(outcomes.y), "rows": rows}
+
+
+def mean_and_largest(values: np.ndarray | None) -> dict[str, float | None]:
+    """Of the finite ones of a number per image; None where there is none."""
+    finite = np.array([]) if values is None else values[np.isfinite(values)]
+    if len(finite) == 0:
+        return {"mean": None, "largest": None}
+    return {"mean": float(np.mean(finite)), "largest": float(np.max(finite))}
+
+
+def _means(correct: np.ndarray, measured: Measured, row: int) -> dict[str, float | None]:
+    residual = float(np.mean(measured.residual[:, row]))
+    return {
+        "accuracy": float(np.mean(correct[:, row])),
+        "entropy": float(np.mean(measured.entropy[:, row])),
+        "residual": None if np.isnan(residual) else residual,
+    }

@@ -1,0 +1,277 @@
+"""What an evaluation consists of: trials, each an attack and whose gradient it takes, and what they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any, cast
+
+from deq_jax.attacks.auto import AutoAttack
+from deq_jax.attacks.noise import Noise
+from deq_jax.attacks.oracles import Attack
+from deq_jax.attacks.pgd import PGD, clean_start
+from deq_jax.attacks.threats import Linf, Threat
+from deq_jax.core.errors import InputError, require
+from deq_jax.evaluation.transfers import Transfer
+from deq_jax.models.base import Classifier
+from deq_jax.storage.files import read_json
+from deq_jax.storage.trees import first_difference, to_tree
+from deq_jax.surrogates.base import Direct, Surrogate
+
+RESERVED = ("clean", "union")  # names of other rows
+
+UNDEFENDED = "none"  # name of the classifier as trained
+
+REFERENCE = "reference"  # name of the suite of images that were made against it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An attack, and whose gradient it takes. Its success is judged on the deployed predictor.
+
+    Attributes:
+      name: of its row and of its folder of results.
+      attack: called with labels as its target; or images to be transferred.
+      surrogate: gives the gradients. Trials of one attack whose surrogates differ in numbers only are compiled once.
+      suite: name of a further row, for the worst case over all trials that share it; None for none.
+      from_worst: start from the worst image that the trials before have found, rather than where the attack itself
+        would; for `PGD`. It breaks what they broke, and so says nothing of its own gradients.
+    """
+
+    name: str
+    attack: Attack | Transfer
+    surrogate: Surrogate = field(default_factory=Direct)
+    suite: str | None = None
+    from_worst: bool = False
+
+    def __post_init__(self):
+        can_start = isinstance(self.attack, PGD) or not self.from_worst
+        require(can_start, f"Trial: from_worst is for PGD, got {self.attack!r}")
+        valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
+        rule = f"letters, digits and . _ + -, and not one of {', '.join(RESERVED)}"
+        require(bool(valid), f"Trial: a name consists of {rule}, got {self.name!r}")
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Trials from whose accuracies the red flags are computed. They attack every image.
+
+    Attributes:
+      noise: random noise of the full radius.
+      fgsm: one step of the full radius.
+      pgd: a few steps.
+      half, long: many steps, and half as many, from the same start.
+      far: the same few steps with a multiple of the radius; its images do not count.
+    """
+
+    noise: Trial
+    fgsm: Trial
+    pgd: Trial
+    half: Trial
+    long: Trial
+    far: Trial
+
+
+def diagnostics(threat: Threat, steps: int = 1000, surrogate: Surrogate | None = None) -> Diagnostics:
+    """Noise, FGSM, PGD-10, PGD with `steps` and half as many, and PGD-50 far beyond the radius; all in one norm.
+
+    The far radius is 8 epsilon; in ℓ∞ at most 1, at which every image can become any other one. Each name begins with
+    "check." and the role.
+
+    Args:
+      threat: norm and radius.
+      steps: of the longest attack, at least 2.
+      surrogate: gives the gradients of all of them; None for the predictor's own.
+    """
+    require(steps >= 2, f"diagnostics: steps must be >= 2, got {steps!r}")
+    far = 8.0 * threat.epsilon
+    beyond = dataclasses.replace(cast(Any, threat), epsilon=min(far, 1.0) if isinstance(threat, Linf) else far)
+
+    def pgd(threat: Threat, steps: int, relative_step: float) -> PGD:
+        return PGD(threat, steps=steps, step_size=max(relative_step * threat.epsilon, 1e-6))
+
+    source = Direct() if surrogate is None else surrogate
+    fgsm = dataclasses.replace(pgd(threat, 1, 1.0), start=clean_start, best_of=False)
+    return Diagnostics(
+        noise=Trial("check.noise", Noise(threat)),
+        fgsm=Trial("check.fgsm", fgsm, source),
+        pgd=Trial("check.pgd-10", pgd(threat, 10, 0.25), source),
+        half=Trial(f"check.half-pgd-{steps // 2}", pgd(threat, steps // 2, 0.1), source),
+        long=Trial(f"check.long-pgd-{steps}", pgd(threat, steps, 0.1), source),
+        far=Trial("check.far-pgd-50", pgd(beyond, 50, 0.1), source),
+    )
+
+
+@dataclass(frozen=True)
+class EarlyState:
+    """The predictor that classifies the raw state z_t, where t is chosen on held-out training images.
+
+    Attributes:
+      attack: under which the accuracy of z_t is highest.
+      classifier: whose states these are, with the variables of the training; None for the classifier as trained.
+
+    References: Yang et al. 2022, section 5.
+    """
+
+    attack: Attack
+    classifier: Classifier | None = None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that determines an evaluation of a trained classifier.
+
+    An attack that declares a threat model must declare this one; `Diagnostics.far` may have another radius. Of an
+    attack that declares none only the images are checked, once they are made.
+
+    Attributes:
+      threat: the adversarial images that count lie within this ball.
+      trials: their worst case for each image is the accuracy that is reported; in the order in which they run.
+      diagnostics: for the red flags. What they find within the ball counts, too. None for none.
+      predictor: what is deployed and judged, with the variables of the training; None for the classifier as trained.
+      defence: what the predictor is called in reports; "none" for the classifier as trained, and for no other.
+      draws: of a random predictor, over which every answer to an attack is the mean (EOT); it is itself judged by one
+        more draw. None: the predictor is asked without keys, and deterministic.
+      batch_size: images at a time, over all devices.
+      seed: of the attacks' randomness; each image draws from it and from its number alone.
+      max_images: evaluates only the first ones of the split; None for all.
+      skip_broken: a trial leaves alone the images that are misclassified already, clean or by an earlier trial; its
+        accuracy is then cumulative. Otherwise every trial attacks every image and has an accuracy of its own, as
+        suites of transferred images need it.
+    """
+
+    threat: Threat
+    trials: tuple[Trial, ...]
+    diagnostics: Diagnostics | None = None
+    predictor: Classifier | EarlyState | None = None
+    defence: str = UNDEFENDED
+    draws: int | None = None
+    batch_size: int = 128
+    seed: int = 0
+    max_images: int | None = None
+    skip_broken: bool = True
+
+    def __post_init__(self):
+        require(self.batch_size >= 1, f"EvalConfig: batch_size must be positive, got {self.batch_size!r}")
+        require(self.seed >= 0, f"EvalConfig: seed must be >= 0, got {self.seed!r}")
+        counted = self.draws is None or self.draws >= 1
+        require(counted, f"EvalConfig: draws must be positive or None, got {self.draws!r}")
+        few = self.max_images is None or self.max_images >= 1
+        require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
+        named = (self.predictor is None) == (self.defence == UNDEFENDED)
+        rule = f"a name for what is deployed if that is a predictor of its own, and {UNDEFENDED!r} otherwise"
+        require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {self.predictor!r}")
+        _check_names(self)
+        suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
+        whole = not (self.skip_broken and suites)
+        wanted = "expected skip_broken=False, without which its row would count what other trials broke"
+        require(whole, f"EvalConfig: suite {', '.join(sorted(suites))} of transferred images: {wanted}")
+        _check_threats(self)
+
+    @property
+    def extra_trials(self) -> tuple[Trial, ...]:
+        """Those of the diagnostics."""
+        return tuple(_roles(self.diagnostics).values())
+
+
+def _check_names(config: EvalConfig) -> None:
+    """Refuses names that occur twice, and tells whose they are."""
+    owners: dict[str, list[str]] = {name: ["a row of every evaluation"] for name in RESERVED}
+    for i, trial in enumerate(config.trials):
+        owners.setdefault(trial.name, []).append(f"trials[{i}]")
+    for suite in dict.fromkeys(trial.suite for trial in config.trials if trial.suite):
+        owners.setdefault(suite, []).append("a suite")
+    for role, trial in _roles(config.diagnostics).items():
+        owners.setdefault(trial.name, []).append(f"diagnostics.{role}")
+    twice = [f"{name} ({' and '.join(parts)})" for name, parts in sorted(owners.items()) if len(parts) > 1]
+    require(not twice, f"EvalConfig: trials and suites need names of their own, found twice: {', '.join(twice)}")
+
+
+def _check_threats(config: EvalConfig) -> None:
+    """Refuses trials that declare another threat model than the evaluation's."""
+    roles, threat = _roles(config.diagnostics), config.threat
+    far = roles.pop("far", None)
+    for trial in (*config.trials, *roles.values()):
+        own = _declared_threat(trial)
+        same = own is None or own == threat
+        require(same, f"EvalConfig: trial {trial.name} attacks within {own}, but the threat is {threat}")
+    own = None if far is None else _declared_threat(far)
+    same = own is None or type(own) is type(threat)
+    require(same, f"EvalConfig: diagnostics.far attacks within {own}, expected the norm of {threat}")
+
+
+def _declared_threat(trial: Trial) -> Threat | None:
+    try:
+        return getattr(trial.attack, "threat", None)
+    except InputError as error:
+        raise InputError(f"EvalConfig: trial {trial.name}: {error}") from None
+
+
+def _roles(diagnostics: Diagnostics | None) -> dict[str, Trial]:
+    """The trials of diagnostics by the names of their fields."""
+    return (
+        {} if diagnostics is None else {f.name: getattr(diagnostics, f.name) for f in dataclasses.fields(diagnostics)}
+    )
+
+
+def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> EvalConfig:
+    """The evaluation that also judges the final images of all trials of other evaluations, as suites.
+
+    Images beyond the radius and trials that found nothing left to attack are excepted. Every trial then attacks every
+    image, so that the suites count what they break themselves. Trials that start from the worst image come last.
+
+    Args:
+      config: of the evaluation.
+      suites: of each the name, "reference" if its images were made against the undefended predictor of the same
+        training, and the folder of the other evaluation.
+
+    Raises:
+      InputError: there is no finished evaluation, or it is of another threat model.
+    """
+    transfers = [trial for suite, folder in suites for trial in _transferred(suite, folder, config.threat)]
+    first, last = ([t for t in config.trials if t.from_worst == whether] for whether in (False, True))
+    skip = config.skip_broken and not transfers
+    return dataclasses.replace(config, trials=(*first, *transfers, *last), skip_broken=skip)
+
+
+def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:
+    finished = (folder / "evaluation.json").exists()
+    require(finished, f"{folder}: expected the folder of a finished evaluation, found no evaluation.json")
+    config = read_json(folder / "manifest.json")["config"]
+    difference = first_difference(config["threat"], to_tree(threat))
+    require(difference is None, f"{folder}: its images are of another threat model: {difference}, expected the same")
+    extra = config["diagnostics"] or {}
+    trials = [*config["trials"], *(trial for name, trial in extra.items() if name not in ("class", "far"))]
+    folders = {trial["name"]: folder / "trials" / trial["name"] for trial in trials}
+    return [
+        Trial(f"{suite}.{name}", Transfer(str(path)), suite=suite) for name, path in folders.items() if path.is_dir()
+    ]
+
+
+def auto_attack_trials(threat: Threat) -> tuple[Trial, ...]:
+    """The four attacks of the standard AutoAttack as trials, and their worst case as a suite."""
+    names = ("apgd-ce", "apgd-t", "fab-t", "square")
+    attacks = AutoAttack.standard(threat).attacks
+    return tuple(Trial(name, attack, suite="AutoAttack") for name, attack in zip(names, attacks, strict=True))
+
+
+def with_surrogates(name: str, attack: Attack, surrogates: Sequence[Surrogate]) -> tuple[Trial, ...]:
+    """One trial per surrogate, named by its class and what it is made of, such as ``pgd-10.Intermediate-3-5-0.5``."""
+    return tuple(Trial(f"{name}.{_label(surrogate)}", attack, surrogate) for surrogate in surrogates)
+
+
+def _label(part: Any) -> str:
+    """Names and numbers of an object, in the characters of a trial's name; numbers that differ have different texts."""
+    if dataclasses.is_dataclass(part):
+        return "-".join([type(part).__name__, *(_label(getattr(part, f.name)) for f in dataclasses.fields(part))])
+    if isinstance(part, tuple):
+        return "-".join(map(_label, part))
+    if isinstance(part, FunctionType | type):
+        return part.__name__
+    short = f"{part:g}" if isinstance(part, int | float) else str(part)
+    exact = not isinstance(part, int | float) or float(short) == part
+    return re.sub(r"[^A-Za-z0-9._+-]", "", short if exact else repr(part))

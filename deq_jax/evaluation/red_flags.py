@@ -1,0 +1,207 @@
+"""Signs that a robust accuracy is too high because an attack failed, not because the model is robust.
+
+References: Athalye et al. 2018; Carlini et al. 2019, "On Evaluating Adversarial Robustness"; Croce et al. 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from deq_jax.evaluation.plan import Trial
+from deq_jax.evaluation.results import Probe, WorstCase
+from deq_jax.evaluation.transfers import Transfer
+from deq_jax.surrogates.adaptive import OnBase
+
+DRAWS = 20  # over which attacks on a random predictor must average
+
+POINTS = 0.002  # of accuracy: 0.2 percentage points
+
+PLATEAU = 0.005
+
+ZERO_GRADIENTS = 0.01
+
+ROUNDING = 0.01  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A check of an evaluation.
+
+    Attributes:
+      name: what is checked.
+      raised: whether the number cannot be trusted; None where what is needed was not run.
+      value: of what is compared with the threshold; None where it was not run.
+      threshold: above which the flag is raised.
+      explanation: what it would mean.
+    """
+
+    name: str
+    raised: bool | None
+    value: float | None
+    threshold: float
+    explanation: str
+
+    @classmethod
+    def of(cls, name: str, value: float | None, threshold: float, explanation: str) -> Flag:
+        """Raised if the value exceeds the threshold."""
+        return cls(name, None if value is None else bool(value > threshold), value, threshold, explanation)
+
+
+def red_flags(result: WorstCase) -> list[Flag]:
+    """All checks of an evaluation."""
+    correct = {name: row[:, -1] for name, row in result.robust().items()}
+    extra = result.config.diagnostics
+    far = None if extra is None else float(np.mean(correct[extra.far.name]))
+    gain = None if extra is None else float(np.mean(correct[extra.half.name]) - np.mean(correct[extra.long.name]))
+    return [
+        better("black box beats white box", result, _is_black_box),
+        better("transfer beats direct attacks", result, _is_transferred),
+        zero_gradients(result.zero_gradient),
+        not_finite(result),
+        batch_dependence(result.probe),
+        randomness(result.probe, result.config.draws),
+        no_collapse(far, result.probe.whole.shape[1], _far_radius(result)),
+        no_plateau(gain),
+        order_of_strength(_strength(result, correct)),
+    ]
+
+
+def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool | None]) -> Flag:
+    """Whether attacks that know less about the model broke images that no white-box attack did by itself.
+
+    Attacks that do not say whether they use gradients count neither for nor against. Where they alone broke images
+    that would raise the flag if they were suspects, it is not checked.
+    """
+    trials = [*result.config.trials, *result.config.extra_trials]
+    counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
+    others = [counted[trial.name] for trial in trials if is_white_box(trial)]
+    certain = [counted[trial.name] for trial in trials if is_suspect(trial)]
+    possible = [counted[trial.name] for trial in trials if is_suspect(trial) is not False]
+    known, worst = only_by(name, certain, others), only_by(name, possible, others)
+    return replace(known, raised=None, value=None) if worst.raised and not known.raised else known
+
+
+def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Flag:
+    """The share of images that only suspects broke.
+
+    Args:
+      name: of the flag.
+      suspects: [N] bool each, the images that an attack broke which knows less about the model.
+      others: [N] bool each, the images that a white-box attack broke.
+    """
+    share = None
+    if suspects and others:
+        share = float(np.mean(np.logical_or.reduce(suspects) & ~np.logical_or.reduce(others)))
+    cure = "give trials a surrogate whose gradient is not masked, such as BPDA"
+    return Flag.of(name, share, POINTS, f"images that no white-box attack broke: the gradients are masked; {cure}")
+
+
+def zero_gradients(is_zero: np.ndarray) -> Flag:
+    """The share of images at which every gradient that attacks take vanishes, given which do, [N] bool."""
+    share = float(np.mean(is_zero))
+    cure = "try the surrogate BPDA if a step before the classifier has no derivative, for trials and diagnostics"
+    return Flag.of("zero gradients", share, ZERO_GRADIENTS, f"gradient attacks cannot move from these images; {cure}")
+
+
+def not_finite(result: WorstCase) -> Flag:
+    """The share of images at which some attack met logits that are not finite; such logits count as correct."""
+    met = [~np.isfinite(attempt.measured.margin[:, -1]) & attempt.inside for attempt in result.attempts.values()]
+    share = float(np.mean(np.logical_or.reduce(met))) if met else None
+    return Flag.of("logits not finite", share, 0.0, "attacked images whose logits are NaN or infinite count as correct")
+
+
+def batch_dependence(probe: Probe) -> Flag:
+    """How far an image's logits move with the images around it, relative to the largest logit."""
+    moved = max(_distance(probe.whole, other) for other in (probe.reverse, probe.alone))
+    return Flag.of("batch dependence", moved, ROUNDING, "an image's logits depend on its batch-mates")
+
+
+def randomness(probe: Probe, draws: int | None) -> Flag:
+    """How far the logits move with the key, relative to the largest logit, unless attacks average over enough draws."""
+    averaged = draws is not None and draws >= DRAWS
+    moved = 0.0 if averaged else _distance(probe.whole, probe.other_key)
+    cure = f"average over it with EvalConfig(draws={DRAWS}) (EOT)"
+    return Flag.of("randomness", moved, ROUNDING, f"logits are random, and the attacks do not average over it; {cure}")
+
+
+def no_collapse(accuracy: float | None, classes: int, radius: float = 8.0) -> Flag:
+    """The accuracy so far out that nothing can be robust, compared with that of guessing.
+
+    Args:
+      accuracy: there; None where it was not run.
+      classes: number of classes.
+      radius: in multiples of epsilon.
+    """
+    name = f"no collapse at {radius:.3g} epsilon"
+    return Flag.of(name, accuracy, 1 / classes, "at this radius every model can be broken")
+
+
+def no_plateau(gain: float | None) -> Flag:
+    """What the second half of the steps of a long attack still gains, as a share of the images."""
+    return Flag.of("no plateau", gain, PLATEAU, "more steps would lower the accuracy further")
+
+
+def order_of_strength(correct: Sequence[np.ndarray] | None) -> Flag:
+    """By how much a stronger attack leaves a higher accuracy than the next weaker one, beyond what chance explains.
+
+    Attacks are random: of the images that only one of two equally strong attacks breaks, either breaks about half. So
+    the excess counts from two standard errors of the paired difference (McNemar's test).
+
+    Args:
+      correct: [N] bool each, the images that withstood an attack; from the weakest to the strongest.
+    """
+    worst = None if correct is None else max(_excess(*pair) for pair in pairwise(correct))
+    return Flag.of("order of strength", worst, POINTS, "expected noise >= FGSM >= PGD-10 >= AutoAttack's first attack")
+
+
+def _excess(weaker: np.ndarray, stronger: np.ndarray) -> float:
+    """The accuracy under the stronger attack minus that under the weaker one and two standard errors; 0 if negative."""
+    gain = float(np.mean(stronger) - np.mean(weaker))
+    return max(gain - 2 * math.sqrt(np.mean(stronger != weaker) / len(weaker)), 0.0)
+
+
+def _strength(result: WorstCase, correct: dict[str, np.ndarray]) -> list[np.ndarray] | None:
+    extra = result.config.diagnostics
+    if extra is None:
+        return None
+    suite = [trial for trial in result.config.trials if trial.suite is not None and is_white_box(trial)]
+    return [correct[trial.name] for trial in (extra.noise, extra.fgsm, extra.pgd, *suite[:1])]
+
+
+def _far_radius(result: WorstCase) -> float:
+    """That of the far attack, in multiples of epsilon; 8 where it is not known."""
+    extra, epsilon = result.config.diagnostics, result.config.threat.epsilon
+    threat = None if extra is None else getattr(extra.far.attack, "threat", None)
+    return 8.0 if threat is None or epsilon == 0 else threat.epsilon / epsilon
+
+
+def _is_transferred(trial: Trial) -> bool:
+    """Whether its images are made against another predictor than the deployed one."""
+    return isinstance(trial.attack, Transfer) or isinstance(trial.surrogate, OnBase)
+
+
+def _uses_gradients(trial: Trial) -> bool | None:
+    """As the attack declares; None where it does not."""
+    return getattr(trial.attack, "uses_gradients", None)
+
+
+def _is_black_box(trial: Trial) -> bool | None:
+    """None where it is not known."""
+    if isinstance(trial.attack, Transfer):
+        return False
+    uses = _uses_gradients(trial)
+    return None if uses is None else not uses
+
+
+def is_white_box(trial: Trial) -> bool:
+    """Whether what it breaks shows that gradients of the deployed predictor can."""
+    return _uses_gradients(trial) is True and not _is_transferred(trial) and not trial.from_worst
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), 1e-12))

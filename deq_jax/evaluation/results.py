@@ -1,0 +1,155 @@
+"""What an evaluation found: per trial, and the worst case for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from deq_jax.evaluation.measure import Measured, Outcomes, is_correct, row_names
+from deq_jax.evaluation.plan import EvalConfig
+
+
+class Attempt(NamedTuple):
+    """What a trial found. Images that it left alone stand for themselves.
+
+    Attributes:
+      read: () -> x_adv, from disk: an evaluation of many trials has more images than memory.
+      measured: [N, R], of x_adv.
+      attacked: [N] bool, whether the image was attacked.
+      inside: [N] bool, whether x_adv lies within the threat model's ball.
+      seconds: spent on it, compilation included.
+    """
+
+    read: Callable[[], np.ndarray]
+    measured: Measured
+    attacked: np.ndarray
+    inside: np.ndarray
+    seconds: float
+
+    @property
+    def x_adv(self) -> np.ndarray:
+        """[N, H, W, C]."""
+        return self.read()
+
+
+class Probe(NamedTuple):
+    """Logits [n, K] of the first images: of all of them, in reverse order, each alone, and with another key."""
+
+    whole: np.ndarray
+    reverse: np.ndarray
+    alone: np.ndarray
+    other_key: np.ndarray
+
+
+class Cost(NamedTuple):
+    """What a prediction costs.
+
+    Attributes:
+      evaluations: [n], applications of the cell to each of the first images, where a vector-Jacobian product counts as
+        one; NaN for an explicit network.
+      seconds: [repeats], of each image of a batch, on one device, compilation excluded.
+    """
+
+    evaluations: np.ndarray
+    seconds: np.ndarray
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """What all trials found.
+
+    Attributes:
+      config: whose trials they are.
+      y: [N], the true labels.
+      clean: of the images as they are.
+      zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes, or is NaN. If
+        that is so for too many images: whether the gradients of all surrogates vanish.
+      spectral_radius: [N], of the trained cell at the image's equilibrium; NaN for an explicit network.
+      probe, cost: of the deployed predictor.
+      attempts: by the names of trials and diagnostics, in the order in which they ran.
+      x_adv: [N, H, W, C], for each image the worst one within the ball: one that is misclassified before any other,
+        then the one of highest margin. The image itself if none is worse.
+      worst: of x_adv.
+      early_state: accuracy under attack of z_1 .. z_T on held-out images, if the predictor was chosen by it.
+      radius_settled: [N] bool, whether the estimate of the spectral radius has settled.
+      adjoint_residual: [N], of the trained classifier's gradient estimator; None where it has no adjoint state.
+    """
+
+    config: EvalConfig
+    y: np.ndarray
+    clean: Measured
+    zero_gradient: np.ndarray
+    spectral_radius: np.ndarray
+    probe: Probe
+    cost: Cost
+    attempts: dict[str, Attempt]
+    x_adv: np.ndarray
+    worst: Measured
+    early_state: list[float] | None = None
+    radius_settled: np.ndarray | None = None
+    adjoint_residual: np.ndarray | None = None
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """Clean, and of the worst case of each image."""
+        if not self.attempts:
+            return Outcomes(self.y, self.clean, None, None)
+        return Outcomes(self.y, self.clean, self.worst, self.x_adv)
+
+    def broken(self, name: str) -> np.ndarray:
+        """[N] bool: the images that are correct as they are, and that a trial fooled the deployed predictor on."""
+        return self._clean()[:, -1] & ~self._own(name)[:, -1]
+
+    def robust(self) -> dict[str, np.ndarray]:
+        """Which images are classified correctly, [N, R] bool: clean, after each trial and suite, and in the union.
+
+        The union is over all images within the ball, those of the diagnostics included. In an evaluation that
+        skips broken images, trials and suites are cumulative.
+        """
+        rows = {"clean": self._clean()}
+        union = self._clean()
+        for i, trial in enumerate(self.config.trials):
+            own = self._own(trial.name)
+            union = union & own
+            rows[trial.name] = union if self.config.skip_broken else own
+            ends = trial.suite is not None and trial.suite not in {later.suite for later in self.config.trials[i + 1 :]}
+            if ends:
+                suite = [rows[other.name] for other in self.config.trials if other.suite == trial.suite]
+                rows[cast(str, trial.suite)] = np.logical_and.reduce(suite)
+        for trial in self.config.extra_trials:
+            rows[trial.name] = self._own(trial.name)
+            union = union & (rows[trial.name] | ~self.attempts[trial.name].inside[:, None])
+        return rows | ({"union": union} if self.attempts else {})
+
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """Means of `robust`: name of clean, trial, suite or union -> name of the predictor -> accuracy."""
+        names = row_names(self.clean)
+        return {
+            row: dict(zip(names, map(float, correct.mean(axis=0)), strict=True))
+            for row, correct in self.robust().items()
+        }
+
+    def _clean(self) -> np.ndarray:
+        return is_correct(self.clean, self.y)
+
+    def _own(self, name: str) -> np.ndarray:
+        return self._clean() & is_correct(self.attempts[name].measured, self.y)
+
+
+def worst_of(
+    x: np.ndarray, y: np.ndarray, clean: Measured, attempts: dict[str, Attempt]
+) -> tuple[np.ndarray, Measured]:
+    """For each image the worst of all that lie within the ball; see `WorstCase`."""
+    x_adv, worst = x.copy(), Measured(*(part.copy() for part in clean))
+    for attempt in attempts.values():
+        fooled, kept = (~is_correct(measured, y)[:, -1] for measured in (attempt.measured, worst))
+        higher = attempt.measured.margin[:, -1] > worst.margin[:, -1]
+        better = attempt.inside & ((fooled & ~kept) | ((fooled == kept) & higher))
+        if better.any():
+            x_adv[better] = attempt.x_adv[better]
+        for whole, part in zip(worst, attempt.measured, strict=True):
+            whole[better] = part[better]
+    return x_adv, worst

@@ -1,0 +1,42 @@
+"""What every classifier is, and what it returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from deq_jax.core.types import Array, Keys, PyTree, Solution
+
+Variables = dict[str, PyTree]  # {"params": ..., "batch_stats": ...}
+
+
+class Prediction(NamedTuple):
+    """What a classifier returns.
+
+    Attributes:
+      logits: ``[B, K]``.
+      batch_stats: BatchNorm running statistics, updated in training mode.
+      solution: of the equilibrium, whose `evaluations` count those of the gradient estimator, too; None for an explicit
+        network.
+      penalty: ``[B]``, to be added to the loss of each image in training; 0 where nothing is penalised.
+    """
+
+    logits: Array
+    batch_stats: PyTree
+    solution: Solution | None
+    penalty: Array | float = 0.0
+
+
+class Classifier(Protocol):
+    """A trainable map from images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``."""
+
+    def init(self, key: Array, x: Array) -> Variables: ...
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Array,
+        *,
+        train: bool = False,
+        keys: Keys | None = None,
+        axis_name: str | None = None,
+    ) -> Prediction: ...

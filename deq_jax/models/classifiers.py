@@ -1,0 +1,286 @@
+"""Classifiers: networks with `init` and `__call__` as pure functions of their variables.
+
+`Equilibrium` is the one place where modules and dynamics meet; `Explicit` is any ordinary network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.errors import InvalidRngError
+
+from deq_jax.core.cells import apply
+from deq_jax.core.compilation import compiled
+from deq_jax.core.errors import InputError, require
+from deq_jax.core.gradients import Phantom
+from deq_jax.core.layer import deq
+from deq_jax.core.readouts import FinalState, RandomIntermediateState
+from deq_jax.core.types import Array, Cell, Gradient, Injection, Keys, PyTree, Readout, Solver, prng_key
+from deq_jax.models.base import Prediction, Variables
+from deq_jax.models.layers import dropout_by_image
+from deq_jax.models.penalty import JacobianRegularization
+
+MODULE, DECODER = 37, 41  # purposes of a forward pass's randomness, beside dropout, readout and probes
+
+COLLECTIONS = ("params", "batch_stats")
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """How a DEQ is run: which trajectory, which state of it, differentiated how.
+
+    Attributes:
+      solver: which trajectory; None for none.
+      readout: which state of it.
+      gradient: how that state is differentiated.
+      compute_dtype: in which the cell computes, e.g. ``jax.numpy.bfloat16``; parameters, states and the solver's
+        arithmetic keep theirs. None: as the parameters.
+      rematerialize: compute the inside of the cell again in the backward pass, where every application would
+        otherwise keep it: about a third more computation for a fraction of the memory.
+    """
+
+    solver: Solver | None
+    readout: Readout = FinalState()
+    gradient: Gradient = Phantom(steps=5, damping=0.5)
+    compute_dtype: Any = None
+    rematerialize: bool = False
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """A DEQ classifier: logits = decoder(z*), z* = cell(z*; encoder(x)), from z_0 = 0.
+
+    Attributes:
+      encoder: ``(x, train, keys, axis_name) -> Injection``.
+      cell: ``(z, injection) -> z``.
+      decoder: ``(z, train, axis_name) -> logits``.
+      dynamics: how the equilibrium is found, read out and differentiated.
+      jacobian: penalises the cell's Jacobian at the state that is read out, in training mode; None for no penalty.
+    """
+
+    encoder: nn.Module
+    cell: nn.Module
+    decoder: nn.Module
+    dynamics: Dynamics
+    jacobian: JacobianRegularization | None = None
+
+    def init(self, key: Array, x: Array) -> Variables:
+        """Variables ``{"params", "batch_stats"}``, each with the entries encoder, cell and decoder.
+
+        Args:
+          key: PRNG key, or an integer seed.
+          x: images [B, H, W, C]; only their shape and dtype matter.
+
+        Raises:
+          InputError: a part has other variables than these, the cell more than parameters, or f(z) is not like z.
+        """
+        keys = jax.random.split(prng_key(key), 3)
+        u, encoder = self.encoder.init_with_output(keys[0], _at_least_one(x))
+        z, cell = self.cell.init_with_output(keys[1], zero_state(u), u)
+        _check_collections(self.cell, cell, ("params",), "a cell has parameters only: GroupNorm in place of BatchNorm")
+        jax.eval_shape(self.apply_cell, cell.get("params", {}), zero_state(u), u)
+        decoder = self.decoder.init(keys[2], z)
+        for module, variables in ((self.encoder, encoder), (self.decoder, decoder)):
+            _check_collections(module, variables)
+        parts = {"encoder": encoder, "cell": cell, "decoder": decoder}
+        return {
+            collection: {name: variables.get(collection, {}) for name, variables in parts.items()}
+            for collection in COLLECTIONS
+        }
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Array,
+        *,
+        train: bool = False,
+        keys: Keys | None = None,
+        axis_name: str | None = None,
+    ) -> Prediction:
+        """Classifies images.
+
+        Args:
+          variables: as `init` makes them.
+          x: images [B, H, W, C] in [0, 1].
+          train: normalise by the batch's statistics, update the running ones, draw dropout masks.
+          keys: randomness for dropout and random readouts, drawn for each image by its number; None: deterministic.
+            Flax's ``nn.Dropout`` draws so, too; what else a module draws with ``make_rng("dropout")`` is drawn for the
+            batch.
+          axis_name: mapped axis over whose devices the batch is spread (for batch statistics).
+        """
+        u, encoder_stats = self._encode(variables, x, train, keys, axis_name)
+        jacobian = self.jacobian if train else None
+        dynamics = self.dynamics if jacobian is None else _jittered(self.dynamics, jacobian)
+        params = variables["params"]["cell"]
+        z, solution = deq(
+            self.apply_cell,
+            params,
+            u,
+            zero_state(u),
+            solver=dynamics.solver,
+            readout=dynamics.readout,
+            gradient=dynamics.gradient,
+            keys=keys,
+        )
+        logits, decoder_stats = self._decode(variables, z, train, keys and keys.fold(DECODER), axis_name)
+        batch_stats = variables["batch_stats"] | {"encoder": encoder_stats, "decoder": decoder_stats}
+        evaluations = solution.evaluations + dynamics.gradient.applications
+        prediction = Prediction(logits, batch_stats, solution._replace(evaluations=evaluations))
+        if jacobian is None:
+            return prediction
+        if keys is None:
+            raise InputError("Equilibrium: a penalty in training mode needs keys, for its probes")
+        solved = dynamics.readout(solution, keys)
+        return prediction._replace(penalty=jacobian.penalty(self.apply_cell, params, u, solved, keys))
+
+    @property
+    def apply_cell(self) -> Cell:
+        """``(params, z, u) -> f(z; u)``, as a pure function of the cell's parameters."""
+        return _ModuleCell(self.cell, self.dynamics.compute_dtype, self.dynamics.rematerialize)
+
+    def with_dynamics(self, **changes: Any) -> Equilibrium:
+        """The same network run in another way: ``with_dynamics(readout=EnsembleState())``; see `Dynamics`."""
+        return replace(self, dynamics=replace(self.dynamics, **changes))
+
+    def encode(self, variables: Variables, x: Array) -> Injection:
+        """The injection u of images x, in evaluation mode."""
+        return self._encode(variables, x, False, None, None)[0]
+
+    def decode(self, variables: Variables, z: PyTree) -> Array:
+        """The logits [B, K] of states z, in evaluation mode: no further application of the cell."""
+        return self._decode(variables, z, False, None, None)[0]
+
+    def _encode(self, variables, x, train, keys, axis_name):
+        return _apply(self.encoder, _part(variables, "encoder"), x, train, keys, axis_name)
+
+    def _decode(self, variables, z, train, keys, axis_name):
+        return _apply(self.decoder, _part(variables, "decoder"), z, train, keys, axis_name, takes_keys=False)
+
+
+@dataclass(frozen=True)
+class Explicit:
+    """An ordinary network: a module ``(x, train, keys, axis_name) -> logits``."""
+
+    module: nn.Module
+
+    def init(self, key: Array, x: Array) -> Variables:
+        """Variables ``{"params", "batch_stats"}``; see `Equilibrium.init`."""
+        variables = self.module.init(prng_key(key), _at_least_one(x))
+        _check_collections(self.module, variables)
+        return {collection: variables.get(collection, {}) for collection in COLLECTIONS}
+
+    def __call__(
+        self,
+        variables: Variables,
+        x: Array,
+        *,
+        train: bool = False,
+        keys: Keys | None = None,
+        axis_name: str | None = None,
+    ) -> Prediction:
+        """Classifies images; see `Equilibrium.__call__`."""
+        logits, batch_stats = _apply(self.module, variables, x, train, keys, axis_name)
+        return Prediction(logits, batch_stats, None)
+
+
+def require_deq(classifier: Any) -> tuple[Equilibrium, Solver]:
+    """The classifier and its solver.
+
+    Raises:
+      InputError: it is not an `Equilibrium` with a solver.
+    """
+    if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
+        raise InputError(f"expected an Equilibrium with a solver, got {type(classifier).__name__}")
+    return classifier, classifier.dynamics.solver
+
+
+def zero_state(u: Injection) -> PyTree:
+    """The start z_0 = 0 of the dynamics, shaped like the injection's features."""
+    return jax.tree.map(jnp.zeros_like, u.features)
+
+
+def _jittered(dynamics: Dynamics, jacobian: JacobianRegularization) -> Dynamics:
+    """The dynamics of a penalised training pass; see `JacobianRegularization`."""
+    solver: Any = dynamics.solver
+    if solver is None or not isinstance(dynamics.readout, FinalState):
+        return dynamics
+    first = max(1, solver.steps - jacobian.fewer)
+    longer = replace(solver, steps=solver.steps + jacobian.more)
+    return replace(dynamics, solver=longer, readout=RandomIntermediateState(first=first))
+
+
+@dataclass(frozen=True)
+class _ModuleCell:
+    """A module's f(z; u), computed as the dynamics say; see `Dynamics`."""
+
+    module: nn.Module
+    compute_dtype: Any
+    rematerialize: bool
+
+    def __call__(self, params: PyTree, z: PyTree, u: PyTree) -> PyTree:
+        f = jax.checkpoint(self._compute, prevent_cse=False) if self.rematerialize else self._compute
+        return apply(f, params, z, u)  # CSE is prevented by the loops in which f is differentiated
+
+    def _compute(self, params: PyTree, z: PyTree, u: PyTree) -> PyTree:
+        if self.compute_dtype is not None:
+            params, z, u = jax.tree.map(self._cast, (params, z, u))
+        try:
+            return self.module.apply({"params": params}, z, u)
+        except InvalidRngError:
+            name = type(self.module).__name__
+            raise InputError(f"{name}: a cell draws nothing at random: dropout belongs in Injection.masks") from None
+
+    def _cast(self, leaf: Array) -> Array:
+        return leaf.astype(self.compute_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _part(variables: Variables, name: str) -> Variables:
+    """The variables of the encoder, cell or decoder."""
+    return {collection: parts[name] for collection, parts in variables.items()}
+
+
+@compiled("module", "train", "axis_name", "takes_keys")
+def _apply(
+    module: nn.Module,
+    variables: Variables,
+    x: PyTree,
+    train: bool,
+    keys: Keys | None,
+    axis_name: str | None,
+    takes_keys: bool = True,
+) -> tuple[PyTree, PyTree]:
+    """The output of ``module(x, train, keys, axis_name)`` and its batch statistics, updated in training."""
+    if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves(x)):
+        one = _at_least_one((x, keys))
+        output, _ = _apply(module, variables, one[0], train, one[1], axis_name, takes_keys)
+        return jax.tree.map(lambda leaf: leaf[:0], output), variables["batch_stats"]
+    inputs = (x, train, keys, axis_name) if takes_keys else (x, train, axis_name)
+    mutable = ["batch_stats"] if train else []
+    rngs = {} if keys is None else {"dropout": keys.fold(MODULE).shared}
+    try:
+        with dropout_by_image(keys):
+            output, updated = module.apply(variables, *inputs, mutable=mutable, rngs=rngs)
+    except InvalidRngError as error:
+        reason = str(error).split(" (")[0]
+        raise InputError(f"{reason}; a module draws from the collection 'dropout', when called with keys") from None
+    return output, updated.get("batch_stats", variables["batch_stats"])
+
+
+def _at_least_one(batch: PyTree) -> PyTree:
+    """The batch, leaves [B, ...], or one sample of zeros where it is empty."""
+
+    def fill(leaf):
+        return jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) if leaf.shape[:1] == (0,) else leaf
+
+    return jax.tree.map(fill, batch)
+
+
+def _check_collections(module: nn.Module, variables: Any, allowed=COLLECTIONS, advice: str = "") -> None:
+    """Refuses variables that are neither trained nor kept."""
+    other, name = sorted(set(variables) - set(allowed)), type(module).__name__
+    advice = advice or f"a classifier has {' and '.join(COLLECTIONS)} only"
+    require(not other, f"{name}: has variables of the kind {', '.join(other)}, but {advice}")

@@ -1,0 +1,202 @@
+"""Several processes: they find each other, agree on failures and stops, and leave writing to one of them.
+
+Every process runs the same program. The functions below are collective: where one process calls them, all
+must. With a single process none of them communicates.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deq_jax.core.errors import InputError, require
+from deq_jax.core.types import PyTree
+
+CONNECT_SECONDS = 120  # in which all processes of a job must have started
+
+LEAVE_SECONDS = 30  # that a process which ends alone waits for the others
+
+
+def connect(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    seconds: float = CONNECT_SECONDS,
+) -> None:
+    """Joins the other processes of the job, if there are any; must precede any computation.
+
+    Without arguments a SLURM step of several tasks and a TPU VM are recognised, and JAX finds the rest; anything
+    else is one process. ``processes=1`` never looks for others.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 can be reached; None for the variable JAX_COORDINATOR_ADDRESS.
+      processes: their number.
+      process: index of this one, from 0.
+      seconds: in which all must have started; afterwards the process leaves with one line and exit code 2, since
+        JAX would abort it.
+
+    Raises:
+      InputError: for arguments that do not go together.
+    """
+    if processes == 1 and process in (None, 0):
+        return
+    if (coordinator, processes, process) == (None, None, None):
+        if _in_slurm_step() or _on_tpu():
+            _initialize(None, None, None, seconds)
+        return
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator is None or processes is None or process is None:
+        raise InputError("--coordinator HOST:PORT, --processes N and --process I go together")
+    host, _, port = coordinator.rpartition(":")
+    is_address = bool(host) and port.isdigit() and 0 < int(port) < 2**16
+    require(is_address, f"--coordinator must be HOST:PORT, got {coordinator!r}")
+    require(processes > 0, f"--processes must be positive, got {processes}")
+    require(0 <= process < processes, f"--process must be in 0 .. {processes - 1}, got {process}")
+    if process == 0:
+        _check_port(int(port))
+    _initialize(coordinator, processes, process, seconds)
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that reads and writes the workdir."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What is inside succeeds in all processes, or fails in all of them.
+
+    Nothing inside may wait for other processes.
+
+    Raises:
+      InputError: wherever it was raised in any process.
+      RuntimeError: in the processes that did not fail themselves, for any other exception.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if jax.process_count() > 1:
+        _raise_of_others(failure)
+    if failure is not None:
+        raise failure
+
+
+def _raise_of_others(failure: Exception | None) -> None:
+    mine = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    for number, text in enumerate(gather_texts(mine)):
+        if text and failure is None:
+            name, _, message = text.partition(": ")
+            if name == InputError.__name__:
+                raise InputError(message)
+            raise RuntimeError(f"process {number} failed: {text}")
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([own.size], np.int32), tiled=True)
+    padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
+    padded[: own.size] = own
+    rows = multihost_utils.process_allgather(padded[None], tiled=True)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def gather(rows: np.ndarray) -> np.ndarray:
+    """The rows [b, ...] of all processes, one below the other in their order, [B, ...]."""
+    return multihost_utils.process_allgather(rows, tiled=True)
+
+
+def from_primary(tree: PyTree) -> PyTree:
+    """The primary's arrays, in all processes; `tree` has the same shapes everywhere."""
+    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+
+
+class StopRequest:
+    """SIGINT and SIGTERM, while it is entered, as a question with the same answer in all processes.
+
+    With several processes a signal to any of them stops all of them, after the same step: the preemption service
+    of JAX, which has been listening to SIGTERM since `connect`, agrees on it.
+    """
+
+    def __init__(self):
+        self._number: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        several = jax.process_count() > 1
+        numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        self._handlers = {number: signal.signal(number, self._pass_on if several else self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def after(self, step: int) -> int | None:
+        """The signal that asks to stop after this step, None to go on; to be asked after every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self._number
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._number = number
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_slurm_step() -> bool:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _on_tpu() -> bool:
+    """Whether this is a TPU VM, whose meta data name the other hosts of its slice, if it has any."""
+    has_library = importlib.util.find_spec("libtpu") is not None
+    return has_library and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def _check_port(port: int) -> None:
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise InputError(f"--coordinator: process 0 cannot listen at port {port} ({error.strerror})") from None
+
+
+def _initialize(coordinator: str | None, processes: int | None, process: int | None, seconds: float) -> None:
+    where = "the job's processes" if coordinator is None else f"process {process} of {processes} at {coordinator}"
+    advice = "start each of them once, and make the port of process 0 reachable"
+    alarm = threading.Timer(seconds, _leave, [f"{where}: not all processes connected within {seconds:g} s; {advice}"])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=int(seconds) + 60,  # JAX aborts the process then: the alarm comes first
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+    finally:
+        alarm.cancel()
+
+
+def _leave(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)

@@ -1,0 +1,22 @@
+"""Many evaluations on one page."""
+
+from deq_jax.reporting.archive import Evaluation, Setting, read_evaluations, unfinished
+from deq_jax.reporting.groups import Group, Pair, groups_of
+from deq_jax.reporting.page import report_files
+from deq_jax.reporting.statistics import Estimate, paired_difference, paired_quotient
+from deq_jax.reporting.tables import Table
+
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "Group",
+    "Pair",
+    "Setting",
+    "Table",
+    "groups_of",
+    "paired_difference",
+    "paired_quotient",
+    "read_evaluations",
+    "report_files",
+    "unfinished",
+]

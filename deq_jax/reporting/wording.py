@@ -1,0 +1,126 @@
+"""What evaluations and their comparisons show, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from deq_jax.reporting.groups import Group, Pair, overestimate, reference, robust
+from deq_jax.reporting.statistics import Estimate
+from deq_jax.reporting.tables import AGREE
+
+NOT_SHOWN = "no verdict (not shown the images that broke the undefended predictor)"
+
+
+class Words(NamedTuple):
+    """What a difference whose interval lies below, around or above 0 is called."""
+
+    below: str
+    around: str
+    above: str
+
+    def of(self, difference: Estimate) -> str:
+        """One of them; of a single seed nothing is said on others."""
+        word = (self.around, self.above, self.below)[difference.sign or 0]
+        return word if difference.seeds > 1 else f"{word}, of this seed alone"
+
+
+DEFENCE = Words("hurts", "no difference shown", "helps")
+
+TRAINING = Words("less accurate", "no difference shown", "more accurate")
+
+
+def worst_case(groups: Sequence[Group]) -> str:
+    """What the worst case of all trials is called: adaptive if some group is."""
+    return "adaptive worst case" if any(group.is_adaptive for group in groups) else "worst case"
+
+
+def quotes(groups: Sequence[Group]) -> list[str]:
+    """The robust accuracy to quote in each setting, and everything that belongs to it.
+
+    Of several evaluations of one training and defence the one with the lowest accuracy counts; of several trainings and
+    defences the one with the highest, those without red flags first.
+    """
+    lowest: dict[str, dict[tuple[str, str], tuple[float, Group]]] = {}
+    for group in groups:
+        found = group.accuracy(robust)
+        if found is not None:
+            best = lowest.setdefault(str(group.setting), {})
+            key, new = (group.training, group.defence), (found.value, group)
+            best[key] = min(best.get(key, new), new, key=lambda one: one[0])
+    choices = [[group for _, group in sorted(best.values(), key=_rank)] for best in lowest.values()]
+    return [_quote(several[0], len(several)) for several in choices]
+
+
+def _rank(candidate: tuple[float, Group]) -> tuple[bool, float]:
+    value, group = candidate
+    return bool(group.raised), -value
+
+
+def _quote(group: Group, count: int) -> str:
+    found = group.accuracy(robust)
+    assert found is not None  # those without are left out
+    which = f"training {group.training}, defence {group.defence}"
+    chosen = (
+        ""
+        if count == 1
+        else f", the highest of {count} trainings and defences" + (" without red flags" if not group.raised else "")
+    )
+    flags = f"red flags raised: {', '.join(group.raised)}" if group.raised else "no red flags raised"
+    start = "No robust accuracy to quote, since red flags are raised" if group.raised else "Robust accuracy to quote"
+    return (
+        f"{start}: at most {found.value:.2f} %{_interval(found)} of {group.setting}; {which}{chosen}; "
+        f"attacks: {group.trials}; {flags}."
+    )
+
+
+def _interval(estimate: Estimate) -> str:
+    """With what it is for, in brackets, after a space."""
+    if estimate.interval is None:
+        return ""
+    low, high = estimate.interval
+    seeds = f"{estimate.seeds} seeds" if estimate.seeds > 1 else "for other images alone, one seed"
+    spread = f", {AGREE}" if estimate.agree else ""
+    return f" (95 % interval [{low:.2f}, {high:.2f}], {seeds}{spread})"
+
+
+def pair_title(pair: Pair) -> str:
+    """What is compared with what."""
+    if pair.first.training == pair.second.training:
+        return f"{pair.first.training}: {pair.first.defence} against {pair.second.defence}"
+    defence = f" (both: {pair.first.defence})" if pair.first.is_defended else ""
+    return f"{pair.first.training} against {pair.second.training}{defence}"
+
+
+def verdict(pair: Pair, difference: Estimate | None, words: Words) -> str:
+    """What the difference is called, if the comparison is fair."""
+    if difference is None:
+        return ""
+    return words.of(difference) if pair.is_fair else NOT_SHOWN
+
+
+def sentences(pair: Pair, words: Words) -> str:
+    """What a pair shows, in words; and what the adaptive attacks take away from a defence."""
+    protocols = {f"the {worst_case([pair.first, pair.second])}": robust}
+    if pair.first.is_defended:
+        protocols["the reference protocol"] = reference
+    parts = [_sentence(name, pair, pair.difference(quantity), words) for name, quantity in protocols.items()]
+    known = "; ".join(part for part in parts if part) or "nothing that both were attacked with"
+    trust = " Red flags are raised, so this is not trustworthy." if pair.is_flagged else ""
+    return f"{pair_title(pair)}: {known}.{_taken_away(pair.first)}{trust}"
+
+
+def _sentence(protocol: str, pair: Pair, difference: Estimate | None, words: Words) -> str:
+    if difference is None:
+        return ""
+    points = f"{difference.value:+.2f} points{_interval(difference)}"
+    return f"{verdict(pair, difference, words)} under {protocol}, {points}"
+
+
+def _taken_away(group: Group) -> str:
+    lost = group.values(overestimate)
+    if not (group.is_defended and lost):
+        return ""
+    difference = Estimate.of_differences(list(lost.values()))
+    points = f"{difference.value:.2f} points{_interval(difference)}"
+    return f" The adaptive attacks take away {points} of what the reference protocol gives it."

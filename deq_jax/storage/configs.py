@@ -1,0 +1,159 @@
+"""Configs from Python files, and their scalar fields set by dotted name."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import flax.linen as nn
+
+from deq_jax.core.errors import InputError, require
+
+Config = TypeVar("Config")
+
+MISTAKES = (ImportError, TypeError, NameError, AttributeError)  # of whoever wrote a config file
+
+
+def load_config(
+    path: str | Path,
+    kind: type[Config],
+    *arguments: Any,
+) -> Config:
+    """The object returned by ``get_config(*arguments)`` in the Python file at `path`.
+
+    Args:
+      path: of the file.
+      kind: class of the object.
+      *arguments: of get_config.
+
+    Raises:
+      InputError: if there is no such file, it cannot be run, or it returns something else.
+    """
+    path = Path(path)
+    require(path.is_file(), f"{path}: no such config file")
+    module = _run_module(path)
+    require(hasattr(module, "get_config"), f"{path}: expected a function get_config(), found none")
+    try:
+        config = module.get_config(*arguments)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except MISTAKES as error:  # an unknown or a missing field
+        raise InputError(f"{path}: get_config() failed: {error}") from None
+    is_config = isinstance(config, kind)
+    require(is_config, f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
+    return config
+
+
+def _run_module(path: Path):
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path}: a config must be a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    for folder in (str(path.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise InputError(f"{error.filename}: line {error.lineno}: {error.msg}") from None
+    except (InputError, *MISTAKES) as error:
+        raise InputError(f"{path}: {error}{_advice(error)}") from None
+    return module
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a name of the clone's folder configs/ that cannot be imported."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ImportError) or package != "configs":
+        return ""
+    return "; configs/ is not installed with deq_jax: run in the folder of its clone, or add that to PYTHONPATH"
+
+
+def _module_name(path: Path) -> str:
+    """As Python would import it from the current folder, so that evaluation finds what the file defines."""
+    path, folder = path.resolve().with_suffix(""), Path.cwd().resolve()
+    return ".".join(path.relative_to(folder).parts) if path.is_relative_to(folder) else path.name
+
+
+def set_fields(config: Any, assignments: list[str]) -> Any:
+    """Replaces scalar fields: ``set_fields(config, ["seed=1", "objective.attack.threat.epsilon=0.2"])``.
+
+    Raises:
+      InputError: for an unknown name (with the valid ones), a value of the wrong type, or a value that
+        the object itself refuses.
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        require(bool(equals), f"--set {assignment}: expected NAME=VALUE")
+        try:
+            config = _set_field(config, name.strip(), name.strip().split("."), text.strip())
+        except InputError as error:
+            raise InputError(f"--set {assignment}: {error}") from None
+    return config
+
+
+def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
+    name, *rest = names
+    fields = fields_of(node) if dataclasses.is_dataclass(node) else {}
+    prefix = whole[: len(whole) - len(".".join(names))]
+    if name not in fields:
+        valid = ", ".join(prefix + path for path in scalar_paths(node)) or "none"
+        raise InputError(f"no field {prefix + name}; valid names: {valid}")
+    current = fields[name]
+    if rest:
+        return _replaced(node, name, _set_field(current, whole, rest, text))
+    require(is_scalar(current), f"{whole} is an object, not a scalar; {_instead(whole, current)}")
+    return _replaced(node, name, _parse(text, _field_types(node, name), current))
+
+
+def _instead(name: str, current: Any) -> str:
+    """What to do where an object was to be set."""
+    paths = scalar_paths(current)
+    example = f"set one of its fields, such as --set {name}.{paths[0]}=VALUE, or " if paths else ""
+    return f"{example}replace it in a config file: replace(config, ...)"
+
+
+def _parse(text: str, types: tuple[type, ...], current: Any) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        value = text
+    if float in types and type(value) is int and int not in types:
+        value = float(value)
+    expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+    require(type(value) in types, f"expected {expected} (now {current!r}), got {text!r}")
+    return value
+
+
+def _field_types(node: Any, name: str) -> tuple[type, ...]:
+    hint = typing.get_type_hints(type(node))[name]
+    return typing.get_args(hint) or (hint,)
+
+
+def _replaced(node: Any, name: str, value: Any) -> Any:
+    return node.clone(**{name: value}) if isinstance(node, nn.Module) else dataclasses.replace(node, **{name: value})
+
+
+def fields_of(node: Any) -> dict[str, Any]:
+    """The fields of a config object by name, those that Flax adds to modules excepted."""
+    hidden = ("parent", "name") if isinstance(node, nn.Module) else ()
+    return {f.name: getattr(node, f.name) for f in dataclasses.fields(node) if f.init and f.name not in hidden}
+
+
+def scalar_paths(node: Any) -> list[str]:
+    """Dotted names of all scalar fields below a config object."""
+    paths = []
+    for name, value in fields_of(node).items() if dataclasses.is_dataclass(node) else ():
+        paths += [name] if is_scalar(value) else [f"{name}.{path}" for path in scalar_paths(value)]
+    return paths
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a field is a number, a string or None, and so can be set by name."""
+    return value is None or isinstance(value, bool | int | float | str)

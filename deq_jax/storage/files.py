@@ -1,0 +1,82 @@
+"""Files that are there whole or not at all: JSON and npz, and digests of arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import jax
+import numpy as np
+
+from deq_jax.core.errors import InputError
+from deq_jax.core.types import PyTree
+
+
+def make_folder(folder: Path) -> Path:
+    """Creates the folder; raises `InputError` where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON."""
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises `InputError` where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays as a compressed npz file."""
+    write_whole(path, lambda file: np.savez_compressed(file, **cast(Any, arrays)))
+
+
+def digest(tree: PyTree) -> str:
+    """SHA-256 of all arrays of a pytree and of where they are, shortened to 16 digits."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:16]
+
+
+def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that is there whole or not at all, by `writer(file)`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file; raises `InputError` where there is none or it is damaged."""
+    try:
+        with path.open("rb") as file:  # numpy leaves a damaged file open
+            arrays = np.load(file, allow_pickle=False)
+            return {name: arrays[name] for name in getattr(arrays, "files", ())}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # numpy, zipfile and zlib each have their own
+        raise InputError(f"{path}: cannot be read as an npz file ({error})") from None

@@ -1,0 +1,65 @@
+"""Names and fields that files of older versions have, as this version writes them: the one table of what has moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ROOMS = {
+    "adaptive": "surrogates",
+    "attacks.apgd": "attacks",
+    "attacks.auto": "attacks",
+    "attacks.fab": "attacks",
+    "attacks.pgd": "attacks",
+    "attacks.spsa": "attacks",
+    "attacks.square": "attacks",
+    "attacks.targeted": "attacks",
+    "attacks.threat": "attacks",
+    "carries": "defences",
+    "classifiers": "models",
+    "config": "training",
+    "entropy": "defences",
+    "gradients": "core",
+    "losses": "core",
+    "models.mdeq": "models",
+    "models.resnet": "models",
+    "models.small": "models",
+    "models.wide_resnet": "models",
+    "objectives": "training",
+    "readouts": "core",
+    "regularizers": "models",
+    "solvers": "core",
+    "transfers": "evaluation",
+    "trials": "evaluation",
+}
+"""Modules of the flat layout of before, and the room whose face has their names now."""
+
+NAMES = {
+    "deq_jax.adaptive.LowEntropy": "deq_jax.core.LowEntropy",
+    "deq_jax.attacks.targeted.logit_difference": "deq_jax.core.logit_difference",
+    "deq_jax.attacks.targeted.targeted_dlr": "deq_jax.core.targeted_dlr",
+    "deq_jax.trials.Noise": "deq_jax.attacks.Noise",
+}
+"""Names that did not go where the rest of their module went."""
+
+
+def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """One object or function of a config tree, without what is below it, under the names of this version.
+
+    Args:
+      tree: as `trees.to_tree` wrote it in this version or an older one.
+    """
+    for key in {"class", "name"} & tree.keys():
+        tree = tree | {key: _renamed(tree[key])}
+    if tree.get("class") == "deq_jax.attacks.PGD" and "epsilon" in tree:  # in ℓ∞, the only norm that it had
+        ball = {"class": "deq_jax.attacks.Linf", "epsilon": tree["epsilon"]}
+        others = {name: value for name, value in tree.items() if name != "epsilon"}
+        return {"class": tree["class"], "threat": ball} | others
+    return tree
+
+
+def _renamed(name: Any) -> Any:
+    if name in NAMES:
+        return NAMES[name]
+    module, _, attribute = str(name).rpartition(".")
+    room = ROOMS.get(module.removeprefix("deq_jax."))
+    return name if room is None or not module.startswith("deq_jax.") else f"deq_jax.{room}.{attribute}"

@@ -1,0 +1,89 @@
+"""Config objects as JSON data, back again, and the first difference of two."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+from types import FunctionType
+from typing import Any
+
+from deq_jax.core.errors import InputError, require
+from deq_jax.storage.configs import fields_of, is_scalar
+from deq_jax.storage.moves import upgraded
+
+
+def to_tree(node: Any) -> Any:
+    """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name."""
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return {"class": public_name(type(node))} | {name: to_tree(value) for name, value in fields_of(node).items()}
+    if isinstance(node, FunctionType | type) and "<" not in node.__qualname__:
+        return {"name": public_name(node)}
+    if isinstance(node, tuple | list):
+        return [to_tree(item) for item in node]
+    expected = "expected numbers, strings, named functions or frozen dataclasses"
+    require(is_scalar(node), f"a config cannot hold {node!r}: {expected}")
+    return node
+
+
+def from_tree(tree: Any) -> Any:
+    """The object that `to_tree` wrote. Only dataclasses are called; lists become tuples.
+
+    Raises:
+      InputError: if a name cannot be imported or does not fit.
+    """
+    if isinstance(tree, list):
+        return tuple(from_tree(item) for item in tree)
+    if not isinstance(tree, dict):
+        return tree
+    tree = upgraded(tree)
+    if set(tree) == {"name"}:
+        return _import_name(tree["name"])
+    kind = _import_name(tree.get("class", ""))
+    is_dataclass = inspect.isclass(kind) and dataclasses.is_dataclass(kind)
+    require(is_dataclass, f"config: {tree.get('class')} is not a config class")
+    fields = {name: from_tree(value) for name, value in tree.items() if name != "class"}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise InputError(f"config: {tree['class']} of this version takes other fields ({error})") from None
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Dotted name and values of the first field in which two config trees differ, or None."""
+    old = upgraded(old) if isinstance(old, dict) else old
+    are_mappings = isinstance(old, dict) and isinstance(new, dict) and old.keys() != {"name"}  # which is a function
+    if are_mappings and old.get("class") == new.get("class"):
+        for name in old | new:
+            below = f"{path}.{name}" if path else name
+            difference = first_difference(old.get(name), new.get(name), below)
+            if difference:
+                return difference
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        differences = (first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
+        return next(filter(None, differences), None)
+    return None if old == new else f"{path} was {_brief(old)}, now {_brief(new)}"
+
+
+def _brief(tree: Any) -> str:
+    if isinstance(tree, list):
+        return f"a list of {len(tree)}"
+    return str(tree.get("class", tree.get("name", "an object"))) if isinstance(tree, dict) else repr(tree)
+
+
+def public_name(thing: Any) -> str:
+    """The name under which a class or function is imported: that of the room whose face has it, or of its module."""
+    room = ".".join(thing.__module__.split(".")[:2])
+    is_public = room.startswith("deq_jax.") and getattr(sys.modules.get(room), thing.__qualname__, None) is thing
+    return f"{room if is_public else thing.__module__}.{thing.__qualname__}"
+
+
+def _import_name(name: str) -> Any:
+    module, _, attribute = str(name).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        message = f"config: cannot import {name!r}; run from the folder in which the training was started"
+        raise InputError(message) from None

@@ -1,0 +1,43 @@
+"""Whose gradient attacks a DEQ or a defence, while success is measured on what is deployed."""
+
+from deq_jax.surrogates.adaptive import (
+    BPDA,
+    BPDAHead,
+    BPDAIdentity,
+    BPDASolver,
+    EndToEnd,
+    OnBase,
+    PathAverage,
+    SmoothSign,
+    defended,
+)
+from deq_jax.surrogates.base import Direct, Surrogate, WithGradient, classifier_oracle, judged
+from deq_jax.surrogates.dynamics import (
+    Intermediate,
+    MeanOverStates,
+    SimultaneousAdjoint,
+    ThroughSolver,
+    simultaneous_adjoint,
+)
+
+__all__ = [
+    "BPDA",
+    "BPDAHead",
+    "BPDAIdentity",
+    "BPDASolver",
+    "Direct",
+    "EndToEnd",
+    "Intermediate",
+    "MeanOverStates",
+    "OnBase",
+    "PathAverage",
+    "SimultaneousAdjoint",
+    "SmoothSign",
+    "Surrogate",
+    "ThroughSolver",
+    "WithGradient",
+    "classifier_oracle",
+    "defended",
+    "judged",
+    "simultaneous_adjoint",
+]

@@ -1,0 +1,80 @@
+"""Surrogates: whose gradient attacks a DEQ, while success stays judged on the deployed predictor.
+
+A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``. Its numbers are
+leaves of a pytree: a compiled function that takes a surrogate as an argument serves every state, number of
+steps and damping. The oracle's logits are those of the surrogate's own forward pass; `judged` puts the
+deployed predictor in their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+
+from deq_jax.attacks.oracles import Oracle, expectation, gradient_from, oracle_of
+from deq_jax.core.types import Array, Gradient, Keys
+from deq_jax.models.base import Classifier, Variables
+from deq_jax.models.classifiers import require_deq
+
+
+def classifier_oracle(classifier: Classifier, variables: Variables, *, random: bool = False) -> Oracle:
+    """Oracle of a classifier in evaluation mode, with the gradient of its own dynamics.
+
+    Args:
+      classifier: to be attacked.
+      variables: its parameters and batch statistics.
+      random: let random readouts draw a state at every query, as in training; otherwise the
+        deterministic predictor that is deployed.
+    """
+
+    def logits(x: Array, keys: Keys) -> Array:
+        return classifier(variables, x, keys=keys if random else None).logits
+
+    return oracle_of(logits)
+
+
+class Surrogate(Protocol):
+    """``(classifier, variables) -> Oracle``: where an attack takes its gradients from."""
+
+    def __call__(self, classifier: Any, variables: Variables) -> Oracle: ...
+
+
+def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, draws: int | None = None) -> Oracle:
+    """Gradients of the surrogate; loss and success of the classifier itself, as deployed.
+
+    Args:
+      surrogate: gives the gradients.
+      classifier: as deployed.
+      variables: of the classifier.
+      draws: of a random classifier, over which every answer is the mean (EOT); None for a deterministic one.
+    """
+    judge = classifier_oracle(classifier, variables, random=draws is not None)
+    oracle = judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)
+    return oracle if draws is None else expectation(oracle, draws)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Direct:
+    """The predictor's own gradient; of explicit networks, too."""
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        return classifier_oracle(classifier, variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WithGradient:
+    """The predictor with another gradient estimator, such as `Implicit(Broyden(30))`.
+
+    Attributes:
+      gradient: takes the place of that of the dynamics; a static field: each one is compiled.
+    """
+
+    gradient: Gradient = field(metadata={"static": True})
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, _ = require_deq(classifier)
+        return classifier_oracle(model.with_dynamics(gradient=self.gradient), variables)

@@ -1,0 +1,245 @@
+"""Surrogates that take gradients from the dynamics of a DEQ.
+
+The papers' names: the unrolled-intermediate attacks of Yang et al. 2022 (section 4.2) are `Intermediate`
+and `MeanOverStates`, their simultaneous adjoint (section 4.1) is `SimultaneousAdjoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deq_jax.attacks.oracles import Oracle, oracle_of
+from deq_jax.core.cells import flat_cell
+from deq_jax.core.compilation import compiled
+from deq_jax.core.errors import require
+from deq_jax.core.gradients import AtState, Phantom, PhantomUpTo
+from deq_jax.core.readouts import FinalState
+from deq_jax.core.solve import advance, solve
+from deq_jax.core.solvers import Broyden, differentiable
+from deq_jax.core.types import Array, Cell, Injection, Keys, Loss, Params, PyTree, Solution
+from deq_jax.models.base import Classifier, Variables
+from deq_jax.models.classifiers import Equilibrium, require_deq, zero_state
+from deq_jax.surrogates.base import classifier_oracle
+
+
+def simultaneous_adjoint(
+    solver: Broyden, cell: Cell, params: Params, u: PyTree, z0: PyTree, cotangent: Callable[[PyTree], PyTree]
+) -> tuple[PyTree, PyTree]:
+    """Adjoint states that run along with Broyden's iterates and share its quasi-Newton matrices.
+
+    ``u_{n+1}^T = u_n^T - (u_n^T J_g(z_n) + dL/dz_n) B_n`` with ``J_g = J - I`` and u_0 = 0, where B_n holds
+    the first n pairs. u_n tends to the exact adjoint ``(I - J^T)^{-1} dL/dz`` at the equilibrium, and
+    ``u_n^T df(z_n; .)`` to the exact gradient. Each step costs a cell evaluation and a vector-Jacobian product.
+
+    Args:
+      solver: of the states; a sample that has converged stays where it is, while its adjoint goes on.
+      cell, params, u, z0: as in `deq`.
+      cotangent: ``z -> dL/dz`` of the loss at a state, leaves [B, ...].
+
+    Returns:
+      The states z_1 .. z_T and the adjoint states u_1 .. u_T, leaves [T, B, ...].
+
+    References: Yang et al. 2022, section 4.1, reconstructed from its description: no code was published.
+    """
+    f, start, unravel = flat_cell(cell, params, z0)
+
+    def step(carry, _):
+        memory, adjoint = carry
+        _, vjp = jax.vjp(lambda z: f(z, u), memory.z)
+        z, flatten = jax.vjp(unravel, memory.z)
+        defect = vjp(adjoint.astype(start.dtype))[0] - adjoint + flatten(cotangent(z))[0]
+        adjoint -= solver.left_multiply(memory, defect)
+        memory, *_ = advance(solver, f, memory, u)
+        return (memory, adjoint), (memory.z, adjoint)
+
+    memory = solver.init(f, start, u)
+    carry = memory, jnp.zeros_like(memory.step)
+    _, (states, adjoints) = lax.scan(step, carry, length=solver.steps)
+    return jax.vmap(unravel)(states), jax.vmap(unravel)(adjoints)
+
+
+MAX_STEPS = 9
+"""Most damped steps of a surrogate; those beyond its own number are skipped."""
+
+Number = Any  # a Python number, checked when the surrogate is built, or a scalar array, which is not
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ThroughSolver:
+    """The gradient of what is computed: the solver's own steps are differentiated, converged or not.
+
+    Where the equilibrium is not reached within the solver's steps, estimators of its gradient, exact ones included,
+    can miss how the prediction depends on the image. Costs a backward pass through all steps.
+    """
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, solver = require_deq(classifier)
+        params, readout = variables["params"]["cell"], model.dynamics.readout
+
+        def logits(x: Array, keys: Keys) -> Array:
+            u = model.encode(variables, x)
+            solution = solve(differentiable(solver), model.apply_cell, params, zero_state(u), u)
+            return model.decode(variables, self._lead_on(model, params, u, readout(solution)))
+
+        return oracle_of(logits)
+
+    def _lead_on(self, model: Equilibrium, params: PyTree, u: Injection, z: PyTree) -> PyTree:
+        """The value of the model's estimator, differentiated as it is computed."""
+        gradient = model.dynamics.gradient
+        if isinstance(gradient, AtState):
+            return z
+        advance = gradient if isinstance(gradient, Phantom) else Phantom(0)
+        return advance(model.apply_cell, params, u, z)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Intermediate:
+    """Unrolled-intermediate gradient: f(z_i), then `steps` times ``z <- (1 - damping) z + damping f(z)``.
+
+    The loss of that state is differentiated through these applications of f; the solver is not.
+
+    Attributes:
+      state: i, counts the solver's steps from 1 to T.
+      steps: K, damped steps after the plain one, at most `MAX_STEPS`.
+      damping: weight of f(z), in (0, 1].
+
+    References: Yang et al. 2022, section 4.2.
+    """
+
+    state: Number
+    steps: Number = 5
+    damping: Number = 0.5
+
+    def __post_init__(self):
+        _check_count("Intermediate: state", self.state, 1, np.inf)
+        _check_damped_steps(self)
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, solver = require_deq(classifier)
+        _check_count("Intermediate: state", self.state, 1, solver.steps)
+        gradient = PhantomUpTo(MAX_STEPS, self.steps, self.damping)
+        unrolled = model.with_dynamics(readout=_RawState(self.state), gradient=gradient)
+        return classifier_oracle(unrolled, variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MeanOverStates:
+    """Gradient of the loss of mean logits: of f(z_2) .. f(z_T), and of f(z*) followed by damped steps.
+
+    Attributes:
+      steps: K, damped steps of the final state, at most `MAX_STEPS`.
+      damping: weight of f(z) in them, in (0, 1].
+
+    References: Yang et al. 2022, section 4.2.
+    """
+
+    steps: Number = 9
+    damping: Number = 0.5
+
+    def __post_init__(self):
+        _check_damped_steps(self)
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, _ = require_deq(classifier)
+        return oracle_of(partial(self._logits, model, variables))
+
+    @compiled("model")
+    def _logits(self, model: Equilibrium, variables: Variables, x: Array, keys: Keys) -> Array:
+        gradient = PhantomUpTo(MAX_STEPS, self.steps, self.damping)
+        unrolled = model.with_dynamics(readout=FinalState(), gradient=gradient)
+        final, u = unrolled(variables, x), model.encode(variables, x)
+        solution: Any = final.solution
+
+        def lead_on(z: PyTree) -> Array:
+            return model.decode(variables, model.apply_cell(variables["params"]["cell"], z, u))
+
+        later = lax.map(lead_on, jax.tree.map(lambda states: states[1:], solution.states))
+        return (final.logits + jnp.sum(later, axis=0)) / (1 + len(later))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SimultaneousAdjoint:
+    """Our reconstruction of the simultaneous adjoint, whose code was never published.
+
+    Adjoint states u_n run along with the solver's iterates z_n and share its quasi-Newton matrices; see
+    `gradients.simultaneous_adjoint`. The loss is that of the decoded z_n, its gradient
+    ``u_n^T df(z_n; x)/dx``, which tends to the exact one as the steps grow.
+
+    Attributes:
+      step: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
+
+    References: Yang et al. 2022, section 4.1 (a reconstruction from its description).
+    """
+
+    step: Number
+
+    def __post_init__(self):
+        _check_count("SimultaneousAdjoint: step", self.step, 1, np.inf)
+
+    def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
+        model, solver = require_deq(classifier)
+        require(isinstance(solver, Broyden), f"SimultaneousAdjoint: the solver must be Broyden, got {solver!r}")
+        _check_count("SimultaneousAdjoint: step", self.step, 1, solver.steps)
+        return Oracle(partial(self._logits, model, variables), partial(self._grad, model, variables))
+
+    def _logits(self, model: Equilibrium, variables: Variables, x: Array, keys: Keys) -> Array:
+        solution: Any = model(variables, x).solution
+        return model.decode(variables, _RawState(self.step)(solution))
+
+    @compiled("model", "loss")
+    def _grad(
+        self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, target: Array, keys: Keys
+    ) -> tuple[Array, Array, Array]:
+        solver: Any = model.dynamics.solver
+        u, params = model.encode(variables, x), variables["params"]["cell"]
+
+        def total(z: PyTree) -> tuple[Array, tuple[Array, Array]]:
+            logits = model.decode(variables, z)
+            losses = loss(logits, target)
+            return jnp.sum(losses), (losses, logits)
+
+        def cotangent(z: PyTree) -> PyTree:
+            return jax.grad(total, has_aux=True)(z)[0]
+
+        run = simultaneous_adjoint(solver, model.apply_cell, params, u, zero_state(u), cotangent)
+        z, adjoint = jax.tree.map(lambda leaf: leaf[self.step - 1], run)
+        _, vjp = jax.vjp(lambda x: model.apply_cell(params, z, model.encode(variables, x)), x)
+        return *total(z)[1], vjp(adjoint)[0]
+
+
+@dataclass(frozen=True)
+class _RawState:
+    """The state z_t, where t may be traced, unlike in `IntermediateState`."""
+
+    t: Number
+
+    def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
+        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+
+
+def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:
+    name, damping = type(surrogate).__name__, surrogate.damping
+    _check_count(f"{name}: steps", surrogate.steps, 0, MAX_STEPS)
+    if isinstance(damping, int | float):
+        require(0 < damping <= 1, f"{name}: damping must be in (0, 1], got {damping!r}")
+        object.__setattr__(surrogate, "damping", float(damping))  # 1 and 0.5 compile to the same
+
+
+def _check_count(name: str, value: Number, low: int, high: float) -> None:
+    """Refuses a Python number that is no integer from low to high; arrays and JAX's placeholders pass."""
+    if isinstance(value, int | float):
+        valid = isinstance(value, int) and low <= value <= high
+        expected = f"from {low} to {high}" if high < np.inf else f">= {low}"
+        require(valid, f"{name} must be an integer {expected}, got {value!r}")

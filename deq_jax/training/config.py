@@ -1,0 +1,146 @@
+"""What a training run is: `TrainConfig`, and the optimiser of the papers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import cast
+
+import optax
+
+from deq_jax.attacks.oracles import Attack
+from deq_jax.attacks.pgd import PGD
+from deq_jax.attacks.threats import Linf, Threat
+from deq_jax.core.errors import InputError, require
+from deq_jax.core.gradients import Unrolled
+from deq_jax.core.readouts import FinalState
+from deq_jax.core.types import Optimizer, Readout
+from deq_jax.data.batches import CropFlip
+from deq_jax.data.datasets import Dataset
+from deq_jax.models.classifiers import Equilibrium, Explicit
+from deq_jax.training.objectives import Objective, Standard
+
+
+@dataclass(frozen=True)
+class AdamCosine:
+    """Adam whose learning rate falls along a cosine, step by step.
+
+    Attributes:
+      learning_rate: at the first step.
+      final_learning_rate: at the last step.
+    """
+
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-6
+
+    def __post_init__(self):
+        rates = 0 <= self.final_learning_rate <= self.learning_rate and self.learning_rate > 0
+        message = "AdamCosine: expected 0 <= final_learning_rate <= learning_rate and learning_rate > 0, got "
+        require(rates, f"{message}{self.final_learning_rate!r} and {self.learning_rate!r}")
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """The learning rate at each step, from 0, of a run of `steps` steps."""
+        alpha = self.final_learning_rate / self.learning_rate
+        return optax.cosine_decay_schedule(self.learning_rate, steps, alpha)
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """The optax optimiser of a run of `steps` steps."""
+        return optax.adam(self.schedule(steps))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training.
+
+    Attributes:
+      classifier: `Equilibrium` or `Explicit`.
+      objective: what is minimised.
+      dataset: where the images come from.
+      validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
+        training images.
+      optimizer: `AdamCosine`, or one of your own; see `Optimizer`.
+      batch_size: images per step, over all devices.
+      accumulate: parts into which each device divides its images of a step, one after the other, to save memory;
+        their gradients are averaged, and each part is normalised by its own statistics.
+      epochs: passes over the training images.
+      pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
+      augmentation: of training images; None for none.
+      seed: of initialisation, data order and all randomness.
+      log_every: steps between two lines of training metrics.
+      checkpoint_every: steps between two checkpoints; None for every epoch.
+    """
+
+    classifier: Equilibrium | Explicit
+    objective: Objective
+    dataset: Dataset
+    validation_attack: Attack = PGD(Linf(8 / 255), steps=10)
+    optimizer: Optimizer = field(default_factory=AdamCosine)
+    batch_size: int = 96
+    accumulate: int = 1
+    epochs: int = 220
+    pretrain_steps: int = 0
+    augmentation: CropFlip | None = None
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "epochs", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")
+        for name in ("pretrain_steps", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"TrainConfig: {name} must be >= 0, got {value!r}")
+        divides = self.batch_size % self.accumulate == 0
+        parts = f"accumulate = {self.accumulate} parts"
+        require(divides, f"TrainConfig: batch_size {self.batch_size} does not divide into {parts}")
+        every = self.checkpoint_every
+        require(
+            every is None or every >= 1,
+            f"TrainConfig: checkpoint_every must be positive or None, got {every!r}",
+        )
+        if self.pretrain_steps > 0:
+            self.pretraining()  # checks that there is a solver
+
+    def pretraining(self) -> TrainConfig:
+        """The config of the pre-training phase: standard training of the cell applied T times to 0."""
+        solver = self.classifier.dynamics.solver if isinstance(self.classifier, Equilibrium) else None
+        if solver is None:
+            raise InputError("TrainConfig: pretrain_steps are for an Equilibrium with a solver")
+        classifier = cast(Equilibrium, self.classifier)
+        gradient = Unrolled(solver.steps)
+        shallow = classifier.with_dynamics(solver=None, readout=FinalState(), gradient=gradient)
+        shallow = dataclasses.replace(shallow, jacobian=None)
+        return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
+
+    def at(self, step: int, steps_per_epoch: int) -> TrainConfig:
+        """The config of training step `step` (from 0): of pre-training, or with the penalty only where it is drawn."""
+        if step < self.pretrain_steps:
+            return self.pretraining()
+        classifier = self.classifier
+        if not isinstance(classifier, Equilibrium) or classifier.jacobian is None:
+            return self
+        if classifier.jacobian.is_drawn(self.seed, step, step // steps_per_epoch):
+            return self
+        return dataclasses.replace(self, classifier=dataclasses.replace(classifier, jacobian=None))
+
+
+def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
+    """The config with another readout of the equilibrium's dynamics."""
+    classifier = config.classifier
+    if not isinstance(classifier, Equilibrium):
+        raise InputError(f"with_readout: expected an Equilibrium, got {type(classifier).__name__}")
+    return dataclasses.replace(config, classifier=classifier.with_dynamics(readout=readout))
+
+
+def threat_of(train: TrainConfig) -> Threat:
+    """The ball that a training run validates with.
+
+    Raises:
+      InputError: its validation attack declares no threat model.
+    """
+    attack = train.validation_attack
+    threat = getattr(attack, "threat", None)
+    expected = "expected one that has, such as PGD(Linf(8 / 255))"
+    require(threat is not None, f"the run's validation_attack, {type(attack).__name__}, declares no threat; {expected}")
+    return cast(Threat, threat)

@@ -1,0 +1,53 @@
+"""The lines of metrics.jsonl, and the same as TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from deq_jax.storage.files import write_whole
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
+
+    Args:
+      folder: gets metrics.jsonl and tensorboard/.
+      step: last step that counts; later lines, left by a run that was killed after them, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / "metrics.jsonl"
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        write_whole(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def append(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Appends a line, hands it to the operating system at once, and returns it; its numbers become events."""
+        line = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{split}/{name}", value, step)
+        return line
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,161 @@
+"""Training objectives: what is minimised, and on which images.
+
+An objective has two parts. ``perturb`` makes the images to train on, with the model in evaluation mode
+and its parameters held constant; ``loss`` is differentiated. Both are pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+
+from deq_jax.attacks.oracles import Attack
+from deq_jax.core.errors import require
+from deq_jax.core.losses import cross_entropy, kl
+from deq_jax.core.types import Array, Keys, PyTree
+from deq_jax.models.base import Classifier, Prediction, Variables
+from deq_jax.surrogates.base import classifier_oracle
+
+PERTURB, NATURAL, ADVERSARIAL = range(3)  # purposes of a step's randomness
+
+
+class Outcome(NamedTuple):
+    """What a loss leaves behind besides its value.
+
+    Attributes:
+      batch_stats: after the step.
+      metrics: scalars of the local batch.
+    """
+
+    batch_stats: PyTree
+    metrics: dict[str, Array]
+
+
+class Objective(Protocol):
+    """What training minimises."""
+
+    def perturb(self, classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys) -> Array:
+        """Images to train on, [B, H, W, C]."""
+        ...
+
+    def loss(
+        self,
+        classifier: Classifier,
+        variables: Variables,
+        x: Array,
+        x_adv: Array,
+        y: Array,
+        keys: Keys,
+        axis_name: str | None,
+    ) -> tuple[Array, Outcome]:
+        """The mean loss of the batch, and what else the forward passes gave."""
+        ...
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Cross-entropy on the images as they are."""
+
+    def perturb(self, classifier, variables, x, y, keys):
+        return x
+
+    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
+        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
+        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
+        metrics = {"accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
+        return loss, Outcome(prediction.batch_stats, metrics)
+
+
+@dataclass(frozen=True)
+class PGDAdversarialTraining:
+    """Cross-entropy on adversarial images only (PGD-AT); batch statistics come from them.
+
+    Attributes:
+      attack: crafts them.
+      random_attack: let random readouts draw a state at every attack step, as in the training passes;
+        otherwise the attack sees the full dynamics.
+
+    References: Madry et al. 2018, eq. 2.1.
+    """
+
+    attack: Attack
+    random_attack: bool = True
+
+    def perturb(self, classifier, variables, x, y, keys):
+        oracle = classifier_oracle(classifier, variables, random=self.random_attack)
+        return self.attack(oracle, x, y, keys.fold(PERTURB))
+
+    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
+        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(ADVERSARIAL), axis_name=axis_name)
+        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
+        metrics = {"adversarial_accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
+        return loss, Outcome(prediction.batch_stats, metrics)
+
+
+@dataclass(frozen=True)
+class Trades:
+    """``CE(x) + beta KL(p(x) || p(x'))``, gradient through both terms.
+
+    Two forward passes, natural then adversarial, each normalised by its own batch statistics; running
+    statistics are updated in that order.
+
+    Attributes:
+      attack: maximises the divergence; its loss must be `kl`, its target is the clean logits.
+      beta: weight of the divergence.
+      random_attack: as in `PGDAdversarialTraining`.
+      tied: draw the same random state and dropout masks in both passes, rather than independent ones.
+
+    References: Zhang et al. 2019, eq. 5.
+    Differs from the reference: the clean prediction is computed once per step, not at every attack step.
+    """
+
+    attack: Attack
+    beta: float = 6.0
+    random_attack: bool = True
+    tied: bool = False
+
+    def __post_init__(self):
+        require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
+        loss = getattr(self.attack, "loss", kl)
+        require(loss is kl, "Trades: the attack must maximise losses.kl, since its target is the clean logits")
+
+    def perturb(self, classifier, variables, x, y, keys):
+        oracle = classifier_oracle(classifier, variables, random=self.random_attack)
+        clean_logits = oracle.logits(x, keys.fold(NATURAL))
+        return self.attack(oracle, x, clean_logits, keys.fold(PERTURB))
+
+    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
+        natural = classifier(variables, x, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
+        variables = {**variables, "batch_stats": natural.batch_stats}
+        adversarial_keys = keys.fold(NATURAL if self.tied else ADVERSARIAL)
+        adversarial = classifier(variables, x_adv, train=True, keys=adversarial_keys, axis_name=axis_name)
+        natural_loss = jnp.mean(cross_entropy(natural.logits, y))
+        divergence = jnp.mean(kl(adversarial.logits, natural.logits))
+        metrics = {
+            "accuracy": _accuracy(natural, y),
+            "adversarial_accuracy": _accuracy(adversarial, y),
+            "natural_loss": natural_loss,
+            "divergence": divergence,
+            **_solver_metrics(adversarial),
+        }
+        loss = natural_loss + self.beta * divergence + jnp.mean(natural.penalty + adversarial.penalty)
+        return loss, Outcome(adversarial.batch_stats, metrics)
+
+
+def _accuracy(prediction: Prediction, y: Array) -> Array:
+    return jnp.mean(jnp.argmax(prediction.logits, axis=-1) == y)
+
+
+def _solver_metrics(prediction: Prediction) -> dict[str, Array]:
+    """Lowest relative residual and cell evaluations per image, where there is a solver."""
+    solution = prediction.solution
+    if solution is None or not len(solution.residuals):
+        return {}
+    lowest = jnp.min(solution.residuals, axis=0)
+    return {
+        "residual": jnp.mean(lowest),
+        "residual_max": jnp.max(lowest),
+        "cell_evaluations": jnp.mean(solution.evaluations),
+    }

@@ -1,0 +1,204 @@
+"""The training step: pure, from a state and a batch to the next state and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from deq_jax.core.errors import InputError, require
+from deq_jax.core.types import AnyArray, Array, Keys, Optimizer, PyTree, prng_key
+from deq_jax.data.batches import to_unit
+from deq_jax.data.datasets import Splits
+from deq_jax.models.base import Classifier, Variables
+from deq_jax.parallel.devices import AXIS
+from deq_jax.training.config import TrainConfig
+from deq_jax.training.objectives import Outcome
+
+AUGMENTATION = 17  # purpose of a step's randomness, beside those of the objectives
+
+
+class TrainState(NamedTuple):
+    """All the state there is: every step depends on it and on the config alone."""
+
+    step: Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+
+    @property
+    def variables(self) -> Variables:
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Batch(NamedTuple):
+    """Images of one step.
+
+    Attributes:
+      x: [B, H, W, C], uint8 or float32 in [0, 1].
+      y: [B] int32.
+      position: [B] int32, each image's place in the whole batch.
+    """
+
+    x: AnyArray
+    y: AnyArray
+    position: AnyArray
+
+
+def train_step(
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of optimisation; pure.
+
+    Args:
+      config: objective, classifier, augmentation and seed are used.
+      optimizer: whose state is in `state`.
+      state: before the step.
+      batch: this device's images.
+      axis_name: mapped axis over which gradients, batch statistics and metrics are averaged.
+
+    Returns:
+      The state after the step, and scalar metrics of the whole batch; `gradient_norm` is the length of the gradient of
+      all parameters, as the optimiser gets it.
+    """
+
+    def add(carry, part):
+        total, batch_stats = carry
+        gradient, outcome = _gradient(config, state._replace(batch_stats=batch_stats), part, axis_name)
+        return (jax.tree.map(jnp.add, total, gradient), outcome.batch_stats), outcome.metrics
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(config.accumulate, -1, *leaf.shape[1:]), batch)
+    start = jax.tree.map(jnp.zeros_like, state.params), state.batch_stats
+    (gradient, batch_stats), metrics = lax.scan(add, start, parts)
+    gradient = jax.tree.map(lambda leaf: leaf / config.accumulate, gradient)
+    metrics = {name: (jnp.max if name.endswith("_max") else jnp.mean)(metric) for name, metric in metrics.items()}
+    if axis_name is not None:
+        gradient = lax.pmean(gradient, axis_name)
+        metrics = {
+            name: (lax.pmax if name.endswith("_max") else lax.pmean)(metric, axis_name)
+            for name, metric in metrics.items()
+        }
+    metrics["gradient_norm"] = optax.tree.norm(gradient)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+
+def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: str | None) -> tuple[PyTree, Outcome]:
+    """Gradient of the loss on these images, and what else their passes gave."""
+    keys = Keys(jax.random.fold_in(prng_key(config.seed), state.step), batch.position)
+    x = to_unit(batch.x)
+    if config.augmentation is not None:
+        x = config.augmentation(x, keys.fold(AUGMENTATION))
+    classifier, objective = config.classifier, config.objective
+    x_adv = lax.stop_gradient(objective.perturb(classifier, state.variables, x, batch.y, keys))
+
+    def loss(params: PyTree):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return objective.loss(classifier, variables, x, x_adv, batch.y, keys, axis_name)
+
+    (value, outcome), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return gradient, outcome._replace(metrics={"loss": value, **outcome.metrics})
+
+
+def optimizer_of(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """The optax optimiser of a run of `steps` steps; raises `InputError` if its schedule does not suit them."""
+    try:
+        return config.optimizer.transformation(steps)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        name = type(config.optimizer).__name__
+        raise InputError(f"optimizer {name} does not suit a run of {steps} steps: {reason}") from None
+
+
+def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, data: Splits) -> TrainState:
+    """The state before the first step, of a classifier whose training mode has been looked at, too.
+
+    Raises:
+      InputError: see `initial_variables`; also if the classifier cannot be run in training mode, or does not
+        synchronise its batch statistics where there are several devices.
+    """
+    variables = initial_variables(config, data)
+    _check_training_mode(config.classifier, variables, _example(data))
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
+
+
+def initial_variables(config: TrainConfig, data: Splits) -> Variables:
+    """The classifier's variables before the first step.
+
+    Raises:
+      InputError: if the classifier does not accept the dataset's images or has too few classes.
+    """
+    classifier, x = config.classifier, _example(data)
+    with _fitting(f"classifier does not fit images of shape {x.shape[1:]}"):
+        variables = classifier.init(prng_key(config.seed), x)
+        logits = jax.eval_shape(lambda v, x: classifier(v, x).logits, variables, x)
+    classes = logits.shape[-1]
+    for split, part in data._asdict().items():
+        highest = int(part.y.max())
+        expected = f"labels must be below the classifier's {classes} classes"
+        require(highest < classes, f"{expected}, found {highest} in the {split} split of {config.dataset}")
+    return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+
+def _example(data: Splits) -> Array:
+    return jnp.zeros((2, *data.train.x.shape[1:]))
+
+
+def _check_training_mode(classifier: Classifier, variables: Variables, x: Array) -> None:
+    """Traces a pass in training mode, as on the devices of a step."""
+    devices = jax.device_count()
+
+    def statistics(x: Array) -> PyTree:
+        keys = Keys(prng_key(0), jnp.arange(len(x), dtype=jnp.int32))
+        return classifier(variables, x, train=True, keys=keys, axis_name=AXIS).batch_stats
+
+    def on_devices(out_axes: int | None) -> PyTree:
+        return jax.eval_shape(jax.vmap(statistics, axis_name=AXIS, out_axes=out_axes), jnp.stack([x] * devices))
+
+    with _fitting("classifier in training mode"):
+        on_devices(0)
+    if devices > 1:
+        try:
+            on_devices(None)
+        except ValueError:  # of vmap, as they are not the same everywhere
+            raise InputError(
+                f"classifier in training mode: its batch statistics are each of the {devices} devices' own; average "
+                "them over axis_name, as models.layers.BatchNorm does, or hand it to nn.BatchNorm"
+            ) from None
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """One line in place of what JAX and Flax raise about a classifier."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, NameError, ZeroDivisionError, flax.errors.FlaxError) as error:
+        raise InputError(f"{what}: {str(error).strip().splitlines()[0]}") from None
+
+
+def learning_rate(optimizer: Optimizer, steps: int, state: TrainState) -> float | None:
+    """The learning rate of the last step of a run of `steps` steps; None where nothing tells it.
+
+    It is told by the optimiser's method `schedule`, or by its state if that has one (`optax.inject_hyperparams`).
+    """
+    schedule = getattr(optimizer, "schedule", None)
+    if schedule is not None:
+        return float(schedule(steps)(int(state.step) - 1))
+    found = optax.tree.get_all_with_path(
+        state.opt_state, "learning_rate", filtering=lambda path, value: isinstance(value, jax.Array)
+    )
+    return float(found[0][1]) if len(found) == 1 else None
