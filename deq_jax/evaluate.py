@@ -35,6 +35,7 @@ from deq_jax.evaluation.transfers import Transfer
 from deq_jax.models.base import Classifier
 from deq_jax.parallel.processes import agreed, is_primary
 from deq_jax.storage.configs import load_config, set_fields
+from deq_jax.storage.environment import environment
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig, threat_of
 from deq_jax.training.workdir import load_run
@@ -111,6 +112,7 @@ def evaluate(
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     report = {**report_of(result), "workdir": str(workdir), **about, "versions": versions, "config": to_tree(train)}
+    report["environment"] = environment()
     if is_primary():
         write_report(out, report, result, np.asarray(to_unit(images.x[: config.max_images])))
     return report

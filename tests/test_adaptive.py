@@ -53,7 +53,7 @@ def compiled(surrogate, defence, loss):
     """Gradient query and logits in one; numbers of the surrogate are traced."""
 
     def query(surrogate, x):
-        oracle = gradient_from(defence, VARIABLES)
+        oracle = surrogate(defence, VARIABLES)
         return oracle.grad(loss, x, Y, KEYS), oracle.logits(x, KEYS)
 
     return partial(jax.jit(query), surrogate)

@@ -70,7 +70,8 @@ def get_config():
 EVALUATION = """
 from deq_jax.attacks import PGD
 from deq_jax.surrogates import Intermediate, MeanOverStates
-from deq_jax.trials import EvalConfig, Trial, threat_of, with_surrogates
+from deq_jax.evaluation import EvalConfig, Trial, with_surrogates
+from deq_jax.training import threat_of
 
 
 def get_config(train):
@@ -88,9 +89,9 @@ BAD_CONFIGS = {
         "from dataclasses import replace\nfrom configs import digits_standard\n"
         "def get_config():\n    return replace(digits_standard.get_config(), epoch=3)\n"
     ),
-    "import.py": "from deq_jax.solvers import Newton\n",
+    "import.py": "from deq_jax import Newton\n",
     "name.py": "def get_config():\n    return TrainConfig()\n",
-    "value.py": "from deq_jax.solvers import Broyden\ndef get_config():\n    return Broyden(0)\n",
+    "value.py": "from deq_jax import Broyden\ndef get_config():\n    return Broyden(0)\n",
     "tfds.py": (
         "from dataclasses import replace\nfrom configs import digits_standard\nfrom deq_jax.data import Tfds\n"
         "def get_config():\n    return replace(digits_standard.get_config(), dataset=Tfds('cifar10'))\n"
@@ -401,8 +402,8 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
 def test_a_training_tells_its_life_into_a_file(folder, tmp_path, capfd):
     """Here it starts from another run, with other objective and optimiser settings; then it is resumed."""
     (tmp_path / "tuned.py").write_text(
-        "from dataclasses import replace\nfrom deq_jax.config import TrainConfig, load_config\n"
-        "from deq_jax.objectives import Standard\n"
+        "from dataclasses import replace\nfrom deq_jax import TrainConfig\nfrom deq_jax.storage import load_config\n"
+        "from deq_jax import Standard\n"
         f"def get_config():\n    base = load_config({f'{folder}/own.py'!r}, TrainConfig)\n"
         "    return replace(base, objective=Standard())\n"
     )
@@ -481,7 +482,7 @@ def test_a_state_of_a_defended_predictor_is_deployed(folder, tmp_path):
 from dataclasses import replace
 from configs import eval_entropy_reduced
 from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
-from deq_jax.trials import EvalConfig
+from deq_jax.evaluation import EvalConfig
 def get_config(train):
     defence = replace(eval_entropy_reduced.defence(train), every=1, steps=1)
     return EvalConfig(Linf(0.1), (), predictor=defence, defence="entropy reduction", batch_size=16)
@@ -501,7 +502,7 @@ def get_config(train):
 
 def test_a_config_that_chooses_a_state_takes_no_other_one(folder, tmp_path, capfd):
     (tmp_path / "eval.py").write_text(
-        "from deq_jax.attacks import PGD, Linf\nfrom deq_jax.trials import EarlyState, EvalConfig\n"
+        "from deq_jax.attacks import PGD, Linf\nfrom deq_jax.evaluation import EarlyState, EvalConfig\n"
         "def get_config(train):\n    early = EarlyState(PGD(Linf(0.1), steps=1, step_size=0.1))\n"
         "    return EvalConfig(Linf(0.1), (), predictor=early, defence='early')\n"
     )

@@ -24,11 +24,11 @@ from deq_jax import (
     Unrolled,
     deq,
     solve,
+    surrogates,
 )
 from deq_jax.core import AtState, PhantomUpTo, cross_entropy, jacobian_norm, spectral_radius
 from deq_jax.models import JacobianRegularization, SmallCNN
 from deq_jax.surrogates import adaptive
-from deq_jax.surrogates import dynamics as surrogates
 from tests import dense
 
 GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]

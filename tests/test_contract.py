@@ -220,4 +220,4 @@ def test_a_deq_without_a_solver_is_measured_as_it_is_deployed():
     measured = measure(model, defended()[1], X, Y)
     assert row_names(measured) == ["deployed"] and measured.label.shape == (2, 1)
     assert np.isnan(measured.residual).all() and np.isfinite(measured.margin).all()
-    assert np.isnan(spectral_radii(model, defended()[1], X, KEYS)).all()
+    assert np.isnan(spectral_radii(model, defended()[1], X, KEYS).radius).all()

@@ -33,13 +33,13 @@ from deq_jax.training import initial_state, load_run
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """
 from deq_jax.attacks import PGD, Linf
-from deq_jax.classifiers import Dynamics, Equilibrium
-from deq_jax.config import TrainConfig
+from deq_jax import Dynamics, Equilibrium
+from deq_jax import TrainConfig
 from deq_jax.data import Npz
-from deq_jax.gradients import Phantom
+from deq_jax import Phantom
 from deq_jax.models.mdeq import mdeq
-from deq_jax.objectives import Standard
-from deq_jax.solvers import Broyden
+from deq_jax import Standard
+from deq_jax import Broyden
 
 
 def get_config():

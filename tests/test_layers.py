@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 from deq_jax import InputError, Keys
-from deq_jax.models import BatchNorm, GroupNorm, conv_layer, dropout_mask, layers
+from deq_jax.models import BatchNorm, GroupNorm, conv_layer, convolution, dropout_mask
 from deq_jax.models.convolution import conv
 
 # in, out, image height and width, kernel, stride, padding
@@ -45,7 +45,7 @@ class TestConv:
         dy = jnp.asarray(np.random.default_rng(1).normal(size=y.shape))
         expected = vjp(dy)
         mine = jax.vjp(lambda x, kernel: conv(x, kernel, strides, padding), x, kernel)[1](dy)
-        for path in (layers.loop_conv_gradients, layers.native_conv_gradients):
+        for path in (convolution.loop_conv_gradients, convolution.native_conv_gradients):
             for got, want in zip(path(strides, padding, x, kernel, dy), expected, strict=True):
                 np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
         for got, want in zip(mine, expected, strict=True):
@@ -88,7 +88,7 @@ def test_conv_layer_pads_like_pytorch_and_has_no_bias():
 
 
 def test_conv_refuses_what_it_does_not_do():
-    grouped = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=layers.conv_general_dilated)
+    grouped = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated=convolution.conv_general_dilated)
     with pytest.raises(InputError, match="without dilation or groups"):
         grouped.init(jax.random.key(0), jnp.ones((1, 4, 4, 4)))
 

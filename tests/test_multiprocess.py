@@ -26,7 +26,7 @@ STARTED: list[subprocess.Popen] = []
 # process with two devices leaves one with four. Dropout and crops depend on each image's place in the batch.
 CONFIG = """
 from deq_jax.data import CropFlip
-from deq_jax.objectives import Standard
+from deq_jax import Standard
 from tests import tiny
 
 
@@ -217,7 +217,7 @@ def test_a_slurm_step_is_recognised_and_the_batch_must_suit_all_devices(folder):
 
 ALONE = """
 import jax
-from deq_jax.processes import agreed, connect
+from deq_jax.parallel import agreed, connect
 connect("127.0.0.1:{port}", 2, {process}, seconds={seconds})
 with agreed():
     if jax.process_index() == 1:

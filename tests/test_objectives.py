@@ -96,7 +96,7 @@ def test_trades_attack_is_given_the_clean_logits_once(batch):
             seen.append(target)
             return x
 
-    attack = Recording(0.1, 0.1, 1, loss=losses.kl)
+    attack = Recording(tiny.ATTACK.threat, loss=losses.kl)
     Trades(attack).perturb(CLASSIFIER, variables, x, y, KEYS)
     np.testing.assert_allclose(seen[0], CLASSIFIER(variables, x).logits, rtol=1e-5, atol=1e-6)
 

@@ -194,7 +194,7 @@ def test_bpda_finds_what_rounding_hides_and_the_flags_go_down(masked, honest, tm
     assert result.broken("pgd.bpda").sum() >= undefended.broken("pgd").sum() > 20
     assert set(raised(result).values()) == {False, None}
     explanations = {flag.name: flag.explanation for flag in red_flags(masked) if flag.raised}
-    assert "adaptive.BPDA" in explanations["zero gradients"]
+    assert "BPDA" in explanations["zero gradients"]
     assert explanations["zero gradients"] in headline(report_of(masked))
 
 

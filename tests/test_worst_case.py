@@ -49,11 +49,11 @@ from deq_jax.evaluation import (
     worst_case,
 )
 from deq_jax.evaluation.measure import attack_batch, spectral_radii
-from deq_jax.evaluation.plan import auto_attack
+from deq_jax.evaluation.plan import auto_attack_trials
 from deq_jax.evaluation.results import worst_of
 from deq_jax.evaluation.transfers import is_within
 from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.storage import from_tree, to_tree
+from deq_jax.storage import from_tree, read_json, to_tree, write_json
 from deq_jax.surrogates import BPDA, Direct, EndToEnd, Intermediate, MeanOverStates, OnBase, WithGradient
 from deq_jax.training import threat_of
 from tests import dense, tiny
@@ -382,6 +382,18 @@ class TestResuming:
             worst_case(*change(CUMULATIVE, CLASSIFIER, trained(), IMAGES), out)
         assert arrays(out).keys() == before.keys()
 
+    def test_other_settings_of_jax_are_refused(self, tmp_path):
+        """A manifest of an older version does not tell them, and is taken as it is."""
+        config, out = EvalConfig(THREAT, (), batch_size=16), tmp_path
+        evaluate(config, out)
+        message = r"settings\.jax_default_matmul_precision was None, now 'highest'"
+        with jax.default_matmul_precision("highest"), pytest.raises(InputError, match=message):
+            evaluate(config, out)
+        manifest = read_json(out / "manifest.json")
+        del manifest["settings"]
+        write_json(out / "manifest.json", manifest)
+        assert len(evaluate(config, out).y) == len(IMAGES.y)
+
     def test_a_damaged_file_is_named(self, tmp_path):
         config = EvalConfig(THREAT, (), batch_size=16)
         evaluate(config, tmp_path)
@@ -501,7 +513,7 @@ class TestConfig:
             (lambda: EvalConfig(THREAT, (), predictor=CLASSIFIER), "defence must be a name .* got 'none' for Explicit"),
             (lambda: EvalConfig(THREAT, (), defence="x"), "'none' otherwise, got 'x' for None"),
             (
-                lambda: EvalConfig(Linf(0.1), auto_attack(THREAT)[1:2]),
+                lambda: EvalConfig(Linf(0.1), auto_attack_trials(THREAT)[1:2]),
                 r"trial apgd-t attacks within Linf\(epsilon=0.05\), but",
             ),
             (lambda: Trial("a/b", ATTACK), "a name consists of .* got 'a/b'"),
@@ -569,7 +581,7 @@ class TestConfig:
         surrogates = list(dict.fromkeys(surrogates))
         names = ("pgd-10", "noise", "fgsm", "pgd", "half", "long", "far", f"pgd-{steps}", f"pgd-{steps // 2}")
         own = tuple(Trial(name, ATTACK) for name in dict.fromkeys(names))
-        trials = (*own, *with_surrogates("pgd-10", ATTACK, surrogates), *auto_attack(THREAT))
+        trials = (*own, *with_surrogates("pgd-10", ATTACK, surrogates), *auto_attack_trials(THREAT))
         EvalConfig(THREAT, trials, diagnostics(THREAT, steps=steps))
 
     def test_whose_a_name_is_that_occurs_twice(self):
@@ -606,7 +618,7 @@ class TestConfig:
             at_radius(tiny.get_config(), -1.0)
 
     def test_it_can_be_written_and_read_again(self):
-        trials = (*TRIALS, *auto_attack(THREAT), Trial("exact", ATTACK, WithGradient(Implicit(Broyden(3)))))
+        trials = (*TRIALS, *auto_attack_trials(THREAT), Trial("exact", ATTACK, WithGradient(Implicit(Broyden(3)))))
         config = EvalConfig(
             THREAT, trials, diagnostics(THREAT), predictor=tiny.classifier(EnsembleState()), defence="mean"
         )
@@ -620,6 +632,6 @@ class TestConfig:
         assert [trials.pgd.attack.threat.epsilon, trials.far.attack.threat.epsilon] == [0.1, pytest.approx(0.8)]
 
     def test_gradient_queries(self):
-        ce, targeted, fab, square = (trial.attack for trial in auto_attack(THREAT))
+        ce, targeted, fab, square = (trial.attack for trial in auto_attack_trials(THREAT))
         assert [attack.gradient_queries for attack in (ce, targeted, fab, square)] == [101, 909, None, 0]
         assert replace(ATTACK, restarts=3).gradient_queries == 6

@@ -175,7 +175,7 @@ class Implicit:
 
     def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
         solution = self.solve_adjoint(vjp, cotangent)
-        finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in jax.tree.leaves(cotangent)]
+        finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(cotangent)]
         is_finite = jnp.stack(finite).all(axis=0)
 
         def where_finite(w: Array, g: Array) -> Array:

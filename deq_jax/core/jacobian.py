@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.cells import apply, flat_cell
+from deq_jax.core.cells import apply, batch_size, flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Cell, Keys, Params, PyTree
@@ -94,6 +94,8 @@ def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree,
     References: Arnoldi 1951; Saad 2011, section 6.2.
     """
     require(steps >= 2, f"spectral_radius: steps must be >= 2, got {steps!r}")
+    if batch_size(z, u) == 0:
+        return SpectralRadius(jnp.zeros(0), jnp.zeros(0, bool))
     f, flat, _ = flat_cell(cell, params, z)
     start = flat_cell(cell, params, v)[1]
     vjp, wide = jax.vjp(lambda z: f(z, u), flat)[1], jnp.promote_types(start.dtype, jnp.float32)

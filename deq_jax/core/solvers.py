@@ -157,8 +157,9 @@ class Anderson(_Settings):
         diagonal = jnp.diagonal(memory.gram, axis1=1, axis2=2)
         share = max(self.ridge, 2 * size * float(limits.eps))  # keeps the rounded matrix positive definite
         ridge = self.ridge / memory.unit**2 if self.absolute_ridge else share * diagonal
-        norms = jnp.sqrt(jnp.maximum(diagonal + ridge, limits.tiny))
         is_filled = jnp.arange(size) < memory.taken[:, None]
+        # The floor keeps the squares of these norms, which derivatives divide by, in range.
+        norms = jnp.sqrt(jnp.where(is_filled, jnp.maximum(diagonal + ridge, float(limits.tiny) ** 0.5), 1))
         smallest = jnp.min(jnp.where(is_filled, norms, jnp.inf), axis=1, keepdims=True)
         weights = jnp.where(is_filled, smallest / norms, 0)
         off_diagonal = memory.gram * (1 - jnp.eye(size, dtype=memory.gram.dtype))

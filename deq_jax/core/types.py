@@ -133,7 +133,7 @@ class Keys(NamedTuple):
 
 
 class Solver(Protocol):
-    """Finds a fixed point step by step; see `deq_jax.solvers`."""
+    """Finds a fixed point step by step; see `core.solvers`."""
 
     @property
     def steps(self) -> int: ...

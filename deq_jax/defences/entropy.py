@@ -4,7 +4,7 @@ Between blocks of solver steps the input moves, within a small ball around what 
 the current prediction falls. The solver then goes on for the new injection.
 
 References: Yang et al. 2023, section 4.2. This is an adaptive test-time defence: Croce et al. 2022 found none of
-nine such defences to beat its static base once attacked adaptively; `deq_jax.adaptive` has those attacks.
+nine such defences to beat its static base once attacked adaptively; `surrogates.adaptive` has those attacks.
 """
 
 from __future__ import annotations

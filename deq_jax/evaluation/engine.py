@@ -1,7 +1,7 @@
 """The worst case over many trials for each image, on disk batch by batch, so that it can be resumed at any moment.
 
 Each batch of each trial is a file, written whole or not at all; what is written is never computed again. What
-an evaluation consists of is in `deq_jax.trials`.
+an evaluation consists of is in `evaluation.plan`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from deq_jax.evaluation.transfers import Transfer, check_radius, is_within, read
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
 from deq_jax.parallel.processes import agreed, from_primary, is_primary
+from deq_jax.storage.environment import decisive_settings
 from deq_jax.storage.files import digest, make_folder, read_json, read_npz, write_json, write_npz
 from deq_jax.storage.trees import first_difference, to_tree
 from deq_jax.surrogates.base import Direct, Surrogate, judged
@@ -85,7 +86,8 @@ def worst_case(
     digests = {"variables": digest(variables), "images": digest(images), "transfers": transfers}
     versions = {name: version(name) for name in ("deq_jax", "jax")}
     _check_reference(config, digest(variables))
-    _claim(out, {"class": "evaluation", **(about or {}), "config": to_tree(config), **digests, **versions})
+    known = {**(about or {}), "config": to_tree(config), **digests, **versions, "settings": decisive_settings()}
+    _claim(out, {"class": "evaluation", **known})
     predictor, early_state = _predictor(config, classifier, variables, validation, out, report)
     run = _Run(config, classifier, predictor, variables, images, x, out, report)
     return replace(run.all(), early_state=early_state)
@@ -334,7 +336,8 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
     path = out / "manifest.json"
     with agreed():
         if path.exists():
-            difference = first_difference(read_json(path), manifest)
+            old = {"settings": manifest["settings"], **read_json(path)}  # older ones do not tell
+            difference = first_difference(old, manifest)
             require(difference is None, f"{out} holds another evaluation: {difference}; choose another folder (--out)")
         elif is_primary():
             write_json(make_folder(out) / "manifest.json", manifest)

@@ -73,7 +73,7 @@ def train(
       say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
         environment than before.
 
-    With several processes (`deq_jax.processes.connect`) all call this alike. Process 0 alone reads and writes
+    With several processes (`parallel.connect`) all call this alike. Process 0 alone reads and writes
     the workdirs, which the others need not see, and calls `report` and `say`; it hands the state to the others.
 
     Raises:
