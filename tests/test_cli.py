@@ -153,7 +153,7 @@ MISTAKES = [
     own("missing-array", "missing.npz", "expected arrays x_train, y_train, x_test, y_test", "missing y_test"),
     own("negative-label", "negative.npz", "train", "labels must count from 0", "-1"),
     own("fractional-labels", "fractional.npz", "train", "labels must be integers", "float64"),
-    own("images-outside", "outside.npz", "train", "[0, 1]", "[0, 255]"),
+    own("images-outside", "outside.npz", "train", "must lie in [0, 1], found ", "255"),
     own("images-nan", "nan.npz", "test", "[0, 1]", "nan"),
     own("images-of-two-sizes", "sizes.npz", "x_train has images (8, 8, 1), x_test (9, 8, 1)"),
     own("labels-too-few", "few.npz", "test", "one label per image", "20 images", "(19,)"),
