@@ -96,5 +96,5 @@ def test_its_half_evaluation_is_finished(folder):
     (folder / "evaluation.py").write_text(EVALUATION)
     before = {file: file.read_bytes() for file in path.parent.glob("trials/*/*.npz")}
     evaluate.main(["--workdir", "run", "--config", "evaluation.py", "--out", str(path.parent)])
-    assert len(before) == 12 and all(file.read_bytes() == text for file, text in before.items())
+    assert len(before) == 10 and all(file.read_bytes() == text for file, text in before.items())
     assert len(read_json(path.parent / "evaluation.json")["trials"]) == 12
