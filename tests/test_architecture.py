@@ -107,6 +107,12 @@ def test_importing_the_package_loads_nothing_slow():
     assert found.stdout == "[]\n", found.stdout + found.stderr
 
 
+def test_importing_a_room_leaves_the_backend_of_figures_alone():
+    code = "import matplotlib as m; m.use('svg'); import deq_jax.evaluation, deq_jax.reporting; print(m.get_backend())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout == "svg\n", found.stdout + found.stderr
+
+
 @pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: path.name)
 def test_outside_only_faces_are_imported(path):
     text = path.read_text()

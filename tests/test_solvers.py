@@ -14,7 +14,7 @@ BATCH, SIZE = 4, 12
 SOLVERS = [
     FixedPoint(40),
     FixedPoint(40, damping=0.7),
-    Anderson(30, ridge=1e-7),
+    Anderson(30),
     Broyden(20),
     Broyden(20, history_size=5),
 ]
@@ -166,7 +166,9 @@ class TestContract:
         whole = solve_from_zero(solver, tanh_cell, matrix, u)
         for i in range(BATCH):
             single = solve_from_zero(solver, tanh_cell, matrix, u[i : i + 1])
-            np.testing.assert_allclose(whole.states[:, i], single.states[:, 0], rtol=1e-11, atol=1e-13)
+            # Anderson's small systems, of condition 1 / ridge, amplify the rounding of sums in another order.
+            atol = 1e-11 if isinstance(solver, Anderson) else 1e-13
+            np.testing.assert_allclose(whole.states[:, i], single.states[:, 0], rtol=1e-11, atol=atol)
             np.testing.assert_array_equal(whole.evaluations[i], single.evaluations[0])
 
     def test_samples_are_independent_in_float32(self, solver):

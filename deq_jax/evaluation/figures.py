@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deq_jax.evaluation.measure import Outcomes, correctness, row_names
-
-matplotlib.use("Agg")
 
 CLEAN, ATTACKED = "#2a6f97", "#c8553d"
 
