@@ -30,7 +30,7 @@ The state_dict may be an entry of a file of PyTorch, whatever its name, and all 
 DIR gets config.json, checkpoints/latest and checkpoints/best, at step 0 and with a fresh optimiser, and can be
 evaluated or trained on. A training that goes on chooses its best checkpoint anew, among its own epochs.
 deq_jax gives images in [0, 1] to the network. Where it was trained on normalised ones, the config's classifier must be
-normalized(Equilibrium(...), mean, std), of deq_jax.normalized.
+normalized(Equilibrium(...), mean, std), of deq_jax.models.
 
 The way back writes the variables of a WORKDIR, under their PyTorch names, into FILE.npz or FILE.safetensors.
 

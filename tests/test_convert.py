@@ -421,7 +421,7 @@ class TestChannels:
         file = tmp_path / "normal.py"
         text = CONFIG.format(data="none.npz", **SMALL).replace("Equilibrium(*", "normalized(Equilibrium(*")
         text = text.replace("1, 0.5)))\n", "1, 0.5))), (0.5,) * 3, (0.2,) * 3)\n")
-        file.write_text("from deq_jax.normalized import normalized\n" + text)
+        file.write_text("from deq_jax.models import normalized\n" + text)
         place.run(f"{{}}/good.npz --config {file} --out {tmp_path}/run")
         place.run(f"{tmp_path}/run --out {tmp_path}/back.npz")
         equal(read(tmp_path / "back.npz"), place.arrays)
