@@ -192,7 +192,7 @@ def _suite(text: str) -> tuple[str, Path]:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Of the evaluation: the config file's, or the attack's, the readout's, and the radius if one is given."""
+    """Name of the evaluation: the config file's, or the attack's, the readout's, and the radius if one is given."""
     name = Path(options.config).stem if options.config else options.attack.partition(":")[0]
     readout = [] if options.readout == "trained" else [options.readout]
     radius = [] if options.epsilon is None else [f"epsilon-{options.epsilon:g}"]

@@ -38,12 +38,12 @@ def carry_out(
     `run` works in float32, in float64 only if the images are; labels are int32; the oracle's answers come in these
     types. Outside of `jax.jit` it is compiled as a whole, and once for the same program (see `programs.Compiled`);
     everything is refused that cannot be meant. Within `jax.jit` values are not known: there images outside [0, 1]
-    come back as NaN, and images whose label is no class, or whose logits are not finite, come back as they are.
+    come back as NaN; images whose label is no class, or whose logits are not finite, come back unchanged.
 
     Args:
       run: the attack itself.
       oracle, x, target, key: as they were given to the attack; see `types.Attack`.
-      pairs: whether the target may be pairs (label, class aimed at), too.
+      pairs: whether the target may also be pairs (label, class aimed at).
       reference: whether it may be reference logits.
       asks: whether the attack asks for the logits of the images themselves, which then must be finite.
 
@@ -97,7 +97,7 @@ class Guard:
 
     @classmethod
     def of(cls, oracle: Oracle, x: Array, target: AnyArray | None = None) -> Guard:
-        """Of an attack on the images x, which it takes into the working precision."""
+        """The guard of an attack on the images x, which it takes into the working precision."""
         return cls(oracle, x.astype(working_type(x)), x.dtype, target)
 
     def logits(self, x: Array, keys: Keys) -> Array:

@@ -110,6 +110,6 @@ class _RestartedBroyden(Broyden):
 
 
 def lowest_residual(states: Array, residuals: Array) -> Array:
-    """Of each image the state [B, N] with the lowest residual, of states [T, B, N] with residuals [T, B]."""
+    """The state [B, N] with the lowest residual of each image, from states [T, B, N] with residuals [T, B]."""
     lowest = jnp.argmin(jnp.where(jnp.isnan(residuals), jnp.inf, residuals), axis=0)
     return states[lowest, jnp.arange(states.shape[1])]

@@ -39,7 +39,7 @@ class Direction(Protocol):
 
     @property
     def applications(self) -> int:
-        """Of the cell, in an update; a vector-Jacobian product counts as one."""
+        """Applications of the cell in an update; a vector-Jacobian product counts as one."""
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]: ...
 

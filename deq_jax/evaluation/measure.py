@@ -207,7 +207,7 @@ def is_correct(measured: Measured, y: AnyArray) -> AnyArray:
 def correctness(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray | None]:
     """[N, R] bool: correct as it is, and correct under attack (None without attack).
 
-    An image counts as correct under attack only if it is correct as it is, too.
+    An image counts as correct under attack only if it is also correct without it.
     """
     clean = is_correct(outcomes.clean, outcomes.y)
     if outcomes.attacked is None:
@@ -233,7 +233,7 @@ def summary(outcomes: Outcomes) -> dict[str, Any]:
 
 
 def mean_and_largest(values: np.ndarray | None) -> dict[str, float | None]:
-    """Of the finite ones of a number per image; None where there is none."""
+    """Mean and largest of the finite numbers, one per image; None where there is none."""
     finite = np.array([]) if values is None else values[np.isfinite(values)]
     if len(finite) == 0:
         return {"mean": None, "largest": None}

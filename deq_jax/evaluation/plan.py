@@ -131,7 +131,7 @@ class EvalConfig:
     Attributes:
       threat: the adversarial images that count lie within this ball.
       trials: their worst case for each image is the accuracy that is reported; in the order in which they run.
-      diagnostics: for the red flags. What they find within the ball counts, too. None for none.
+      diagnostics: for the red flags. What they find within the ball also counts. None for none.
       predictor: what is deployed and judged, with the variables of the training; None for the classifier as trained.
       defence: what the predictor is called in reports; "none" for the classifier as trained, and for no other.
       draws: of a random predictor, over which every answer to an attack is the mean (EOT); it is itself judged by one

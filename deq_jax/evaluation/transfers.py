@@ -34,7 +34,7 @@ class Transfer:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """Of the evaluation whose trial it is, as JSON data; None for a file."""
+        """Manifest of the evaluation whose trial it is, as JSON data; None for a file."""
         path = Path(self.path).resolve()
         return read_json(path.parents[1] / "manifest.json") if path.is_dir() else None
 

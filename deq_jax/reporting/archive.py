@@ -99,7 +99,7 @@ class Evaluation:
 
     @property
     def seed(self) -> int:
-        """Of the training."""
+        """Random seed of the training run."""
         return int(self.config["seed"])
 
     @property
@@ -122,7 +122,7 @@ class Evaluation:
 
     @property
     def trials(self) -> list[dict[str, Any]]:
-        """Of the evaluation, and then those of its diagnostics, as JSON data."""
+        """Trials of the evaluation, then those of its diagnostics, as JSON data."""
         extra = self.evaluation["diagnostics"] or {}
         return [*self.evaluation["trials"], *(trial for name, trial in extra.items() if name != "class")]
 

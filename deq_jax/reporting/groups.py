@@ -44,12 +44,12 @@ class Group:
 
     @property
     def setting(self) -> Setting:
-        """Of all its evaluations."""
+        """Setting shared by all evaluations of the group."""
         return self.evaluations[0].setting
 
     @property
     def attacks(self) -> tuple[str, ...]:
-        """Of all its evaluations."""
+        """Attacks shared by all evaluations of the group."""
         return self.evaluations[0].attacks
 
     @property
@@ -271,7 +271,7 @@ def _mean_robust(group: Group) -> float:
 
 
 def clean(evaluation: Evaluation) -> np.ndarray | None:
-    """Of the deployed predictor, 100 or 0 for each image as it is: the mean is the accuracy in percent."""
+    """Clean accuracy of the deployed predictor per image, 0 or 100: its mean is in percent."""
     return _percent(evaluation.clean)
 
 

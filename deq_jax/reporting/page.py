@@ -160,7 +160,7 @@ def _section(group: Group, table: Table, is_open: bool = False) -> Section:
 
 
 def _dynamics(groups: Sequence[Group]) -> list[Section]:
-    """Of the defences of each training, and of all trainings without a defence, whose predictors have states."""
+    """Sections on the states: one for the defences of each run, one for all runs without a defence."""
     known = [group for group in groups if len(group.evaluations[0].states) > 1]
     shown = [
         (training, dict(zip(labels(alike), alike, strict=True))) for (training, _), alike in by_training(known).items()

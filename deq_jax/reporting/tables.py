@@ -44,7 +44,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """Of a table.
+    """A column of a table.
 
     Attributes:
       name: its heading.

@@ -18,7 +18,7 @@ def brief(tree: Any) -> str:
 
 
 def short_name(tree: dict[str, Any]) -> str:
-    """Of a class or function in a config, without its module."""
+    """Name of a class or function in a config, without its module."""
     return str(tree.get("class", tree.get("name", ""))).rpartition(".")[2]
 
 

@@ -122,7 +122,7 @@ def optimizer_of(config: TrainConfig, steps: int) -> optax.GradientTransformatio
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, data: Splits) -> TrainState:
-    """The state before the first step, of a classifier whose training mode has been looked at, too.
+    """The state before the first step, of a classifier whose training mode has also been checked.
 
     Raises:
       InputError: see `initial_variables`; also if the classifier cannot be run in training mode, or does not
