@@ -4,6 +4,9 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A command switches the persistent cache on for its whole process, and so for all later tests. JAX was seen to crash
+# when it read or wrote executables of eight simulated devices.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 import jax
 import pytest

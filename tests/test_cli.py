@@ -36,12 +36,6 @@ def assignments(*items):
     return [argument for item in items for argument in ("--set", item)]
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """Leaves the user's cache alone."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 def save(path, shape=(8, 8, 1), classes=10, **changes):
     """An npz file of 36 + 20 images, with some arrays replaced or (None) left out."""
     rng = np.random.default_rng(0)

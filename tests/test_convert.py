@@ -118,12 +118,6 @@ class Malicious:
         return os.mkdir, (str(self.folder / "executed"),)
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch):
-    """Leaves the user's cache alone."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")

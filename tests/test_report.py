@@ -765,8 +765,7 @@ def test_what_an_evaluation_may_lack(tmp_path, runs):
 
 
 @pytest.mark.slow
-def test_report_on_a_real_training(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+def test_report_on_a_real_training(tmp_path):
     run = str(tmp_path / "tiny-0")
     train.main(["--config", "configs/digits_pgd_at.py", "--workdir", run, *assignments(*TINY)])
     evaluate.main(["--workdir", run, *assignments("steps=1", "restarts=1")])
