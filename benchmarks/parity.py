@@ -1,4 +1,4 @@
-"""How far this project is from the authors' code on the golden model: runs tests/test_golden.py and tabulates.
+"""How far this project is from the authors' code on the golden model: runs tests/project/test_golden.py and tabulates.
 
     python benchmarks/parity.py --out runs/bench/parity.json
 
@@ -70,7 +70,9 @@ def main() -> None:
     with command_line():
         make_folder(options.out.parent)
         errors = Errors()
-        code = pytest.main(["-q", f"--rootdir={ROOT}", str(ROOT / "tests" / "test_golden.py")], plugins=[errors])
+        code = pytest.main(
+            ["-q", f"--rootdir={ROOT}", str(ROOT / "tests" / "project" / "test_golden.py")], plugins=[errors]
+        )
         rows = [row(name, pattern, errors.by_precision) for name, pattern in QUANTITIES.items()]
         write_json(options.out, {"jax": jax.__version__, "rows": rows, "errors": errors.by_precision})
         console.print(table(rows))

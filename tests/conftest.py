@@ -1,6 +1,7 @@
 """Shared by all tests: eight simulated devices, and double precision on request."""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,6 +12,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 import jax
 import pytest
 
+MAPS = Path("/proc/self/maps")
+
 
 @pytest.fixture
 def x64():
@@ -18,3 +21,14 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps():
+    """Forgets compiled programs before there are too many: each has memory maps of its own, and Linux allows 65,530.
+
+    Beyond that a compilation crashes the process.
+    """
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()

@@ -1,0 +1,100 @@
+"""A workdir that an older version wrote, when files had other names, is still read: evaluated, resumed, reported.
+
+tests/golden/workdir-0.1.tar.xz holds a run that was stopped after 9 of 12 steps (of a DEQ with four channels, on 144
+digits), one whole evaluation of it and one that was stopped after two of its trials.
+"""
+
+import json
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from deq_jax import Broyden, RandomIntermediateState, TrainConfig, evaluate, report, train
+from deq_jax.attacks import PGD, Linf
+from deq_jax.evaluation import EvalConfig
+from deq_jax.reporting import read_evaluations
+from deq_jax.storage import first_difference, from_tree, read_json, to_tree, write_json
+from deq_jax.training import load_run
+
+ARCHIVE = Path(__file__).parents[1] / "golden" / "workdir-0.1.tar.xz"
+CONFIG = """
+from deq_jax import Broyden, Dynamics, Equilibrium, Phantom, RandomIntermediateState
+from deq_jax.attacks import PGD, Linf
+from deq_jax.data import Npz
+from deq_jax.models import JacobianRegularization, SmallCell, SmallDecoder, SmallEncoder
+from deq_jax.training import PGDAdversarialTraining, TrainConfig
+
+
+def get_config():
+    attack = PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
+    dynamics = Dynamics(Broyden(4), RandomIntermediateState(), Phantom(2, 0.5))
+    modules = SmallEncoder(4), SmallCell(4), SmallDecoder(10)
+    classifier = Equilibrium(*modules, dynamics, JacobianRegularization(probability=0.1))
+    return TrainConfig(
+        classifier, PGDAdversarialTraining(attack), Npz("digits200.npz"), validation_attack=attack,
+        batch_size=40, epochs=4, pretrain_steps=2, log_every=1, checkpoint_every=4,
+    )
+"""
+EVALUATION = """
+from pathlib import Path
+
+from deq_jax.storage import from_tree, read_json
+
+
+def get_config(train):
+    return from_tree(read_json(Path("run/evaluation/half/manifest.json"))["config"])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "config.py").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_its_config_is_the_present_one(folder):
+    old = read_json(folder / "run" / "config.json")
+    config, variables, step = load_run(folder / "run")
+    assert isinstance(config, TrainConfig) and step == 3
+    assert config.validation_attack == PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
+    dynamics = config.classifier.dynamics
+    assert (dynamics.solver, dynamics.readout) == (Broyden(4), RandomIntermediateState())
+    assert first_difference(old, to_tree(config)) is None
+    assert "deq_jax.solvers" in json.dumps(old) and "deq_jax.core.Broyden" in json.dumps(to_tree(config))
+    assert {*variables} == {"params", "batch_stats"} and {*variables["params"]} == {"encoder", "cell", "decoder"}
+
+
+def test_its_evaluation_is_read(folder):
+    manifest = read_json(folder / "run" / "evaluation" / "test-eval_config" / "manifest.json")
+    config = from_tree(manifest["config"])
+    assert isinstance(config, EvalConfig) and len(config.trials) == 6
+    (found,) = read_evaluations([folder / "run" / "evaluation" / "test-eval_config"])
+    assert found.trials and found.images == 24
+
+
+@pytest.mark.slow
+def test_it_is_resumed_and_evaluated_and_reported(folder):
+    train.main(["--config", "config.py", "--workdir", "run"])
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 13))
+    assert load_run("run", best=False)[2] == 12
+    report.main(["run", "--out", "report"])
+    assert "24 images" in (folder / "report" / "index.html").read_text()
+
+
+@pytest.mark.slow
+def test_its_half_evaluation_is_finished(folder):
+    """The manifest names the versions of JAX and of the package, which resuming compares: present ones here."""
+    path = folder / "run" / "evaluation" / "half" / "manifest.json"
+    manifest = read_json(path)
+    write_json(path, manifest | {name: version(name) for name in ("deq_jax", "jax")})
+    (folder / "evaluation.py").write_text(EVALUATION)
+    before = {file: file.read_bytes() for file in path.parent.glob("trials/*/*.npz")}
+    evaluate.main(["--workdir", "run", "--config", "evaluation.py", "--out", str(path.parent)])
+    assert len(before) == 10 and all(file.read_bytes() == text for file, text in before.items())
+    assert len(read_json(path.parent / "evaluation.json")["trials"]) == 12

@@ -1,0 +1,107 @@
+"""Objectives against their formulas, written out once more."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax import InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
+from deq_jax.attacks import PGD
+from deq_jax.core import losses
+from deq_jax.surrogates import classifier_oracle
+from deq_jax.training.objectives import ADVERSARIAL, NATURAL, PERTURB
+from tests.helpers import tiny
+
+CLASSIFIER = tiny.classifier()
+KEYS = Keys.of(jax.random.key(2), 8)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(size=(8, 8, 8, 1)), jnp.float32)
+    x_adv = jnp.clip(x + 0.1, 0, 1)
+    return CLASSIFIER.init(jax.random.key(0), x), x, x_adv, jnp.arange(8)
+
+
+def forward(variables, x, purpose):
+    return CLASSIFIER(variables, x, train=True, keys=KEYS.fold(purpose))
+
+
+def test_standard_ignores_the_attack(batch):
+    variables, x, _, y = batch
+    assert Standard().perturb(CLASSIFIER, variables, x, y, KEYS) is x
+    value, outcome = Standard().loss(CLASSIFIER, variables, x, x, y, KEYS, None)
+    prediction = forward(variables, x, NATURAL)
+    np.testing.assert_allclose(value, losses.cross_entropy(prediction.logits, y).mean(), rtol=1e-5)
+    jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, prediction.batch_stats)
+    np.testing.assert_allclose(outcome.metrics["accuracy"], np.mean(prediction.logits.argmax(1) == y))
+
+
+def test_pgd_at_trains_on_the_attacked_images(batch):
+    variables, x, x_adv, y = batch
+    objective = PGDAdversarialTraining(tiny.ATTACK)
+    crafted = objective.perturb(CLASSIFIER, variables, x, y, KEYS)
+    expected = tiny.ATTACK(classifier_oracle(CLASSIFIER, variables), x, y, KEYS.fold(PERTURB))
+    np.testing.assert_allclose(crafted, expected, atol=1e-6)
+    value, outcome = objective.loss(CLASSIFIER, variables, x, x_adv, y, KEYS, None)
+    prediction = forward(variables, x_adv, ADVERSARIAL)
+    np.testing.assert_allclose(value, losses.cross_entropy(prediction.logits, y).mean(), rtol=1e-5)
+    jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, prediction.batch_stats)
+
+
+@pytest.mark.parametrize("objective", [PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)])
+def test_attacks_draw_random_states_or_see_the_full_dynamics(batch, objective):
+    variables, x, _, y = batch
+    random = tiny.classifier(RandomIntermediateState(best_so_far=False))
+    expected = objective.perturb(CLASSIFIER, variables, x, y, KEYS)
+    full = replace(objective, random_attack=False).perturb(random, variables, x, y, KEYS)
+    np.testing.assert_allclose(full, expected, atol=1e-6)
+    assert not np.allclose(objective.perturb(random, variables, x, y, KEYS), expected, atol=1e-3)
+
+
+def test_trades(batch):
+    variables, x, x_adv, y = batch
+    value, outcome = Trades(tiny.TRADES_ATTACK, beta=6.0).loss(CLASSIFIER, variables, x, x_adv, y, KEYS, None)
+    natural = forward(variables, x, NATURAL)
+    variables = {**variables, "batch_stats": natural.batch_stats}
+    adversarial = forward(variables, x_adv, ADVERSARIAL)
+    p, q = jax.nn.softmax(natural.logits), jax.nn.softmax(adversarial.logits)
+    divergence = jnp.sum(p * jnp.log(p / q)) / 8
+    expected = losses.cross_entropy(natural.logits, y).mean() + 6 * divergence
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    np.testing.assert_allclose(outcome.metrics["divergence"], divergence, rtol=1e-3)
+    jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, adversarial.batch_stats)
+
+
+def test_trades_gradient_flows_through_both_predictions(batch):
+    variables, x, x_adv, y = batch
+
+    def value(params, x):
+        inputs = {**variables, "params": params}
+        return Trades(tiny.TRADES_ATTACK, beta=1e3).loss(CLASSIFIER, inputs, x, x_adv, y, KEYS, None)[0]
+
+    assert float(jnp.abs(jax.grad(value, argnums=1)(variables["params"], x)).max()) > 1
+
+
+def test_trades_attack_is_given_the_clean_logits_once(batch):
+    variables, x, _, y = batch
+    seen = []
+
+    class Recording(PGD):
+        def __call__(self, oracle, x, target, key):
+            seen.append(target)
+            return x
+
+    attack = Recording(tiny.ATTACK.threat, loss=losses.kl)
+    Trades(attack).perturb(CLASSIFIER, variables, x, y, KEYS)
+    np.testing.assert_allclose(seen[0], CLASSIFIER(variables, x).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_trades_refuses_an_attack_on_labels():
+    with pytest.raises(InputError, match="must maximise"):
+        Trades(tiny.ATTACK)
+    with pytest.raises(InputError, match="beta must be >= 0"):
+        Trades(tiny.TRADES_ATTACK, beta=-1.0)
