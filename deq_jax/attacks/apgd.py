@@ -16,7 +16,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -113,12 +113,14 @@ class APGD:
         def restart(number, best):
             return self._restart(oracle, x, target, keys.fold(1 + number), best)
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(Purpose.QUERY))
         return until_fooled(restart, best, self.restarts).x
 
     def _restart(self, oracle, x, target, keys, best):
+        queries = keys.fold(Purpose.QUERY)
+
         def query(x_adv, number, best):
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, queries.fold(number))
             return losses, gradient, best.update(x_adv, losses, logits, target)
 
         def step(carry, schedule):

@@ -31,7 +31,7 @@ from deq_jax.attacks.targeted import Targeted
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import dlr, margin, targeted_dlr
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 def auto_attack(
@@ -211,7 +211,7 @@ class AutoAttack:
         finite = np.ones(len(x), bool)
 
         for rows, padded in _batches(every, size):
-            own = keys.fold(0)._replace(images=images[padded])
+            own = keys.fold(Purpose.QUERY)._replace(images=images[padded])
             found, logits = judge(x[padded], labels[padded], own)
             check_classes(labels, logits.shape[1])
             _write(best, rows, found)
@@ -230,7 +230,7 @@ class AutoAttack:
             yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
 
     def _run(self, oracle, x, target, keys):
-        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+        best = Best.clean(oracle, margin, x, target, keys.fold(Purpose.QUERY))
         for number, attack in enumerate(self.attacks):
             tried = _attempt(attack, oracle, best, x, target, keys.fold(1 + number))
             best = best.where(best.fooled, tried)
@@ -256,8 +256,8 @@ def _attempt_batch(attack: Attack, oracle: Oracle, best: Best, x: Array, labels:
 
 
 def _attempt(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
-    x_adv = attack(oracle, x, labels, keys.fold(0))
-    logits = oracle.logits(x_adv, keys.fold(1))
+    x_adv = attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
+    logits = oracle.logits(x_adv, keys.fold(Purpose.QUERY))
     return best.update(x_adv, margin(logits, labels), logits, labels)
 
 

@@ -15,7 +15,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import logit_difference, margin
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,24 @@ class FAB:
             own = keys.fold(1 + number)
             radius = jnp.where(number == 0, 0, self.threat.epsilon / 2)
             start = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
-            found = self._walk(oracle, x, start, labels, aims, own)
+            queries = own.fold(Purpose.QUERY)
+            found = self._walk(oracle, x, start, labels, aims, queries)
             x_adv = self.threat.project(found, x)
-            logits = oracle.logits(x_adv, own.fold(self.steps + 1))
+            logits = oracle.logits(x_adv, queries.fold(2 * self.steps + 1))
             return best.update(x_adv, margin(logits, labels), logits, labels)
 
-        best = Best.clean(oracle, margin, x, labels, keys.fold(0))
+        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
         return until_fooled(restart, best, self.restarts).x
 
-    def _walk(self, oracle, x, start, labels, aims, keys):
+    def _walk(self, oracle, x, start, labels, aims, queries):
         """The nearest misclassified iterate, x where there was none."""
         length = self.threat.length
 
         def step(carry, number):
             point, found, distance = carry
-            own = keys.fold(number)
-            point = self._step(x, point, *self._nearest_boundary(oracle, point, labels, aims, own.fold(0)))
-            fooled, reached = is_fooled(oracle.logits(point, own.fold(1)), labels), length(point - x)
+            gap = self._nearest_boundary(oracle, point, labels, aims, queries.fold(2 * number - 1))
+            point = self._step(x, point, *gap)
+            fooled, reached = is_fooled(oracle.logits(point, queries.fold(2 * number)), labels), length(point - x)
             closer = fooled & (reached < distance)
             found = jnp.where(per_image(closer, x), point, found)
             point = jnp.where(per_image(fooled, x), x + self.beta * (point - x), point)

@@ -16,7 +16,7 @@ from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.threats import per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
 from deq_jax.core.errors import require
-from deq_jax.core.types import AnyArray, Array, Keys, Loss
+from deq_jax.core.types import AnyArray, Array, Keys, Loss, Purpose
 
 Run = Callable[[Oracle, Array, Array, Keys], Array]
 """``(oracle, x, target, keys) -> x_adv``: what an attack does once its inputs are known to make sense."""
@@ -75,7 +75,7 @@ def carry_out(
         x_adv = attack(jnp.asarray(x), jnp.asarray(target), keys)
         return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if _is_traced(x) else x_adv
     if asks:
-        refuse_not_finite(Compiled(finite)(x, keys.fold(0)))
+        refuse_not_finite(Compiled(finite)(x, keys.fold(Purpose.QUERY)))
     return Compiled(attack)(x, target, keys)
 
 

@@ -16,7 +16,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 Start = Callable[[Keys, Array, Threat], Array]
 """``(keys, x, threat) -> x_0``; the attack projects what it returns."""
@@ -93,30 +93,30 @@ class PGD:
         return carry_out(self._run, oracle, x, target, key, reference=True, asks=self.best_of)
 
     def _run(self, oracle, x, target, keys):
+        def restart(number, best):
+            return self._restart(oracle, x, target, keys.fold(number), best)
+
         if not self.best_of:
-            return self._restart(oracle, x, target, keys.fold(0), None)[0]
-
-        def restart(best, number):
-            return self._restart(oracle, x, target, keys.fold(number), best)[1], None
-
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(self.restarts))
-        return lax.scan(restart, best, jnp.arange(self.restarts))[0].x
+            return restart(0, None)[0]
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(Purpose.QUERY))
+        return lax.scan(lambda best, number: (restart(number, best)[1], None), best, jnp.arange(self.restarts))[0].x
 
     def _restart(self, oracle, x, target, keys, best):
         """The last iterate, and the best so far; None stays None."""
-        threat, step_size = self.threat, self.step_size
+        threat, step_size, queries = self.threat, self.step_size, keys.fold(Purpose.QUERY)
         if step_size is None:
             step_size = 2.5 * threat.epsilon / self.steps
 
         def step(carry, number):
             x_adv, best = carry
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
-            best = best and best.update(x_adv, losses, logits, target)
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, queries.fold(number))
+            if best is not None:
+                best = best.update(x_adv, losses, logits, target)
             return (threat.project(x_adv + step_size * threat.steepest(gradient), x), best), None
 
         start = threat.project(self.start(keys, x, threat), x)
         (x_adv, best), _ = lax.scan(step, (start, best), 1 + jnp.arange(self.steps))
         if best is None:
             return x_adv, None
-        logits = oracle.logits(x_adv, keys.fold(self.steps + 1))
+        logits = oracle.logits(x_adv, queries.fold(self.steps + 1))
         return x_adv, best.update(x_adv, self.loss(logits, target), logits, target)

@@ -15,7 +15,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ class SPSA:
         def ascend(number, carry):
             x_adv, best = carry
             own = keys.fold(number)
-            estimate = self._estimate(oracle, x_adv, target, own.fold(0))
+            estimate = self._estimate(oracle, x_adv, target, own.fold(Purpose.ATTACK))
             x_adv = self.threat.project(x_adv + self.step_size * self.threat.steepest(estimate), x)
-            logits = oracle.logits(x_adv, own.fold(1))
+            logits = oracle.logits(x_adv, own.fold(Purpose.QUERY))
             tried = best.update(x_adv, self.loss(logits, target), logits, target)
             return x_adv, best.where(best.fooled, tried)
 
         def step(carry, number):
             return lax.cond(jnp.all(carry[1].fooled), lambda number, carry: carry, ascend, number, carry), None
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(Purpose.QUERY))
         return lax.scan(step, (x, best), 1 + jnp.arange(self.steps))[0][1].x
 
     def _estimate(self, oracle: Oracle, x: Array, target: Array, keys: Keys) -> Array:
@@ -78,7 +78,7 @@ class SPSA:
             own = keys.fold(number // 2)  # the same direction and, of a random predictor, the same draw
             side = 1 - 2 * (number % 2)
             direction = side * own.draw(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
-            logits = oracle.logits(jnp.clip(x + self.probe * direction, 0, 1), own)
+            logits = oracle.logits(jnp.clip(x + self.probe * direction, 0, 1), own.fold(Purpose.QUERY))
             losses = self.loss(logits, target).astype(x.dtype)
             return total + per_image(losses, x) * direction, None
 

@@ -15,7 +15,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import L2, Linf, Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10 000, after which the share of pixels that a step changes is halved."""
@@ -58,19 +58,21 @@ class Square:
         start, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 
-        def query(x_adv, own):
-            x_adv = self.threat.project(x_adv, x)
-            logits = oracle.logits(x_adv, own)
+        def query(number, candidate):
+            own = keys.fold(1 + number)
+            x_adv = self.threat.project(candidate(own), x)
+            logits = oracle.logits(x_adv, own.fold(Purpose.QUERY))
             return x_adv, margin(logits, labels), logits, labels
 
         def attempt(number, best):
-            own = keys.fold(2 + number)
-            return best.update(*query(change(own, x, best.x, sides[number], self.threat.epsilon), own))
+            def changed(own):
+                return change(own, x, best.x, sides[number], self.threat.epsilon)
 
-        clean = Best.clean(oracle, margin, x, labels, keys.fold(0))
-        own = keys.fold(1)
+            return best.update(*query(1 + number, changed))
+
+        clean = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
         nothing = clean._replace(loss=jnp.full_like(clean.loss, -jnp.inf))
-        first = nothing.update(*query(start(own, x, self.threat.epsilon), own))
+        first = nothing.update(*query(0, lambda own: start(own, x, self.threat.epsilon)))
         found = until_fooled(attempt, clean.where(clean.fooled, first), self.queries - 1)
         return found.where(found.fooled | (found.loss > clean.loss), clean).x
 

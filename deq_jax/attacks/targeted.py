@@ -12,7 +12,7 @@ from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.attacks.threats import Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,17 @@ class Targeted:
         return carry_out(self._run, oracle, x, target, key, pairs=False)
 
     def _run(self, oracle, x, target, keys):
-        wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), target)
+        clean = keys.fold(Purpose.QUERY)
+        wrong = _wrong_classes(oracle.logits(x, clean), target)
 
         def attempt(number, best):
             pairs = jnp.stack([target, wrong[:, number]], axis=1)
             own = keys.fold(1 + number)
-            x_adv = self.attack(oracle, x, pairs, own.fold(0))
-            logits = oracle.logits(x_adv, own.fold(1))
+            x_adv = self.attack(oracle, x, pairs, own.fold(Purpose.ATTACK))
+            logits = oracle.logits(x_adv, own.fold(Purpose.QUERY))
             return best.update(x_adv, margin(logits, target), logits, target)
 
-        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+        best = Best.clean(oracle, margin, x, target, clean)
         return until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
 
 

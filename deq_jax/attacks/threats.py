@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 class Threat(Protocol):
@@ -123,9 +123,9 @@ class L2:
 
     def random(self, keys: Keys, x: Array) -> Array:
         """A direction times the root of a uniform number that makes all volumes alike; see `Threat.random`."""
-        uniform = keys.fold(1).draw(lambda key: jax.random.uniform(key, (), x.dtype))
+        uniform = keys.fold(Purpose.RADIUS).draw(lambda key: jax.random.uniform(key, (), x.dtype))
         size = math.prod(x.shape[1:])
-        return self.epsilon * per_image(uniform ** (1 / size), x) * self.random_direction(keys.fold(0), x)
+        return self.epsilon * per_image(uniform ** (1 / size), x) * self.random_direction(keys, x)
 
     def random_direction(self, keys: Keys, x: Array) -> Array:
         """Uniform on the sphere; see `Threat.random_direction`."""

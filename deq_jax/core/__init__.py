@@ -19,7 +19,19 @@ from deq_jax.core.losses import LowEntropy, cross_entropy, dlr, entropy, kl, log
 from deq_jax.core.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
 from deq_jax.core.solve import solve
 from deq_jax.core.solvers import Anderson, Broyden, FixedPoint
-from deq_jax.core.types import Cell, Gradient, Injection, Keys, Loss, Optimizer, Readout, Solution, Solver, prng_key
+from deq_jax.core.types import (
+    Cell,
+    Gradient,
+    Injection,
+    Keys,
+    Loss,
+    Optimizer,
+    Purpose,
+    Readout,
+    Solution,
+    Solver,
+    prng_key,
+)
 
 __all__ = [
     "Anderson",
@@ -42,6 +54,7 @@ __all__ = [
     "Optimizer",
     "Phantom",
     "PhantomUpTo",
+    "Purpose",
     "RandomIntermediateState",
     "Readout",
     "Solution",

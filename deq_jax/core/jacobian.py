@@ -15,8 +15,6 @@ from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Cell, Keys, Params, PyTree
 
-PROBES = 29  # purpose of a forward pass's randomness, beside dropout and readout
-
 SETTLED = 0.02  # relative change of a spectral radius that has settled
 
 SQUARINGS = 20

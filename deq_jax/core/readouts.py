@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys, PyTree, Solution, prng_key
+from deq_jax.core.types import Array, Keys, PyTree, Solution
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RandomIntermediateState:
         def draw(key: Array) -> Array:
             return jax.random.randint(key, (), self.first - 1, steps)
 
-        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(prng_key(keys.shared)))
+        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(keys.common()))
         if self.best_so_far:
             residuals = jnp.where(jnp.isnan(solution.residuals), jnp.inf, solution.residuals)
             last = jnp.argmin(jnp.where(jnp.arange(steps)[:, None] <= last, residuals, jnp.inf), axis=0)

@@ -25,7 +25,7 @@ from deq_jax.core.gradients import straight_through
 from deq_jax.core.losses import entropy
 from deq_jax.core.readouts import LastState
 from deq_jax.core.solve import advance
-from deq_jax.core.types import Array, Keys, PyTree, Readout, Solution, Solver
+from deq_jax.core.types import Array, Keys, Purpose, PyTree, Readout, Solution, Solver
 from deq_jax.defences.carries import Carry, FullCarry, lowest_residual
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.classifiers import Equilibrium
@@ -178,7 +178,7 @@ class EntropyReduced:
         require(not train, "EntropyReduced: the defence is for inference, got train=True; train its base")
         base = self.base
         found = reduce_entropy(self, *lax.stop_gradient((variables, x)), keys)
-        state = self.readout(found.solution, keys)
+        state = self.read(found.solution, keys)
         u = base.encode(variables, straight_through(found.x, x))
         estimate = base.dynamics.gradient(base.apply_cell, variables["params"]["cell"], u, state)
         logits = base.decode(variables, straight_through(state, estimate))
@@ -187,6 +187,10 @@ class EntropyReduced:
     def decode(self, variables: Variables, z: PyTree) -> Array:
         """The logits [B, K] of states z; see `Equilibrium.decode`."""
         return self.base.decode(variables, z)
+
+    def read(self, solution: Solution, keys: Keys | None) -> PyTree:
+        """The regulated state that is classified."""
+        return self.readout(solution, None if keys is None else keys.fold(Purpose.READOUT))
 
     def project(self, x_hat: Array, x: Array) -> Array:
         """Onto the ball around x, then onto [0, 1]."""

@@ -24,7 +24,7 @@ from deq_jax.attacks.pgd import PGD
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.readouts import IntermediateState
-from deq_jax.core.types import Array, Keys, prng_key
+from deq_jax.core.types import Array, Keys, Purpose, prng_key
 from deq_jax.data.batches import EvaluationBatch, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
@@ -206,7 +206,7 @@ class _Run:
         """[B] bool, whether the surrogate's gradient at the images is 0 or NaN, so that attacks stand still."""
         x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
         oracle = judged(surrogate, self.predictor, variables, self.config.draws)
-        gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
+        gradient = oracle.grad(cross_entropy, x, batch.y, keys.fold(Purpose.QUERY))[2]
         return jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))
 
     def _stuck(self, still: np.ndarray) -> np.ndarray:

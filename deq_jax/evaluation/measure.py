@@ -16,15 +16,13 @@ from deq_jax.core.gradients import adjoint_residual, has_adjoint
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, spectral_radius
 from deq_jax.core.losses import cross_entropy, entropy, margin
 from deq_jax.core.readouts import EnsembleState
-from deq_jax.core.types import AnyArray, Array, Keys, PyTree, prng_key
+from deq_jax.core.types import AnyArray, Array, Keys, Purpose, PyTree, prng_key
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
 from deq_jax.surrogates.base import Direct, Surrogate, judged
-
-DEPLOYED = 1 << 30  # the keys that a random predictor draws from are folded with it; attacks never see those
 
 RADIUS_STEPS = 30
 
@@ -72,7 +70,7 @@ def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, ke
     A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
     one draws from the keys, and is deterministic without them.
     """
-    prediction = classifier(variables, x, keys=keys and keys.fold(DEPLOYED))
+    prediction = classifier(variables, x, keys=keys and keys.fold(Purpose.DEPLOYED))
     logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
     residual, solution = unknown, prediction.solution
     if solution is not None and len(solution.residuals):  # without a solver there are no states
@@ -95,7 +93,7 @@ def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys:
     if solution is None or not len(solution.residuals) or not isinstance(classifier, Equilibrium):
         return SpectralRadius(jnp.full(len(x), jnp.nan), jnp.zeros(len(x), bool))
     params, u, z = variables["params"]["cell"], classifier.encode(variables, x), solution.z
-    start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys, z, 1))
+    start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys.fold(Purpose.PROBES), z, 1))
     return spectral_radius(classifier.apply_cell, params, u, z, start, RADIUS_STEPS)
 
 

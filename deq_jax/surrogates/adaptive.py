@@ -127,7 +127,7 @@ class BPDAHead:
 
         def logits(x: Array, keys: Keys) -> Array:
             found = _purified(defence, variables, x, keys)
-            return self._lead_on(defence, variables, x, found.x, defence.readout(found.solution, keys))
+            return self._lead_on(defence, variables, x, found.x, defence.read(found.solution, keys))
 
         return oracle_of(logits)
 
@@ -279,7 +279,7 @@ def _regulated(defence: EntropyReduced, variables: Variables) -> Oracle:
 
     def logits(x: Array, keys: Keys) -> Array:
         found = reduce_entropy(defence, variables, x, keys)
-        return defence.decode(variables, defence.readout(found.solution, keys))
+        return defence.decode(variables, defence.read(found.solution, keys))
 
     return oracle_of(logits)
 

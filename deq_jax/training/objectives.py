@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from deq_jax.attacks.oracles import Attack
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy, kl
-from deq_jax.core.types import Array, Keys, PyTree
+from deq_jax.core.types import Array, Keys, Purpose, PyTree
 from deq_jax.models.base import Classifier, Prediction, Variables
 from deq_jax.surrogates.base import classifier_oracle
-
-PERTURB, NATURAL, ADVERSARIAL = range(3)  # purposes of a step's randomness
 
 
 class Outcome(NamedTuple):
@@ -62,7 +60,7 @@ class Standard:
         return x
 
     def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
-        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
+        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
         loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
         metrics = {"accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
@@ -85,10 +83,10 @@ class PGDAdversarialTraining:
 
     def perturb(self, classifier, variables, x, y, keys):
         oracle = classifier_oracle(classifier, variables, random=self.random_attack)
-        return self.attack(oracle, x, y, keys.fold(PERTURB))
+        return self.attack(oracle, x, y, keys.fold(Purpose.ATTACK))
 
     def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
-        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(ADVERSARIAL), axis_name=axis_name)
+        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.ADVERSARIAL), axis_name=axis_name)
         loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
         metrics = {"adversarial_accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
@@ -123,13 +121,13 @@ class Trades:
 
     def perturb(self, classifier, variables, x, y, keys):
         oracle = classifier_oracle(classifier, variables, random=self.random_attack)
-        clean_logits = oracle.logits(x, keys.fold(NATURAL))
-        return self.attack(oracle, x, clean_logits, keys.fold(PERTURB))
+        clean_logits = oracle.logits(x, keys.fold(Purpose.NATURAL))
+        return self.attack(oracle, x, clean_logits, keys.fold(Purpose.ATTACK))
 
     def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
-        natural = classifier(variables, x, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
+        natural = classifier(variables, x, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
         variables = {**variables, "batch_stats": natural.batch_stats}
-        adversarial_keys = keys.fold(NATURAL if self.tied else ADVERSARIAL)
+        adversarial_keys = keys.fold(Purpose.NATURAL if self.tied else Purpose.ADVERSARIAL)
         adversarial = classifier(variables, x_adv, train=True, keys=adversarial_keys, axis_name=axis_name)
         natural_loss = jnp.mean(cross_entropy(natural.logits, y))
         divergence = jnp.mean(kl(adversarial.logits, natural.logits))
