@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +13,28 @@ from deq_jax.core.types import Array, PyTree
 RESIDUAL_FLOOR = 1e-9  # in units of f(z0); keeps an equilibrium at 0 within reach
 
 
+class Measured(NamedTuple):
+    """The memory of a solver that keeps no unit, with the unit in which its residuals are measured.
+
+    Attributes:
+      z, fz: see `Memory`.
+      unit: [B, 1], see `unit_of`.
+      own: the solver's memory.
+    """
+
+    z: Array
+    fz: Array
+    unit: Array
+    own: Any
+
+
+def measured(solver: Any, memory: Any) -> Any:
+    """A solver's memory with a unit; that of f(z0), if it is the memory at the start."""
+    if hasattr(memory, "unit"):
+        return memory
+    return Measured(memory.z, memory.fz, unit_of(solver, memory.fz), memory)
+
+
 def unit_of(solver: Any, fz: Array) -> Array:
     """The unit of each sample's inner products, [B, 1]: the power of two next to the largest entry of f(z0).
 
@@ -20,7 +42,7 @@ def unit_of(solver: Any, fz: Array) -> Array:
     two rounds nothing. The unit is 1 where f(z0) is 0 or not finite.
     """
     largest = jnp.max(jnp.abs(lax.stop_gradient(wide(fz))), axis=1, keepdims=True, initial=0)
-    if solver.batch_joint:
+    if getattr(solver, "batch_joint", False):
         largest = jnp.broadcast_to(jnp.max(largest), largest.shape)
     return power_of_two(largest)
 
@@ -42,7 +64,7 @@ def residual_of(solver: Any, memory: Any) -> Array:
     z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic, whose gradient at 0 would be NaN
     difference, scale = in_unit(memory, fz - z), in_unit(memory, fz)
     difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]
-    if solver.batch_joint:
+    if getattr(solver, "batch_joint", False):
         difference, scale = (jnp.broadcast_to(jnp.sum(norm), norm.shape) for norm in (difference, scale))
     return jnp.sqrt(difference) / (jnp.sqrt(scale) + RESIDUAL_FLOOR)
 

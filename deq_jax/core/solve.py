@@ -11,7 +11,7 @@ from jax import lax
 
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
-from deq_jax.core.norms import residual_of, wide
+from deq_jax.core.norms import Measured, measured, residual_of, wide
 from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver
 
 
@@ -54,8 +54,7 @@ def solve(
         return Solution(z0, empty, jnp.zeros((0, batch), wide(flat).dtype), jnp.zeros(batch, jnp.int32), None)
 
     first_evaluation = 1 if memory is None else 0
-    if memory is None:
-        memory = solver.init(f, flat, u)
+    memory = begin(solver, f, flat, u) if memory is None else measured(solver, memory)
 
     def step(carry, _):
         memory, best, lowest = carry
@@ -71,13 +70,25 @@ def solve(
     return Solution(unravel(best), jax.vmap(unravel)(states), residuals, evaluations, memory)
 
 
+def begin(solver: Solver, f: Callable, z: Array, u: PyTree) -> Any:
+    """The memory of a solver at its start z [B, N], ready for `advance` and `repeat`.
+
+    Args:
+      solver: any; see `types.Solver`.
+      f: over flat states; see `cells.flat_cell`.
+      z: start, [B, N].
+      u: injection, leaves [B, ...].
+    """
+    return measured(solver, solver.init(f, z, u))
+
+
 def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
     """One step in which converged samples stay where they are; f is not evaluated once all have converged.
 
     Args:
       solver: whose step.
       f: over flat states; see `cells.flat_cell`.
-      memory: of the solver.
+      memory: of `begin` or an earlier step.
       u: injection, leaves [B, ...].
 
     Returns:
@@ -88,7 +99,7 @@ def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, A
     def unless_all_converged(z: Array, u: PyTree) -> Array:
         return lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
 
-    memory = solver.update(unless_all_converged, memory, u, active)
+    memory = _updated(solver, unless_all_converged, memory, u, active)
     return memory, residual_of(solver, memory), active
 
 
@@ -104,7 +115,14 @@ def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
       before: the memory before that step.
       u: the new injection, leaves [B, ...].
     """
-    return solver.update(f, before, u, _active(solver, before))
+    return _updated(solver, f, before, u, _active(solver, before))
+
+
+def _updated(solver: Solver, f: Callable, memory: Any, u: PyTree, active: Array) -> Any:
+    if not isinstance(memory, Measured):
+        return solver.update(f, memory, u, active)
+    own = solver.update(f, memory.own, u, active)
+    return Measured(own.z, own.fz, memory.unit, own)
 
 
 def _active(solver: Solver, memory: Any) -> Array:

@@ -5,9 +5,8 @@ A solver is a frozen object with two pure functions over flat states ``[B, N]``:
     memory = solver.init(f, z0, u)                  # evaluates f(z0)
     memory = solver.update(f, memory, u, active)    # one new iterate, one evaluation of f
 
-where ``f(z, u)`` is the cell with its parameters. Every memory has the fields ``z`` (the last iterate),
-``fz`` (``f(z)``), so that T steps cost T + 1 evaluations, and ``unit`` (see `unit_of`). A sample that is not
-`active` has converged: it must stay where it is.
+where ``f(z, u)`` is the cell with its parameters; `types.Solver` has the whole contract, and a solver of one's own.
+The memories of those in this file also have a ``unit`` (see `unit_of`).
 
 Nothing depends on the scale of a problem: inner products are taken in units of f(z0), in at least float32.
 
@@ -20,7 +19,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -47,12 +47,13 @@ class _Settings:
         comparison with it only, since an image's prediction then depends on its batch.
     """
 
+    steps: int = field(kw_only=False)
     tolerance: float = 1e-3
     batch_joint: bool = False
 
     def __post_init__(self):
-        name, steps = type(self).__name__, getattr(self, "steps", None)
-        require(_positive_int(steps), f"{name}: steps must be a positive integer, got {steps!r}")
+        name = type(self).__name__
+        require(_positive_int(self.steps), f"{name}: steps must be a positive integer, got {self.steps!r}")
         require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
 
 
@@ -72,7 +73,6 @@ class FixedPoint(_Settings):
       damping: weight of f(z), in (0, 1].
     """
 
-    steps: int
     damping: float = 1.0
 
     def __post_init__(self):
@@ -126,7 +126,6 @@ class Anderson(_Settings):
     start makes `history_size` plain steps first.
     """
 
-    steps: int
     history_size: int = 6
     ridge: float = 1e-5
     beta: float = 1.0
@@ -211,7 +210,6 @@ class Broyden(_Settings):
     jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
     """
 
-    steps: int
     history_size: int | None = None
     history_dtype: Any = None
 
@@ -258,6 +256,11 @@ class Broyden(_Settings):
         """How many pairs of consecutive steps the memory holds, the next step included."""
         return jnp.minimum(memory.taken, len(memory.steps) - 1)
 
+    def reverse_mode(self) -> Broyden:
+        """The same solver, with loops of static length; see `Solver`."""
+        kind: Any = type(self)
+        return _with_static_loops(kind)(**vars(self))
+
     def _multiply(self, steps: Array, memory: BroydenMemory, g: Array) -> Array:
         count = self.count(memory)
 
@@ -272,16 +275,19 @@ class Broyden(_Settings):
         return memory.steps.at[memory.taken % len(memory.steps)].set(step)
 
 
-def differentiable(solver: Solver) -> Solver:
-    """The same solver, with loops of static length, so that its own steps can be differentiated backwards."""
-    return _DifferentiableBroyden(**vars(solver)) if type(solver) is Broyden else solver
+def differentiable(solver: Any) -> Solver:
+    """The same solver in a form whose own steps can be differentiated backwards; see `Solver`."""
+    return solver.reverse_mode() if hasattr(solver, "reverse_mode") else solver
 
 
-class _DifferentiableBroyden(Broyden):
-    """Loops over all places for pairs: those not filled change nothing."""
+@cache
+def _with_static_loops(kind: Any) -> type[Broyden]:
+    """The class, with loops over all places for pairs: those not filled do nothing."""
 
     def count(self, memory: BroydenMemory) -> int:
         return len(memory.steps) - 1
+
+    return type(kind.__name__, (kind,), {"count": count, "reverse_mode": lambda self: self})
 
 
 def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:

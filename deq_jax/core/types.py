@@ -184,8 +184,65 @@ class Keys(NamedTuple):
         return jax.vmap(sampler)(self.each())
 
 
+class Memory(Protocol):
+    """What a solver knows after a step: a pytree with these two arrays, and whatever else the solver keeps.
+
+    Attributes:
+      z: ``[B, N]``, the last iterate.
+      fz: ``[B, N]``, f(z; u), so that T steps cost T + 1 evaluations.
+    """
+
+    @property
+    def z(self) -> Array: ...
+
+    @property
+    def fz(self) -> Array: ...
+
+
 class Solver(Protocol):
-    """Finds a fixed point step by step; see `core.solvers`."""
+    """Finds a fixed point step by step; any frozen dataclass with these two fields and two methods is one.
+
+    For example fixed-point iteration with momentum::
+
+        from dataclasses import dataclass
+        from typing import NamedTuple
+
+        import jax
+        import jax.numpy as jnp
+
+
+        class HeavyBallMemory(NamedTuple):
+            z: jax.Array
+            fz: jax.Array
+            previous: jax.Array
+
+
+        @dataclass(frozen=True)
+        class HeavyBall:
+            steps: int
+            tolerance: float = 1e-3
+            momentum: float = 0.2
+
+            def init(self, f, z, u):
+                return HeavyBallMemory(z, f(z, u), z)
+
+            def update(self, f, memory, u, active):
+                following = memory.fz + self.momentum * (memory.z - memory.previous)
+                z = jnp.where(active[:, None], following, memory.z)
+                return HeavyBallMemory(z, f(z, u), memory.z)
+
+    That is all a solver needs. `solve` counts the steps, measures residuals, stops samples that have converged and
+    keeps the best state. A solver may also have
+
+    * ``batch_joint`` (bool): residuals by the norm over the whole batch, not by each sample's; otherwise False;
+    * ``reverse_mode()``: the same solver in a form that JAX can differentiate in reverse mode, for surrogates such as
+      `ThroughSolver`. It is needed where steps have loops of unknown length; otherwise the solver itself is
+      differentiated.
+
+    Attributes:
+      steps: T, the number of iterates.
+      tolerance: relative residual below which a sample has converged.
+    """
 
     @property
     def steps(self) -> int: ...
@@ -193,9 +250,25 @@ class Solver(Protocol):
     @property
     def tolerance(self) -> float: ...
 
-    def init(self, f: Callable, z: Array, u: PyTree) -> Any: ...
+    def init(self, f: Callable[[Array, PyTree], Array], z: Array, u: PyTree) -> Memory:
+        """The memory at the start.
 
-    def update(self, f: Callable, memory: Any, u: PyTree, active: Array) -> Any: ...
+        Args:
+          f: the cell with its parameters, over flat states: ``f(z [B, N], u) -> [B, N]``.
+          z: the start z_0, [B, N].
+          u: injection, leaves [B, ...].
+        """
+        ...
+
+    def update(self, f: Callable[[Array, PyTree], Array], memory: Any, u: PyTree, active: Array) -> Memory:
+        """The memory after one new iterate and one evaluation of f, of the same shapes and dtypes as before.
+
+        Args:
+          f, u: as in `init`.
+          memory: what `init` or `update` returned.
+          active: [B] bool; a sample that is not active has converged and must stay where it is.
+        """
+        ...
 
 
 class Gradient(Protocol):

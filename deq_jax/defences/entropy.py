@@ -24,7 +24,7 @@ from deq_jax.core.errors import require
 from deq_jax.core.gradients import straight_through
 from deq_jax.core.losses import entropy
 from deq_jax.core.readouts import LastState
-from deq_jax.core.solve import advance
+from deq_jax.core.solve import advance, begin
 from deq_jax.core.types import Array, Keys, Purpose, PyTree, Readout, Solution, Solver
 from deq_jax.defences.carries import Carry, FullCarry, lowest_residual
 from deq_jax.models.base import Prediction, Variables
@@ -248,7 +248,7 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
         values = jnp.concatenate([values, entropy(decode(unravel(memory.fz)))[None]])
         return (purified, u, memory), (x_hat, values, states, residuals, active)
 
-    carry = x, u, solver.init(f, z0, u)
+    carry = x, u, begin(solver, f, z0, u)
     (x_hat, _, memory), (inputs, values, *trace) = lax.scan(block, carry, jnp.arange(defence.blocks))
     states, residuals, active = (part.reshape(solver.steps, *part.shape[2:]) for part in trace)
     purification = defence.steps * defence.direction.applications + 1
