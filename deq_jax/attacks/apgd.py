@@ -91,7 +91,9 @@ class APGD:
         """See `Attack`."""
         return (self.steps + 1) * self.restarts
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images.
 
         Args:
@@ -99,24 +101,28 @@ class APGD:
           x: images [B, H, W, C] in [0, 1].
           target: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
           key: PRNG key, or `Keys` to number the images.
+          start: images [B, H, W, C] in the ball, where the first restart begins; None for a random one.
 
         Returns:
           [B, H, W, C], within the ball around x and within [0, 1]: a misclassified iterate if there was
-          one, and among equals the one of highest loss; x itself if none was better.
+          one, and among equals the one of highest loss; x itself if none was better. Never worse than the start.
 
         Raises:
           InputError: see `types.Attack`.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, target, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, target, keys, start):
         def restart(number, best):
-            return self._restart(oracle, x, target, keys.fold(1 + number), best)
+            own = keys.fold(1 + number)
+            begin = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(own, x), x)
+            begin = begin if start is None else jnp.where(number == 0, start, begin)
+            return self._restart(oracle, x, target, own, best, begin)
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(0), start)
         return until_fooled(restart, best, self.restarts).x
 
-    def _restart(self, oracle, x, target, keys, best):
+    def _restart(self, oracle, x, target, keys, best, start):
         def query(x_adv, number, best):
             losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
             return losses, gradient, best.update(x_adv, losses, logits, target)
@@ -128,7 +134,6 @@ class APGD:
             loss, gradient, best = query(x_adv, number, best)
             return (self._adapt(_visit(ascent, x_adv, gradient, loss), interval), best), None
 
-        start = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
         loss, gradient, best = query(start, 0, best)
         ascent = self._begin(start, gradient, loss)
         numbers = jnp.arange(1, self.steps + 1)

@@ -32,9 +32,15 @@ class Best(NamedTuple):
     loss: AnyArray
 
     @classmethod
-    def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
-        """The images themselves; costs one query of the logits. The loss is NaN where a logit is not finite."""
-        return cls.of(x, loss, oracle.logits(x, keys), target)
+    def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys, start: Array | None = None) -> Best:
+        """The images themselves, or the start where it is better; costs a query of the logits each.
+
+        The loss is NaN where a logit is not finite.
+        """
+        best = cls.of(x, loss, oracle.logits(x, keys), target)
+        if start is None:
+            return best
+        return best.query(oracle, loss, start, target, keys)
 
     @classmethod
     def of(cls, x: Array, loss: Loss, logits: Array, target: Array) -> Best:
@@ -48,6 +54,11 @@ class Best(NamedTuple):
         gain = (fooled & ~self.fooled) | ((fooled == self.fooled) & (losses > self.loss))
         better = gain & all_finite(logits)
         return Best(x, fooled, losses.astype(self.loss.dtype)).where(better, self)
+
+    def query(self, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
+        """The better of this and images x, of which the oracle is asked for the logits."""
+        logits = oracle.logits(x, keys)
+        return self.update(x, loss(logits, target), logits, target)
 
     def where(self, condition: Array, other: Best) -> Best:
         """This where the condition [B] holds, else the other."""

@@ -55,15 +55,17 @@ class FAB:
         require(self.eta >= 1, f"FAB: eta must be >= 1, got {self.eta!r}")
         require(0 < self.beta < 1, f"FAB: beta must be in (0, 1), got {self.beta!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images of minimal norm; see `APGD.__call__`.
 
         Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
-        x, else x.
+        x, else x. A start that is misclassified already is returned as it is.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, target, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, target, keys, start):
         labels = labels_of(target)
         num_classes = jax.eval_shape(lambda: oracle.logits(x, keys)).shape[-1]
         aims = target[None, :, 1] if target.ndim == 2 else _others(labels, num_classes)
@@ -71,13 +73,12 @@ class FAB:
         def restart(number, best):
             own = keys.fold(1 + number)
             radius = jnp.where(number == 0, 0, self.threat.epsilon / 2)
-            start = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
-            found = self._walk(oracle, x, start, labels, aims, own)
-            x_adv = self.threat.project(found, x)
-            logits = oracle.logits(x_adv, own.fold(self.steps + 1))
-            return best.update(x_adv, margin(logits, labels), logits, labels)
+            begin = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
+            begin = begin if start is None else jnp.where(number == 0, start, begin)
+            found = self._walk(oracle, x, begin, labels, aims, own)
+            return best.query(oracle, margin, self.threat.project(found, x), labels, own.fold(self.steps + 1))
 
-        best = Best.clean(oracle, margin, x, labels, keys.fold(0))
+        best = Best.clean(oracle, margin, x, labels, keys.fold(0), start)
         return until_fooled(restart, best, self.restarts).x
 
     def _walk(self, oracle, x, start, labels, aims, keys):

@@ -13,13 +13,13 @@ from jax import lax
 
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.programs import Compiled
-from deq_jax.attacks.threats import per_image
+from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
 from deq_jax.core.errors import require
 from deq_jax.core.types import AnyArray, Array, Keys, Loss
 
-Run = Callable[[Oracle, Array, Array, Keys], Array]
-"""``(oracle, x, target, keys) -> x_adv``: what an attack does once its inputs are known to make sense."""
+Run = Callable[[Oracle, Array, Array, Keys, Array | None], Array]
+"""``(oracle, x, target, keys, start) -> x_adv``: what an attack does once its inputs are known to make sense."""
 
 
 def carry_out(
@@ -28,7 +28,9 @@ def carry_out(
     x: AnyArray,
     target: AnyArray,
     key: int | Array | Keys,
+    start: AnyArray | None = None,
     *,
+    threat: Threat | None = None,
     pairs: bool = True,
     reference: bool = False,
     asks: bool = True,
@@ -42,7 +44,8 @@ def carry_out(
 
     Args:
       run: the attack itself.
-      oracle, x, target, key: as they were given to the attack; see `types.Attack`.
+      oracle, x, target, key, start: as they were given to the attack; see `Attack`.
+      threat: the ball in which the start must lie; None where the attack declares none, then only [0, 1] counts.
       pairs: whether the target may also be pairs (label, class aimed at).
       reference: whether it may be reference logits.
       asks: whether the attack asks for the logits of the images themselves, which then must be finite.
@@ -55,28 +58,30 @@ def carry_out(
       InputError: the inputs are not as in `types.Attack`.
     """
     if isinstance(oracle, Guard):  # part of another attack
-        return run(cast(Oracle, replace(oracle, centre=x)), x, target, Keys.of(key, len(x)))
+        return run(cast(Oracle, replace(oracle, centre=x)), x, target, Keys.of(key, len(x)), cast(Any, start))
     given, (x, target) = x, check_inputs(x, target, pairs=pairs, reference=reference)
+    start = None if start is None else check_start(start, x, threat)
     if len(x) == 0:
         return given
     keys = Keys.of(key, len(x))
 
-    def attack(x: Array, target: Array, keys: Keys) -> Array:
+    def attack(x: Array, target: Array, keys: Keys, start: Array | None) -> Array:
         guard = Guard.of(oracle, x, checked)
+        begin = None if start is None else project_start(start, guard.centre, threat)
         kind = jnp.int32 if has_labels(target) else working_type(x)  # narrower types cannot hold all class numbers
-        return guard.rounded(run(cast(Oracle, guard), guard.centre, target.astype(kind), keys))
+        return guard.rounded(run(cast(Oracle, guard), guard.centre, target.astype(kind), keys, begin))
 
     def finite(x: Array, keys: Keys) -> Array:
         guard = Guard.of(oracle, x, checked)
         return all_finite(guard.logits(guard.centre, keys))
 
     checked = target
-    if any(_is_traced(leaf) for leaf in jax.tree.leaves((x, target, keys))):
-        x_adv = attack(jnp.asarray(x), jnp.asarray(target), keys)
+    if any(_is_traced(leaf) for leaf in jax.tree.leaves((x, target, keys, start))):
+        x_adv = attack(jnp.asarray(x), jnp.asarray(target), keys, cast(Any, start))
         return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if _is_traced(x) else x_adv
     if asks:
         refuse_not_finite(Compiled(finite)(x, keys.fold(0)))
-    return Compiled(attack)(x, target, keys)
+    return Compiled(attack)(x, target, keys, start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +174,32 @@ def check_inputs(
         _check_labels(target, len(x), pairs)
     require(len(target) == len(x), f"attack: expected {len(x)} reference logits [B, K], got {_described(target)}")
     return clip_to_box(x, "attack"), target
+
+
+def check_start(start: AnyArray, x: AnyArray, threat: Threat | None) -> AnyArray:
+    """The images from which an attack begins, clipped to [0, 1] by no more than rounding; see `carry_out`.
+
+    Raises:
+      InputError: they are not float images of the shape of x, or lie outside of [0, 1] or of the ball around x by more
+        than 1e-6. Traced values are not known, and are projected by `carry_out`.
+    """
+    start = start if _is_traced(start) else np.asarray(start)
+    fits = start.shape == x.shape and jnp.issubdtype(start.dtype, jnp.floating)
+    require(fits, f"attack: expected a start of float images {x.shape}, got {_described(start)}")
+    start = clip_to_box(start, "attack: start")
+    if threat is not None and x.size > 0 and not (_is_traced(start) or _is_traced(x)):
+        kind = np.float64 if x.dtype == np.float64 else np.float32
+        lengths = np.asarray(threat.length(start.astype(kind) - x.astype(kind)))
+        far = np.flatnonzero(~(lengths <= threat.epsilon + BOX_TOLERANCE))
+        found = f"found {lengths[far[0]]:g} for image {far[0]}" if len(far) else ""
+        require(len(far) == 0, f"attack: start must lie within {threat} of the images, {found}")
+    return start
+
+
+def project_start(start: Array, x: Array, threat: Threat | None) -> Array:
+    """The start in the dtype of the images, and in the ball around them where one is given."""
+    start = start.astype(x.dtype)
+    return start if threat is None else threat.project(start, x)
 
 
 def check_oracle(oracle: Oracle, x: AnyArray, labels: AnyArray) -> None:

@@ -116,21 +116,29 @@ class Oracle(NamedTuple):
 
 
 class Attack(Protocol):
-    """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1].
+    """``(oracle, x, target, key, start=None) -> x_adv``, within the threat model's ball and [0, 1].
 
     The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
     in their own dtype. The target is labels [B] of any integer type, from 0 to K - 1, or for some attacks pairs
     (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
+    The start is images [B, H, W, C] within the ball, from which the attack begins in place of its own (random) start.
+    An attack of several restarts uses it for the first; attacks made of attacks hand it to each. What comes back is
+    never worse than the start: misclassified if that was, else of no lower loss. (Exceptions: `PGD` without `best_of`
+    returns its last iterate, and `Noise` takes no start.)
+
     The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
-    [0, 1] by more than 1e-6, labels that are no classes, logits that are not [B, K] with K >= 2 or, on the images
-    themselves, not finite. Values are not known within `jax.jit`: there an image outside [0, 1] comes back as NaN, and
-    one without a class or without finite logits unchanged. Outside of it an attack is compiled as a whole, at the
-    first of all calls with the same program and shapes.
+    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are no classes, logits that are
+    not [B, K] with K >= 2 or, on the images themselves, not finite. Values are not known within `jax.jit`: there an
+    image outside [0, 1] comes back as NaN, and one without a class or without finite logits unchanged; a start is
+    projected. Outside of it an attack is compiled as a whole, at the first of all calls with the same program and
+    shapes.
 
     An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
     `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
     asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
     """
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array: ...
+    def __call__(
+        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array: ...

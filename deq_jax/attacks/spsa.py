@@ -20,7 +20,7 @@ from deq_jax.core.types import Array, Keys, Loss
 
 @dataclass(frozen=True)
 class SPSA:
-    """``x <- project(x + step_size steepest(estimate))`` from x on; asks for logits only.
+    """``x <- project(x + step_size steepest(estimate))`` from x or a start on; asks for logits only.
 
     The estimate is the mean over random sign vectors v of ``(loss(x + probe v) - loss(x - probe v)) v``, the
     points clipped to [0, 1].
@@ -53,11 +53,13 @@ class SPSA:
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
         require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, target, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, target, keys, start):
         def ascend(number, carry):
             x_adv, best = carry
             own = keys.fold(number)
@@ -70,8 +72,8 @@ class SPSA:
         def step(carry, number):
             return lax.cond(jnp.all(carry[1].fooled), lambda number, carry: carry, ascend, number, carry), None
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
-        return lax.scan(step, (x, best), 1 + jnp.arange(self.steps))[0][1].x
+        best = Best.clean(oracle, self.loss, x, target, keys.fold(0), start)
+        return lax.scan(step, (x if start is None else start, best), 1 + jnp.arange(self.steps))[0][1].x
 
     def _estimate(self, oracle: Oracle, x: Array, target: Array, keys: Keys) -> Array:
         def add(total, number):

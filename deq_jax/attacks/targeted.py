@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 
@@ -46,24 +47,26 @@ class Targeted:
         queries = getattr(self.attack, "gradient_queries", None)
         return None if queries is None else queries * self.classes
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images; see `APGD.__call__`. The target is labels [B].
 
-        Images that one class has fooled are left alone by the next.
+        Images that one class has fooled are left alone by the next. The attempt at each class begins at the start.
         """
-        return carry_out(self._run, oracle, x, target, key, pairs=False)
+        return carry_out(self._run, oracle, x, target, key, start, threat=self.threat, pairs=False)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, target, keys, start):
+        attack = self.attack if start is None else partial(self.attack, start=start)
         wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), target)
 
         def attempt(number, best):
             pairs = jnp.stack([target, wrong[:, number]], axis=1)
             own = keys.fold(1 + number)
-            x_adv = self.attack(oracle, x, pairs, own.fold(0))
-            logits = oracle.logits(x_adv, own.fold(1))
-            return best.update(x_adv, margin(logits, target), logits, target)
+            x_adv = attack(oracle, x, pairs, own.fold(0))
+            return best.query(oracle, margin, x_adv, target, own.fold(1))
 
-        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+        best = Best.clean(oracle, margin, x, target, keys.fold(0), start)
         return until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
 
 

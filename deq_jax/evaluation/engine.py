@@ -20,7 +20,6 @@ import numpy as np
 
 from deq_jax.attacks.inputs import check_oracle
 from deq_jax.attacks.oracles import Attack
-from deq_jax.attacks.pgd import PGD
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.readouts import IntermediateState
@@ -243,7 +242,7 @@ class _Run:
         ) -> dict[str, Array]:
             (variables, surrogate), (batch, start) = state, parts
             attacked = partial(attack_batch, seed=self.config.seed, surrogate=surrogate, draws=self.config.draws)
-            begun = attack if start is None else replace(cast(PGD, attack), start=lambda *_: start)
+            begun = attack if start is None else partial(attack, start=start)
             x_adv, measured = attacked(self.predictor, variables, begun, batch)
             return {"x_adv": x_adv, **measured._asdict()}
 

@@ -195,7 +195,7 @@ class TestWorstCase:
         assert (result.robust()["on"] <= union).all()
         higher = result.attempts["on"].measured.margin[:, -1] - worst.margin[:, -1]
         assert higher.min() > -1e-4 and np.mean(higher) > 1e-2
-        with pytest.raises(InputError, match="from_worst is for PGD, got Noise"):
+        with pytest.raises(InputError, match="from_worst is for attacks that take a start, got Noise"):
             replace(TRIALS[0], from_worst=True)
 
     def test_cumulative_trials_attack_what_is_left_with_the_same_result(self, own, cumulative):
