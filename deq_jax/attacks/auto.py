@@ -37,9 +37,9 @@ from deq_jax.core.types import Array, Keys
 
 
 def auto_attack(
-    logits_fn: Callable[[Array], Array],
+    logits_fn: Callable[..., Array],
     x: Array,
-    y: Array,
+    labels: Array,
     key: int | Array | Keys,
     epsilon: float | None = None,
     *,
@@ -55,9 +55,9 @@ def auto_attack(
 
     Args:
       logits_fn: ``x [B, H, W, C] -> logits [B, K]``, differentiable, K >= 2, deterministic, each image on
-        its own. For a random predictor see `AutoAttack.rand`.
+        its own. A random one is ``(x, keys) -> logits``, see `oracle_of`, and attacked by version "rand".
       x: images [B, H, W, C] in [0, 1], float.
-      y: labels [B], int.
+      labels: [B], int.
       key: PRNG key, or a seed.
       epsilon: radius in ℓ∞, in the unit of x; 8/255 if there is no threat.
       threat: norm and radius, such as ``L2(0.5)``, in place of epsilon.
@@ -77,15 +77,7 @@ def auto_attack(
     versions = {"standard": AutoAttack.standard, "plus": AutoAttack.plus, "rand": AutoAttack.rand}
     require(version in versions, f"auto_attack: version must be one of {', '.join(versions)}, got {version!r}")
     attack = versions[version](threat, batch_size)
-    return attack(oracle_of(_WithoutKeys(logits_fn)), x, y, key, verbose=verbose)
-
-
-@dataclass(frozen=True)
-class _WithoutKeys:
-    logits: Callable[[Array], Array]
-
-    def __call__(self, x: Array, keys: Keys) -> Array:
-        return self.logits(x)
+    return attack(oracle_of(logits_fn), x, labels, key, verbose=verbose)
 
 
 class Stage(NamedTuple):
@@ -184,40 +176,40 @@ class AutoAttack:
         self,
         oracle: Oracle,
         x: Array,
-        target: Array,
+        labels: Array,
         key: int | Array | Keys,
         start: Array | None = None,
         *,
         verbose: bool = False,
     ) -> Array:
-        """Adversarial images, the worst case for each; see `APGD.__call__`. The target is labels [B].
+        """Adversarial images, the worst case for each; see `APGD.__call__`. The labels are [B].
 
         All attacks begin at the start, if there is one. With `verbose` a line is printed before the first attack and
         after each, unless within `jax.jit`.
         """
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, target, key, start))):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, labels, key, start))):
             averaged = self._averaged(oracle)
-            return carry_out(self._run, averaged, x, target, key, start, threat=self.threat, pairs=False)
-        for stage in self.stages(oracle, x, target, key, start):
+            return carry_out(self._run, averaged, x, labels, key, start, threat=self.threat, pairs=False)
+        for stage in self.stages(oracle, x, labels, key, start):
             if verbose:
                 print(stage.described(), flush=True)
         return jnp.asarray(stage.x_adv)
 
     def stages(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Iterator[Stage]:
         """Yields what is known before the first attack and after each; see `__call__`."""
-        return self.bind(oracle)(x, target, key, start)
+        return self.bind(oracle)(x, labels, key, start)
 
     def bind(self, oracle: Oracle) -> Callable[..., Iterator[Stage]]:
-        """`stages` of one predictor: ``(x, target, key, start=None)``, traced once per attack and shape while kept."""
+        """`stages` of one predictor: ``(x, labels, key, start=None)``, traced once per attack and shape while kept."""
         oracle = self._averaged(oracle)
         judge = Compiled(partial(_judge, oracle))
         attempts = [Compiled(partial(_attempt_batch, attack, oracle, self.threat)) for attack in self.attacks]
         return partial(self._stages, judge, attempts)
 
-    def _stages(self, judge, attempts, x, target, key, start=None):
-        x, labels = check_inputs(x, target, pairs=False)
+    def _stages(self, judge, attempts, x, labels, key, start=None):
+        x, labels = check_inputs(x, labels, pairs=False)
         begin = None if start is None else np.asarray(check_start(start, x, self.threat))
         keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
         images, every = np.asarray(keys.images), np.arange(len(x))
@@ -245,10 +237,10 @@ class AutoAttack:
                 _write(best, rows, attempt(so_far, x[padded], labels[padded], own, given))
             yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
 
-    def _run(self, oracle, x, target, keys, start):
-        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+    def _run(self, oracle, x, labels, keys, start):
+        best = Best.clean(oracle, margin, x, labels, keys.fold(0))
         for number, attack in enumerate(self.attacks):
-            tried = _attempt(attack, oracle, best, x, target, keys.fold(1 + number), start)
+            tried = _attempt(attack, oracle, best, x, labels, keys.fold(1 + number), start)
             best = best.where(best.fooled, tried)
         return best.x
 

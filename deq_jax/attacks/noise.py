@@ -26,11 +26,11 @@ class Noise:
     gradient_queries: ClassVar[int] = 0
 
     def __call__(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
         """Perturbed images; see `APGD.__call__`. The oracle is not asked, and a start is refused."""
         require(start is None, "Noise: expected no start, since noise is added to the images themselves")
-        return carry_out(self._run, oracle, x, target, key, asks=False)
+        return carry_out(self._run, oracle, x, labels, key, asks=False)
 
-    def _run(self, oracle, x, target, keys, start):
+    def _run(self, oracle, x, labels, keys, start):
         return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)

@@ -46,9 +46,9 @@ class PGD:
       steps: per restart; each costs one gradient query.
       step_size: length of a step, in the unit of x ([0, 1]); None for ``2.5 epsilon / steps`` [Madry et al. 2018].
       restarts: number of random starts.
-      loss: maximised, ``(logits, target) -> [B]``.
+      loss: maximised, ``(logits, labels) -> [B]``.
       start: where a restart begins, unless images are given to start from.
-      best_of: return, per image, a misclassified iterate if there was one (judged where the target is
+      best_of: return, per image, a misclassified iterate if there was one (judged where the labels is
         labels), and among equals the one of highest loss, x itself if none was better; costs one more query
         per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
     """
@@ -76,14 +76,14 @@ class PGD:
         return self.steps * self.restarts
 
     def __call__(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
         """Adversarial images.
 
         Args:
           oracle: of the predictor.
           x: images [B, H, W, C] in [0, 1].
-          target: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
+          labels: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.
           start: images [B, H, W, C] in the ball, where the first restart begins; None for its own start.
 
@@ -94,21 +94,21 @@ class PGD:
           InputError: see `types.Attack`; whether clean logits are finite is looked at with best_of alone.
         """
         checks: Any = {"threat": self.threat, "reference": True, "asks": self.best_of}
-        return carry_out(self._run, oracle, x, target, key, start, **checks)
+        return carry_out(self._run, oracle, x, labels, key, start, **checks)
 
-    def _run(self, oracle, x, target, keys, start):
+    def _run(self, oracle, x, labels, keys, start):
         if not self.best_of:
-            return self._restart(oracle, x, target, keys.fold(0), None, start)[0]
+            return self._restart(oracle, x, labels, keys.fold(0), None, start)[0]
 
         def restart(best, number):
             own = keys.fold(number)
             first = None if start is None else jnp.where(number == 0, start, self.start(own, x, self.threat))
-            return self._restart(oracle, x, target, own, best, first)[1], None
+            return self._restart(oracle, x, labels, own, best, first)[1], None
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(self.restarts), start)
+        best = Best.clean(oracle, self.loss, x, labels, keys.fold(self.restarts), start)
         return lax.scan(restart, best, jnp.arange(self.restarts))[0].x
 
-    def _restart(self, oracle, x, target, keys, best, start):
+    def _restart(self, oracle, x, labels, keys, best, start):
         """The last iterate, and the best so far; None stays None."""
         threat, step_size = self.threat, self.step_size
         if step_size is None:
@@ -116,12 +116,12 @@ class PGD:
 
         def step(carry, number):
             x_adv, best = carry
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
-            best = best and best.update(x_adv, losses, logits, target)
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, keys.fold(number))
+            best = best and best.update(x_adv, losses, logits, labels)
             return (threat.project(x_adv + step_size * threat.steepest(gradient), x), best), None
 
         begin = threat.project(self.start(keys, x, threat) if start is None else start, x)
         (x_adv, best), _ = lax.scan(step, (begin, best), 1 + jnp.arange(self.steps))
         if best is None:
             return x_adv, None
-        return x_adv, best.query(oracle, self.loss, x_adv, target, keys.fold(self.steps + 1))
+        return x_adv, best.query(oracle, self.loss, x_adv, labels, keys.fold(self.steps + 1))

@@ -47,16 +47,16 @@ class Square:
         require(0 < self.p_init <= 1, f"Square: p_init must be in (0, 1], got {self.p_init!r}")
 
     def __call__(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
         """Adversarial images; see `APGD.__call__`. Of a pair (label, class aimed at) only the label counts.
 
         An image is left alone once it is misclassified. A start takes the place of the first random pattern.
         """
-        return carry_out(self._run, oracle, x, target, key, start, threat=self.threat)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys, start):
-        labels = labels_of(target)
+    def _run(self, oracle, x, labels, keys, start):
+        labels = labels_of(labels)
         pattern, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 

@@ -21,7 +21,7 @@ class Targeted:
     """Runs an attack once for each of the wrong classes that are likeliest on the clean image.
 
     Attributes:
-      attack: takes pairs (label, class aimed at) as its target.
+      attack: takes pairs (label, class aimed at) in place of labels.
       classes: how many classes to aim at; all the wrong ones if there are fewer.
     """
 
@@ -48,25 +48,25 @@ class Targeted:
         return None if queries is None else queries * self.classes
 
     def __call__(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, start: Array | None = None
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
-        """Adversarial images; see `APGD.__call__`. The target is labels [B].
+        """Adversarial images; see `APGD.__call__`. The labels are [B].
 
         Images that one class has fooled are left alone by the next. The attempt at each class begins at the start.
         """
-        return carry_out(self._run, oracle, x, target, key, start, threat=self.threat, pairs=False)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 
-    def _run(self, oracle, x, target, keys, start):
+    def _run(self, oracle, x, labels, keys, start):
         attack = self.attack if start is None else partial(self.attack, start=start)
-        wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), target)
+        wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), labels)
 
         def attempt(number, best):
-            pairs = jnp.stack([target, wrong[:, number]], axis=1)
+            pairs = jnp.stack([labels, wrong[:, number]], axis=1)
             own = keys.fold(1 + number)
             x_adv = attack(oracle, x, pairs, own.fold(0))
-            return best.query(oracle, margin, x_adv, target, own.fold(1))
+            return best.query(oracle, margin, x_adv, labels, own.fold(1))
 
-        best = Best.clean(oracle, margin, x, target, keys.fold(0), start)
+        best = Best.clean(oracle, margin, x, labels, keys.fold(0), start)
         return until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
 
 

@@ -36,7 +36,7 @@ class Trial:
 
     Attributes:
       name: of its row and of its folder of results.
-      attack: called with labels as its target; or images to be transferred.
+      attack: called with labels; or images to be transferred.
       surrogate: gives the gradients. Trials of one attack whose surrogates differ in numbers only are compiled once.
       suite: name of a further row, for the worst case over all trials that share it; None for none.
       from_worst: start from the worst image that the trials before have found, rather than where the attack itself

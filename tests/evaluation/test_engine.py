@@ -244,7 +244,7 @@ class TestWorstCase:
 class Rogue:
     """Leaves the ball."""
 
-    def __call__(self, oracle, x, target, key):
+    def __call__(self, oracle, x, labels, key, start=None):
         return jnp.clip(x + 0.1, 0, 1)
 
 
@@ -312,9 +312,9 @@ TRACES: list[float] = []
 class Traced(PGD):
     """PGD that notes when it is traced."""
 
-    def __call__(self, oracle, x, target, key):
+    def __call__(self, oracle, x, labels, key, start=None):
         TRACES.append(self.threat.epsilon)
-        return super().__call__(oracle, x, target, key)
+        return super().__call__(oracle, x, labels, key, start)
 
 
 def test_surrogates_that_differ_in_numbers_are_compiled_once(deq, tmp_path):
