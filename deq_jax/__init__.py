@@ -48,6 +48,8 @@ _ROOMS = (
 )
 _ROOM_OF = {
     "EntropyReduced": "defences",
+    "Predictor": "evaluation",
+    "assess": "evaluation",
     "PGDAdversarialTraining": "training",
     "Standard": "training",
     "TrainConfig": "training",
@@ -72,12 +74,14 @@ __all__ = [
     "Neumann",
     "PGDAdversarialTraining",
     "Phantom",
+    "Predictor",
     "RandomIntermediateState",
     "Standard",
     "Trades",
     "TrainConfig",
     "Unrolled",
     "__version__",
+    "assess",
     "attacks",
     "core",
     "data",
