@@ -72,7 +72,7 @@ class APGD:
       threat: norm and radius.
       steps: per restart; a restart costs steps + 1 gradient queries.
       restarts: number of random starts, for the images that resisted the ones before.
-      loss: maximised, ``(logits, target) -> [B]``; should be invariant to the scale of the logits.
+      loss: maximised, ``(logits, labels) -> [B]``; should be invariant to the scale of the logits.
     """
 
     threat: Threat
@@ -91,37 +91,43 @@ class APGD:
         """See `Attack`."""
         return (self.steps + 1) * self.restarts
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images.
 
         Args:
           oracle: of the predictor.
           x: images [B, H, W, C] in [0, 1].
-          target: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
+          labels: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
           key: PRNG key, or `Keys` to number the images.
+          start: images [B, H, W, C] in the ball, where the first restart begins; None for a random one.
 
         Returns:
           [B, H, W, C], within the ball around x and within [0, 1]: a misclassified iterate if there was
-          one, and among equals the one of highest loss; x itself if none was better.
+          one, and among equals the one of highest loss; x itself if none was better. Never worse than the start.
 
         Raises:
           InputError: see `types.Attack`.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, labels, keys, start):
         def restart(number, best):
-            return self._restart(oracle, x, target, keys.fold(1 + number), best)
+            own = keys.fold(1 + number)
+            begin = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(own, x), x)
+            begin = begin if start is None else jnp.where(number == 0, start, begin)
+            return self._restart(oracle, x, labels, own, best, begin)
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(Purpose.QUERY))
+        best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
         return until_fooled(restart, best, self.restarts).x
 
-    def _restart(self, oracle, x, target, keys, best):
+    def _restart(self, oracle, x, labels, keys, best, start):
         queries = keys.fold(Purpose.QUERY)
 
         def query(x_adv, number, best):
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, queries.fold(number))
-            return losses, gradient, best.update(x_adv, losses, logits, target)
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, queries.fold(number))
+            return losses, gradient, best.update(x_adv, losses, logits, labels)
 
         def step(carry, schedule):
             number, interval = schedule
@@ -130,7 +136,6 @@ class APGD:
             loss, gradient, best = query(x_adv, number, best)
             return (self._adapt(_visit(ascent, x_adv, gradient, loss), interval), best), None
 
-        start = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
         loss, gradient, best = query(start, 0, best)
         ascent = self._begin(start, gradient, loss)
         numbers = jnp.arange(1, self.steps + 1)

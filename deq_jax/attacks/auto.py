@@ -21,6 +21,8 @@ from deq_jax.attacks.inputs import (
     carry_out,
     check_classes,
     check_inputs,
+    check_start,
+    project_start,
     refuse_not_finite,
     working_type,
 )
@@ -35,9 +37,9 @@ from deq_jax.core.types import Array, Keys, Purpose
 
 
 def auto_attack(
-    logits_fn: Callable[[Array], Array],
+    logits_fn: Callable[..., Array],
     x: Array,
-    y: Array,
+    labels: Array,
     key: int | Array | Keys,
     epsilon: float | None = None,
     *,
@@ -53,9 +55,9 @@ def auto_attack(
 
     Args:
       logits_fn: ``x [B, H, W, C] -> logits [B, K]``, differentiable, K >= 2, deterministic, each image on
-        its own. For a random predictor see `AutoAttack.rand`.
+        its own. A random one is ``(x, keys) -> logits``, see `oracle_of`, and attacked by version "rand".
       x: images [B, H, W, C] in [0, 1], float.
-      y: labels [B], int.
+      labels: [B], int.
       key: PRNG key, or a seed.
       epsilon: radius in ℓ∞, in the unit of x; 8/255 if there is no threat.
       threat: norm and radius, such as ``L2(0.5)``, in place of epsilon.
@@ -75,15 +77,7 @@ def auto_attack(
     versions = {"standard": AutoAttack.standard, "plus": AutoAttack.plus, "rand": AutoAttack.rand}
     require(version in versions, f"auto_attack: version must be one of {', '.join(versions)}, got {version!r}")
     attack = versions[version](threat, batch_size)
-    return attack(oracle_of(_WithoutKeys(logits_fn)), x, y, key, verbose=verbose)
-
-
-@dataclass(frozen=True)
-class _WithoutKeys:
-    logits: Callable[[Array], Array]
-
-    def __call__(self, x: Array, keys: Keys) -> Array:
-        return self.logits(x)
+    return attack(oracle_of(logits_fn), x, labels, key, verbose=verbose)
 
 
 class Stage(NamedTuple):
@@ -179,32 +173,44 @@ class AutoAttack:
         return self.draws * sum(known) if len(known) == len(queries) else None
 
     def __call__(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, *, verbose: bool = False
+        self,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        key: int | Array | Keys,
+        start: Array | None = None,
+        *,
+        verbose: bool = False,
     ) -> Array:
-        """Adversarial images, the worst case for each; see `APGD.__call__`. The target is labels [B].
+        """Adversarial images, the worst case for each; see `APGD.__call__`. The labels are [B].
 
-        With `verbose` a line is printed before the first attack and after each, unless within `jax.jit`.
+        All attacks begin at the start, if there is one. With `verbose` a line is printed before the first attack and
+        after each, unless within `jax.jit`.
         """
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, target, key))):
-            return carry_out(self._run, self._averaged(oracle), x, target, key, pairs=False)
-        for stage in self.stages(oracle, x, target, key):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, labels, key, start))):
+            averaged = self._averaged(oracle)
+            return carry_out(self._run, averaged, x, labels, key, start, threat=self.threat, pairs=False)
+        for stage in self.stages(oracle, x, labels, key, start):
             if verbose:
                 print(stage.described(), flush=True)
         return jnp.asarray(stage.x_adv)
 
-    def stages(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Iterator[Stage]:
+    def stages(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Iterator[Stage]:
         """Yields what is known before the first attack and after each; see `__call__`."""
-        return self.bind(oracle)(x, target, key)
+        return self.bind(oracle)(x, labels, key, start)
 
-    def bind(self, oracle: Oracle) -> Callable[[Array, Array, int | Array | Keys], Iterator[Stage]]:
-        """`stages` of one predictor, traced once per attack and batch shape while this is kept."""
+    def bind(self, oracle: Oracle) -> Callable[..., Iterator[Stage]]:
+        """`stages` of one predictor: ``(x, labels, key, start=None)``, traced once per attack and shape while kept."""
         oracle = self._averaged(oracle)
         judge = Compiled(partial(_judge, oracle))
-        attempts = [Compiled(partial(_attempt_batch, attack, oracle)) for attack in self.attacks]
+        attempts = [Compiled(partial(_attempt_batch, attack, oracle, self.threat)) for attack in self.attacks]
         return partial(self._stages, judge, attempts)
 
-    def _stages(self, judge, attempts, x, target, key):
-        x, labels = check_inputs(x, target, pairs=False)
+    def _stages(self, judge, attempts, x, labels, key, start=None):
+        x, labels = check_inputs(x, labels, pairs=False)
+        begin = None if start is None else np.asarray(check_start(start, x, self.threat))
         keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
         images, every = np.asarray(keys.images), np.arange(len(x))
         best = Best(x.copy(), np.zeros(len(x), bool), np.zeros(len(x), working_type(x)))
@@ -212,12 +218,13 @@ class AutoAttack:
 
         for rows, padded in _batches(every, size):
             own = keys.fold(Purpose.QUERY)._replace(images=images[padded])
+            given = None if begin is None else begin[padded]
             found, logits = judge(x[padded], labels[padded], own)
             check_classes(labels, logits.shape[1])
             _write(best, rows, found)
             finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
             for attempt in attempts:  # what cannot be attacked is found out now
-                attempt.trace(found, x[padded], labels[padded], own)
+                attempt.trace(found, x[padded], labels[padded], own, given)
         refuse_not_finite(finite)
         yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)
 
@@ -226,13 +233,14 @@ class AutoAttack:
             for rows, padded in _batches(left, size):
                 own = keys.fold(1 + number)._replace(images=images[padded])
                 so_far = Best(*(part[padded] for part in best))
-                _write(best, rows, attempt(so_far, x[padded], labels[padded], own))
+                given = None if begin is None else begin[padded]
+                _write(best, rows, attempt(so_far, x[padded], labels[padded], own, given))
             yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
 
-    def _run(self, oracle, x, target, keys):
-        best = Best.clean(oracle, margin, x, target, keys.fold(Purpose.QUERY))
+    def _run(self, oracle, x, labels, keys, start):
+        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
         for number, attack in enumerate(self.attacks):
-            tried = _attempt(attack, oracle, best, x, target, keys.fold(1 + number))
+            tried = _attempt(attack, oracle, best, x, labels, keys.fold(1 + number), start)
             best = best.where(best.fooled, tried)
         return best.x
 
@@ -248,17 +256,30 @@ def _judge(oracle: Oracle, x: Array, labels: Array, keys: Keys) -> tuple[Best, A
     return best._replace(x=x), logits
 
 
-def _attempt_batch(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
+def _attempt_batch(
+    attack: Attack,
+    oracle: Oracle,
+    threat: Threat | None,
+    best: Best,
+    x: Array,
+    labels: Array,
+    keys: Keys,
+    start: Array | None,
+) -> Best:
     guard = Guard.of(oracle, x)
+    begin = None if start is None else project_start(start, guard.centre, threat)
     best = best._replace(x=best.x.astype(guard.centre.dtype))
-    best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys)
+    best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys, begin)
     return best._replace(x=guard.rounded(best.x))
 
 
-def _attempt(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
-    x_adv = attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
-    logits = oracle.logits(x_adv, keys.fold(Purpose.QUERY))
-    return best.update(x_adv, margin(logits, labels), logits, labels)
+def _attempt(
+    attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys, start: Array | None
+) -> Best:
+    queries = keys.fold(Purpose.QUERY)
+    if start is not None:
+        best, attack = best.query(oracle, margin, start, labels, queries.fold(1)), partial(attack, start=start)
+    return best.query(oracle, margin, attack(oracle, x, labels, keys.fold(Purpose.ATTACK)), labels, queries)
 
 
 def _name(attack: Attack) -> str:

@@ -26,7 +26,7 @@ class FAB:
     hyperplane (within the box), overshoots, and takes a mean of the two, biased towards the iterate.
     A misclassified iterate is pulled back to the image.
 
-    With pairs (label, class aimed at) as its target the boundary is the one between the two, one gradient
+    With pairs (label, class aimed at) in place of labels the boundary is the one between the two, one gradient
     query a step; with labels it is the nearest of all K - 1, at K - 1 queries a step.
 
     Attributes:
@@ -55,30 +55,31 @@ class FAB:
         require(self.eta >= 1, f"FAB: eta must be >= 1, got {self.eta!r}")
         require(0 < self.beta < 1, f"FAB: beta must be in (0, 1), got {self.beta!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images of minimal norm; see `APGD.__call__`.
 
         Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
-        x, else x.
+        x, else x. A start that is misclassified already is returned as it is.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
-        labels = labels_of(target)
+    def _run(self, oracle, x, labels, keys, start):
+        given, labels = labels, labels_of(labels)
         num_classes = jax.eval_shape(lambda: oracle.logits(x, keys)).shape[-1]
-        aims = target[None, :, 1] if target.ndim == 2 else _others(labels, num_classes)
+        aims = given[None, :, 1] if given.ndim == 2 else _others(labels, num_classes)
 
         def restart(number, best):
             own = keys.fold(1 + number)
             radius = jnp.where(number == 0, 0, self.threat.epsilon / 2)
-            start = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
+            begin = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
+            begin = begin if start is None else jnp.where(number == 0, start, begin)
             queries = own.fold(Purpose.QUERY)
-            found = self._walk(oracle, x, start, labels, aims, queries)
-            x_adv = self.threat.project(found, x)
-            logits = oracle.logits(x_adv, queries.fold(2 * self.steps + 1))
-            return best.update(x_adv, margin(logits, labels), logits, labels)
+            found = self.threat.project(self._walk(oracle, x, begin, labels, aims, queries), x)
+            return best.query(oracle, margin, found, labels, queries.fold(2 * self.steps + 1))
 
-        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
+        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
         return until_fooled(restart, best, self.restarts).x
 
     def _walk(self, oracle, x, start, labels, aims, queries):

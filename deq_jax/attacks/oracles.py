@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -28,8 +29,8 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
     def logits(x: Array, keys: Keys) -> Array:
         return jnp.mean(jnp.stack([oracle.logits(x, keys.fold(i)) for i, oracle in enumerate(oracles)]), axis=0)
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        answers = [oracle.grad(loss, x, target, keys.fold(i)) for i, oracle in enumerate(oracles)]
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        answers = [oracle.grad(loss, x, labels, keys.fold(i)) for i, oracle in enumerate(oracles)]
         return jax.tree.map(lambda *parts: sum(parts) / len(oracles), *answers)
 
     return Oracle(logits, grad)
@@ -58,8 +59,8 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
     def logits(x: Array, keys: Keys) -> Array:
         return mean(lambda number: oracle.logits(x, keys.fold(number)))
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        return mean(lambda number: oracle.grad(loss, x, target, keys.fold(number)))
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        return mean(lambda number: oracle.grad(loss, x, labels, keys.fold(number)))
 
     return Oracle(logits, grad)
 
@@ -72,27 +73,47 @@ def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
       judge: the deployed predictor; it is asked once more with every gradient.
     """
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        gradient = source.grad(loss, x, target, keys)[2]
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        gradient = source.grad(loss, x, labels, keys)[2]
         logits = judge.logits(x, keys)
-        return loss(logits, target), logits, gradient
+        return loss(logits, labels), logits, gradient
 
     return Oracle(judge.logits, grad)
 
 
-def oracle_of(logits: Callable[[Array, Keys], Array]) -> Oracle:
-    """Oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``; equal for the same one."""
-    return Oracle(logits, _Gradient(logits))
+def oracle_of(logits: Callable[..., Array]) -> Oracle:
+    """Oracle of a differentiable predictor; equal for the same one.
+
+    Args:
+      logits: ``x [B, H, W, C] -> logits [B, K]``; or, of a random predictor, ``(x, keys)``: a function is called with
+        `Keys` if it has a parameter of the name `keys`, or two that must be given.
+
+    >>> oracle_of(lambda x: x.reshape(len(x), -1)).logits(jnp.ones((2, 1, 1, 3)), Keys.of(0, 2)).shape
+    (2, 3)
+    """
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    further = [p for p in inspect.signature(logits).parameters.values() if p.kind in kinds][1:]
+    takes_keys = any(p.name == "keys" or p.default is p.empty for p in further)
+    answer = logits if takes_keys else _WithoutKeys(logits)
+    return Oracle(answer, _Gradient(answer))
+
+
+@dataclass(frozen=True)
+class _WithoutKeys:
+    logits: Callable[[Array], Array]
+
+    def __call__(self, x: Array, keys: Keys) -> Array:
+        return self.logits(x)
 
 
 @dataclass(frozen=True)
 class _Gradient:
     logits: Callable[[Array, Keys], Array]
 
-    def __call__(self, loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+    def __call__(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
         def total(x):
             scores = self.logits(x, keys)
-            losses = loss(scores, target)
+            losses = loss(scores, labels)
             return jnp.sum(losses), (losses, scores)
 
         gradient, (losses, scores) = jax.grad(total, has_aux=True)(x)
@@ -107,7 +128,7 @@ class Oracle(NamedTuple):
 
     Attributes:
       logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
-      grad: ``(loss, x, target, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
+      grad: ``(loss, x, labels, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
         gradient of the summed loss with respect to x.
     """
 
@@ -116,21 +137,29 @@ class Oracle(NamedTuple):
 
 
 class Attack(Protocol):
-    """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1].
+    """``(oracle, x, labels, key, start=None) -> x_adv``, within the threat model's ball and [0, 1].
 
     The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
-    in their own dtype. The target is labels [B] of any integer type, from 0 to K - 1, or for some attacks pairs
+    in their own dtype. The labels are [B] of any integer type, from 0 to K - 1, or for some attacks pairs
     (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
+    The start is images [B, H, W, C] within the ball, from which the attack begins in place of its own (random) start.
+    An attack of several restarts uses it for the first; attacks made of attacks hand it to each. What comes back is
+    never worse than the start: misclassified if that was, else of no lower loss. (Exceptions: `PGD` without `best_of`
+    returns its last iterate, and `Noise` takes no start.)
+
     The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
-    [0, 1] by more than 1e-6, labels that are no classes, logits that are not [B, K] with K >= 2 or, on the images
-    themselves, not finite. Values are not known within `jax.jit`: there an image outside [0, 1] comes back as NaN, and
-    one without a class or without finite logits unchanged. Outside of it an attack is compiled as a whole, at the
-    first of all calls with the same program and shapes.
+    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are no classes, logits that are
+    not [B, K] with K >= 2 or, on the images themselves, not finite. Values are not known within `jax.jit`: there an
+    image outside [0, 1] comes back as NaN, and one without a class or without finite logits unchanged; a start is
+    projected. Outside of it an attack is compiled as a whole, at the first of all calls with the same program and
+    shapes.
 
     An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
     `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
     asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
     """
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array: ...
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,9 @@ class PGD:
       steps: per restart; each costs one gradient query.
       step_size: length of a step, in the unit of x ([0, 1]); None for ``2.5 epsilon / steps`` [Madry et al. 2018].
       restarts: number of random starts.
-      loss: maximised, ``(logits, target) -> [B]``.
-      start: where a restart begins.
-      best_of: return, per image, a misclassified iterate if there was one (judged where the target is
+      loss: maximised, ``(logits, labels) -> [B]``.
+      start: where a restart begins, unless images are given to start from.
+      best_of: return, per image, a misclassified iterate if there was one (judged where the labels is
         labels), and among equals the one of highest loss, x itself if none was better; costs one more query
         per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
     """
@@ -75,33 +75,40 @@ class PGD:
         """See `Attack`."""
         return self.steps * self.restarts
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images.
 
         Args:
           oracle: of the predictor.
           x: images [B, H, W, C] in [0, 1].
-          target: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
+          labels: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.
+          start: images [B, H, W, C] in the ball, where the first restart begins; None for its own start.
 
         Returns:
-          [B, H, W, C], within epsilon of x and within [0, 1].
+          [B, H, W, C], within epsilon of x and within [0, 1]; with best_of never worse than the start.
 
         Raises:
           InputError: see `types.Attack`; whether clean logits are finite is looked at with best_of alone.
         """
-        return carry_out(self._run, oracle, x, target, key, reference=True, asks=self.best_of)
+        checks: Any = {"threat": self.threat, "reference": True, "asks": self.best_of}
+        return carry_out(self._run, oracle, x, labels, key, start, **checks)
 
-    def _run(self, oracle, x, target, keys):
-        def restart(number, best):
-            return self._restart(oracle, x, target, keys.fold(number), best)
-
+    def _run(self, oracle, x, labels, keys, start):
         if not self.best_of:
-            return restart(0, None)[0]
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(Purpose.QUERY))
-        return lax.scan(lambda best, number: (restart(number, best)[1], None), best, jnp.arange(self.restarts))[0].x
+            return self._restart(oracle, x, labels, keys.fold(0), None, start)[0]
 
-    def _restart(self, oracle, x, target, keys, best):
+        def restart(best, number):
+            own = keys.fold(number)
+            first = None if start is None else jnp.where(number == 0, start, self.start(own, x, self.threat))
+            return self._restart(oracle, x, labels, own, best, first)[1], None
+
+        best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
+        return lax.scan(restart, best, jnp.arange(self.restarts))[0].x
+
+    def _restart(self, oracle, x, labels, keys, best, start):
         """The last iterate, and the best so far; None stays None."""
         threat, step_size, queries = self.threat, self.step_size, keys.fold(Purpose.QUERY)
         if step_size is None:
@@ -109,14 +116,13 @@ class PGD:
 
         def step(carry, number):
             x_adv, best = carry
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, queries.fold(number))
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, queries.fold(number))
             if best is not None:
-                best = best.update(x_adv, losses, logits, target)
+                best = best.update(x_adv, losses, logits, labels)
             return (threat.project(x_adv + step_size * threat.steepest(gradient), x), best), None
 
-        start = threat.project(self.start(keys, x, threat), x)
-        (x_adv, best), _ = lax.scan(step, (start, best), 1 + jnp.arange(self.steps))
+        begin = threat.project(self.start(keys, x, threat) if start is None else start, x)
+        (x_adv, best), _ = lax.scan(step, (begin, best), 1 + jnp.arange(self.steps))
         if best is None:
             return x_adv, None
-        logits = oracle.logits(x_adv, queries.fold(self.steps + 1))
-        return x_adv, best.update(x_adv, self.loss(logits, target), logits, target)
+        return x_adv, best.query(oracle, self.loss, x_adv, labels, queries.fold(self.steps + 1))

@@ -46,16 +46,18 @@ class Square:
         require(self.queries >= 1, f"Square: queries must be >= 1, got {self.queries!r}")
         require(0 < self.p_init <= 1, f"Square: p_init must be in (0, 1], got {self.p_init!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images; see `APGD.__call__`. Of a pair (label, class aimed at) only the label counts.
 
-        An image is left alone once it is misclassified.
+        An image is left alone once it is misclassified. A start takes the place of the first random pattern.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
-        labels = labels_of(target)
-        start, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
+    def _run(self, oracle, x, labels, keys, start):
+        labels = labels_of(labels)
+        pattern, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 
         def query(number, candidate):
@@ -70,9 +72,9 @@ class Square:
 
             return best.update(*query(1 + number, changed))
 
-        clean = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
+        clean = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
         nothing = clean._replace(loss=jnp.full_like(clean.loss, -jnp.inf))
-        first = nothing.update(*query(0, lambda own: start(own, x, self.threat.epsilon)))
+        first = nothing.update(*query(0, lambda own: pattern(own, x, self.threat.epsilon) if start is None else start))
         found = until_fooled(attempt, clean.where(clean.fooled, first), self.queries - 1)
         return found.where(found.fooled | (found.loss > clean.loss), clean).x
 

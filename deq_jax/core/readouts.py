@@ -24,17 +24,22 @@ class FinalState:
 
 @dataclass(frozen=True)
 class IntermediateState:
-    """The state z_t after exactly `t` solver steps, 1 <= t <= T (the early state of Yang et al. 2022)."""
+    """The state z_t after exactly t solver steps (the early state of Yang et al. 2022).
 
-    t: int
+    Attributes:
+      state: t, counts the solver's steps from 1 to T.
+    """
+
+    state: int
 
     def __post_init__(self):
-        require(self.t >= 1, f"IntermediateState: t counts from 1, got {self.t!r}")
+        require(self.state >= 1, f"IntermediateState: state counts from 1, got {self.state!r}")
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         steps = len(solution.residuals)
-        require(self.t <= steps, f"IntermediateState: t must be at most the solver's {steps} steps, got {self.t}")
-        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+        within = self.state <= steps
+        require(within, f"IntermediateState: state must be at most the solver's {steps} steps, got {self.state}")
+        return jax.tree.map(lambda states: states[self.state - 1], solution.states)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ Cell = Callable[[Params, PyTree, PyTree], PyTree]
 """``(params, z, u) -> f(z; u)``; every leaf of z and u has a leading batch axis, samples independent."""
 
 Loss = Callable[[Array, Array], Array]
-"""``(logits [B, K], target [B] or [B, K]) -> [B]``; larger is worse for the classifier."""
+"""``(logits [B, K], labels) -> [B]``; larger is worse for the classifier. See `attacks.Attack` for the labels."""
 
 
 def prng_key(seed: Any) -> Array:

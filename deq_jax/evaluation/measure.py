@@ -64,7 +64,9 @@ class Outcomes(NamedTuple):
     adjoint_residual: AnyArray = None
 
 
-def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys | None = None) -> Measured:
+def measure(
+    classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys | None = None
+) -> Measured:
     """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
 
     A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
@@ -79,7 +81,7 @@ def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, ke
         logits = jnp.concatenate([lax.map(decode, solution.states), mean, logits])
         lowest = jnp.min(solution.residuals, axis=0, keepdims=True)
         residual = jnp.concatenate([solution.residuals, unknown, lowest])
-    margins = jax.vmap(margin, (0, None))(logits, y)
+    margins = jax.vmap(margin, (0, None))(logits, labels)
     return Measured(jnp.argmax(logits, axis=-1).T, margins.T, jax.vmap(entropy)(logits).T, residual.T)
 
 
@@ -97,14 +99,14 @@ def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys:
     return spectral_radius(classifier.apply_cell, params, u, z, start, RADIUS_STEPS)
 
 
-def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, y: Array) -> Array | None:
+def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, labels: Array) -> Array | None:
     """How well the classifier's own gradient estimator solves the adjoint equation of its cross-entropy, [B].
 
     Args:
       classifier: as trained.
       variables: of the classifier.
       x: images [B, H, W, C] in [0, 1].
-      y: labels [B].
+      labels: [B].
 
     Returns:
       Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ whose estimator has an adjoint
@@ -115,7 +117,7 @@ def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, y:
     solution: Any = classifier(variables, x).solution
     z, params, u = classifier.dynamics.readout(solution), variables["params"]["cell"], classifier.encode(variables, x)
     fz = classifier.apply_cell(params, z, u)
-    g = jax.grad(lambda z: jnp.sum(cross_entropy(classifier.decode(variables, z), y)))(fz)
+    g = jax.grad(lambda z: jnp.sum(cross_entropy(classifier.decode(variables, z), labels)))(fz)
     return adjoint_residual(classifier.dynamics.gradient, classifier.apply_cell, params, u, z, g)
 
 
@@ -136,7 +138,7 @@ def attack_batch(
     Args:
       classifier: as deployed; success is judged on it.
       variables: of the classifier.
-      attack: called with labels as its target.
+      attack: called with labels.
       batch: images of this device.
       seed: of the attack's randomness.
       surrogate: gives the gradients; None for the classifier's own.
@@ -197,9 +199,9 @@ def evaluator(
     return run_all
 
 
-def is_correct(measured: Measured, y: AnyArray) -> AnyArray:
+def is_correct(measured: Measured, labels: AnyArray) -> AnyArray:
     """[N, R] bool. Logits that are not finite never count as fooled."""
-    return (measured.label == y[:, None]) | ~np.isfinite(measured.margin)
+    return (measured.label == labels[:, None]) | ~np.isfinite(measured.margin)
 
 
 def correctness(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray | None]:

@@ -41,6 +41,12 @@ NAMES = {
 }
 """Names that did not go where the rest of their module went."""
 
+FIELDS = {
+    "deq_jax.core.IntermediateState": {"t": "state"},
+    "deq_jax.surrogates.SimultaneousAdjoint": {"step": "state"},
+}
+"""Of each class, under its name of this version: fields that had another name."""
+
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """One object or function of a config tree, without what is below it, under the names of this version.
@@ -50,6 +56,8 @@ def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """
     for key in {"class", "name"} & tree.keys():
         tree = tree | {key: _renamed(tree[key])}
+    fields = FIELDS.get(tree.get("class", ""), {})
+    tree = {fields.get(name, name): value for name, value in tree.items()}
     if tree.get("class") == "deq_jax.attacks.PGD" and "epsilon" in tree:  # in ℓ∞, the only norm that it had
         ball = {"class": "deq_jax.attacks.Linf", "epsilon": tree["epsilon"]}
         others = {name: value for name, value in tree.items() if name != "epsilon"}

@@ -242,10 +242,10 @@ class PathAverage:
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
         path = partial(self.source.path, defended(classifier), variables)
 
-        def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
             def total(x):
                 logits = path(x, keys)
-                losses = jnp.mean(jax.vmap(loss, (0, None))(logits, target), axis=0)
+                losses = jnp.mean(jax.vmap(loss, (0, None))(logits, labels), axis=0)
                 return jnp.sum(losses), (losses, jnp.mean(logits, axis=0))
 
             gradient, (losses, logits) = jax.grad(total, has_aux=True)(x)

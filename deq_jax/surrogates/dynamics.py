@@ -178,43 +178,43 @@ class SimultaneousAdjoint:
     ``u_n^T df(z_n; x)/dx``, which tends to the exact one as the steps grow.
 
     Attributes:
-      step: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
+      state: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
 
     References: Yang et al. 2022, section 4.1 (a reconstruction from its description).
     """
 
-    step: Number
+    state: Number
 
     def __post_init__(self):
-        _check_count("SimultaneousAdjoint: step", self.step, 1, np.inf)
+        _check_count("SimultaneousAdjoint: state", self.state, 1, np.inf)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
         model, solver = require_deq(classifier)
         require(isinstance(solver, Broyden), f"SimultaneousAdjoint: the solver must be Broyden, got {solver!r}")
-        _check_count("SimultaneousAdjoint: step", self.step, 1, solver.steps)
+        _check_count("SimultaneousAdjoint: state", self.state, 1, solver.steps)
         return Oracle(partial(self._logits, model, variables), partial(self._grad, model, variables))
 
     def _logits(self, model: Equilibrium, variables: Variables, x: Array, keys: Keys) -> Array:
         solution: Any = model(variables, x).solution
-        return model.decode(variables, _RawState(self.step)(solution))
+        return model.decode(variables, _RawState(self.state)(solution))
 
     @compiled("model", "loss")
     def _grad(
-        self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, target: Array, keys: Keys
+        self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, labels: Array, keys: Keys
     ) -> tuple[Array, Array, Array]:
         solver: Any = model.dynamics.solver
         u, params = model.encode(variables, x), variables["params"]["cell"]
 
         def total(z: PyTree) -> tuple[Array, tuple[Array, Array]]:
             logits = model.decode(variables, z)
-            losses = loss(logits, target)
+            losses = loss(logits, labels)
             return jnp.sum(losses), (losses, logits)
 
         def cotangent(z: PyTree) -> PyTree:
             return jax.grad(total, has_aux=True)(z)[0]
 
         run = simultaneous_adjoint(solver, model.apply_cell, params, u, zero_state(u), cotangent)
-        z, adjoint = jax.tree.map(lambda leaf: leaf[self.step - 1], run)
+        z, adjoint = jax.tree.map(lambda leaf: leaf[self.state - 1], run)
         _, vjp = jax.vjp(lambda x: model.apply_cell(params, z, model.encode(variables, x)), x)
         return *total(z)[1], vjp(adjoint)[0]
 
@@ -223,10 +223,10 @@ class SimultaneousAdjoint:
 class _RawState:
     """The state z_t, where t may be traced, unlike in `IntermediateState`."""
 
-    t: Number
+    state: Number
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
-        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+        return jax.tree.map(lambda states: states[self.state - 1], solution.states)
 
 
 def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:

@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
 class Objective(Protocol):
     """What training minimises."""
 
-    def perturb(self, classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys) -> Array:
+    def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         """Images to train on, [B, H, W, C]."""
         ...
 
@@ -44,7 +44,7 @@ class Objective(Protocol):
         variables: Variables,
         x: Array,
         x_adv: Array,
-        y: Array,
+        labels: Array,
         keys: Keys,
         axis_name: str | None,
     ) -> tuple[Array, Outcome]:
@@ -56,13 +56,13 @@ class Objective(Protocol):
 class Standard:
     """Cross-entropy on the images as they are."""
 
-    def perturb(self, classifier, variables, x, y, keys):
+    def perturb(self, classifier, variables, x, labels, keys):
         return x
 
-    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
+    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
-        metrics = {"accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
+        loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
+        metrics = {"accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
 
@@ -81,14 +81,14 @@ class PGDAdversarialTraining:
     attack: Attack
     random_attack: bool = True
 
-    def perturb(self, classifier, variables, x, y, keys):
+    def perturb(self, classifier, variables, x, labels, keys):
         oracle = classifier_oracle(classifier, variables, random=self.random_attack)
-        return self.attack(oracle, x, y, keys.fold(Purpose.ATTACK))
+        return self.attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
 
-    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
+    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.ADVERSARIAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
-        metrics = {"adversarial_accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
+        loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
+        metrics = {"adversarial_accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
 
@@ -100,7 +100,7 @@ class Trades:
     statistics are updated in that order.
 
     Attributes:
-      attack: maximises the divergence; its loss must be `kl`, its target is the clean logits.
+      attack: maximises the divergence; its loss must be `kl`, and it gets the clean logits in place of labels.
       beta: weight of the divergence.
       random_attack: as in `PGDAdversarialTraining`.
       tied: draw the same random state and dropout masks in both passes, rather than independent ones.
@@ -117,23 +117,23 @@ class Trades:
     def __post_init__(self):
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
         loss = getattr(self.attack, "loss", kl)
-        require(loss is kl, "Trades: the attack must maximise losses.kl, since its target is the clean logits")
+        require(loss is kl, "Trades: the attack must maximise losses.kl, since it gets clean logits for labels")
 
-    def perturb(self, classifier, variables, x, y, keys):
+    def perturb(self, classifier, variables, x, labels, keys):
         oracle = classifier_oracle(classifier, variables, random=self.random_attack)
         clean_logits = oracle.logits(x, keys.fold(Purpose.NATURAL))
         return self.attack(oracle, x, clean_logits, keys.fold(Purpose.ATTACK))
 
-    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
+    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
         natural = classifier(variables, x, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
         variables = {**variables, "batch_stats": natural.batch_stats}
         adversarial_keys = keys.fold(Purpose.NATURAL if self.tied else Purpose.ADVERSARIAL)
         adversarial = classifier(variables, x_adv, train=True, keys=adversarial_keys, axis_name=axis_name)
-        natural_loss = jnp.mean(cross_entropy(natural.logits, y))
+        natural_loss = jnp.mean(cross_entropy(natural.logits, labels))
         divergence = jnp.mean(kl(adversarial.logits, natural.logits))
         metrics = {
-            "accuracy": _accuracy(natural, y),
-            "adversarial_accuracy": _accuracy(adversarial, y),
+            "accuracy": _accuracy(natural, labels),
+            "adversarial_accuracy": _accuracy(adversarial, labels),
             "natural_loss": natural_loss,
             "divergence": divergence,
             **_solver_metrics(adversarial),
@@ -142,8 +142,8 @@ class Trades:
         return loss, Outcome(adversarial.batch_stats, metrics)
 
 
-def _accuracy(prediction: Prediction, y: Array) -> Array:
-    return jnp.mean(jnp.argmax(prediction.logits, axis=-1) == y)
+def _accuracy(prediction: Prediction, labels: Array) -> Array:
+    return jnp.mean(jnp.argmax(prediction.logits, axis=-1) == labels)
 
 
 def _solver_metrics(prediction: Prediction) -> dict[str, Array]:

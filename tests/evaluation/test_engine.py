@@ -195,7 +195,7 @@ class TestWorstCase:
         assert (result.robust()["on"] <= union).all()
         higher = result.attempts["on"].measured.margin[:, -1] - worst.margin[:, -1]
         assert higher.min() > -1e-4 and np.mean(higher) > 1e-2
-        with pytest.raises(InputError, match="from_worst is for PGD, got Noise"):
+        with pytest.raises(InputError, match="from_worst is for attacks that take a start, got Noise"):
             replace(TRIALS[0], from_worst=True)
 
     def test_cumulative_trials_attack_what_is_left_with_the_same_result(self, own, cumulative):
@@ -244,7 +244,7 @@ class TestWorstCase:
 class Rogue:
     """Leaves the ball."""
 
-    def __call__(self, oracle, x, target, key):
+    def __call__(self, oracle, x, labels, key, start=None):
         return jnp.clip(x + 0.1, 0, 1)
 
 
@@ -312,9 +312,9 @@ TRACES: list[float] = []
 class Traced(PGD):
     """PGD that notes when it is traced."""
 
-    def __call__(self, oracle, x, target, key):
+    def __call__(self, oracle, x, labels, key, start=None):
         TRACES.append(self.threat.epsilon)
-        return super().__call__(oracle, x, target, key)
+        return super().__call__(oracle, x, labels, key, start)
 
 
 def test_surrogates_that_differ_in_numbers_are_compiled_once(deq, tmp_path):
