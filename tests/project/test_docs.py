@@ -93,3 +93,10 @@ def test_every_page_is_linked_from_another():
 
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
+
+
+def test_the_site_has_every_page_and_every_room():
+    shown = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page != README}
+    rooms = {f"api/{face.parent.name}.md" for face in ROOT.glob("deq_jax/**/__init__.py")}
+    assert shown == written | rooms | {"index.md", "contributing.md", "changelog.md"}
