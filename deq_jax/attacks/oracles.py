@@ -1,4 +1,4 @@
-"""What an attacker may ask of a predictor, and oracles made of oracles; attacks see these, never models."""
+"""Oracles: the questions that an attacker may ask of a predictor. Attacks see oracles, never models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deq_jax.core.types import Array, Keys, Loss
 def average(oracles: Sequence[Oracle]) -> Oracle:
     """The mean of several oracles: of their logits, and of their losses and gradients.
 
-    The gradient is that of the mean loss, not of the loss of the mean logits.
+    The gradient belongs to the mean loss, not to the loss of the mean logits.
 
     Args:
       oracles: at least one; the i-th draws from keys folded with i.
@@ -38,11 +38,11 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
 def expectation(oracle: Oracle, draws: int) -> Oracle:
     """Expectation over transformation (EOT): the mean of a random oracle over several draws.
 
-    Logits are averaged too, so that an attack does not select what one lucky draw misclassified.
+    Logits are also averaged, so that an attack does not select images that one lucky draw misclassified.
 
     Args:
       oracle: random in its keys.
-      draws: per query; the i-th uses keys folded with i.
+      draws: number per query; the i-th uses keys folded with i.
 
     References: Athalye et al. 2018, section 3.
     """
@@ -65,7 +65,7 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
 
 
 def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
-    """Gradients of one predictor, success and loss judged on another.
+    """Gradients of one predictor, success and loss of another.
 
     Args:
       source: gives the gradients.
@@ -81,7 +81,7 @@ def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
 
 
 def oracle_of(logits: Callable[[Array, Keys], Array]) -> Oracle:
-    """Oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``; equal for the same one."""
+    """The oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``; equal for the same one."""
     return Oracle(logits, _Gradient(logits))
 
 
@@ -100,13 +100,13 @@ class _Gradient:
 
 
 class Oracle(NamedTuple):
-    """All that an attacker may ask. The gradient need not be that of the logits.
+    """Logits, and a gradient that need not belong to them.
 
-    An attack asks in the dtype of its images; answers in another one are cast. Shapes are checked at every query, also
-    within `jax.jit`.
+    An attack asks in the dtype of its images; answers in another dtype are cast. Shapes are checked at every query,
+    also within `jax.jit`.
 
     Attributes:
-      logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
+      logits: ``(x, keys) -> [B, K]``, logits of the deployed predictor, which decide on success.
       grad: ``(loss, x, target, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
         gradient of the summed loss with respect to x.
     """
@@ -118,7 +118,7 @@ class Oracle(NamedTuple):
 class Attack(Protocol):
     """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1].
 
-    The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
+    The images x are [B, H, W, C], floating, in [0, 1]. Half-precision images are attacked in float32, and come back
     in their own dtype. The target is labels [B] of any integer type, from 0 to K - 1, or for some attacks pairs
     (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
@@ -128,9 +128,9 @@ class Attack(Protocol):
     one without a class or without finite logits unchanged. Outside of it an attack is compiled as a whole, at the
     first of all calls with the same program and shapes.
 
-    An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
-    `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
-    asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
+    An attack may declare more: `threat`, its threat model, which evaluations compare with theirs; `uses_gradients`,
+    which tells white-box attacks from black-box ones; `gradient_queries`, the number of gradients per image, at most.
+    Nothing is concluded from an undeclared trait, or from None.
     """
 
     def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array: ...

@@ -54,7 +54,7 @@ class SPSA:
         require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
 
     def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
-        """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
+        """Adversarial images; see `APGD.__call__`. A misclassified image no longer changes."""
         return carry_out(self._run, oracle, x, target, key)
 
     def _run(self, oracle, x, target, keys):

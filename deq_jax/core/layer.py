@@ -29,7 +29,7 @@ def deq(
 
     Args:
       cell: ``(params, z, u) -> z``, samples independent; pure. It must not close over traced values.
-      params: of the cell; differentiable.
+      params: parameters of the cell; differentiable.
       u: injection, leaves [B, ...]; differentiable.
       z0: start of the solver, leaves [B, ...]; carries no gradient.
       solver: which trajectory; None for none (the readout is z0).
@@ -41,7 +41,7 @@ def deq(
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
 
     Raises:
-      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
+      InputError: z0 or u is not such a batch, or the cell does not return such a state; see `cells.apply`.
     """
     constant = lax.stop_gradient
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))

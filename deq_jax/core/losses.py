@@ -1,13 +1,4 @@
-"""Adaptive attacks on defences: surrogates that give the gradient of a defended classifier.
-
-A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`.
-`BPDA` is for anyone's wrapper around a classifier, the others are for input entropy reduction (`EntropyReduced`);
-success stays judged on the defended predictor (`attacks.combine.surrogate`).
-Their oracles draw from the keys of a query, so that a random defence is attacked through
-`attacks.combine.expectation`. Square and SPSA need no surrogate.
-
-References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on test-time defences).
-"""
+"""Losses of logits, one number per example: larger is worse for the classifier. Attacks maximise them."""
 
 from __future__ import annotations
 
@@ -23,11 +14,11 @@ from deq_jax.core.types import Array
 
 @dataclass(frozen=True)
 class LowEntropy:
-    """Loss that wants a confident mistake, which a defence that lowers the entropy makes only more certain:
+    """Aims for confident mistakes, which an entropy-lowering defence only reinforces:
     ``log softmax(logits)[wrong] - weight * entropy``.
 
     Attributes:
-      weight: of the entropy in nats, >= 0.
+      weight: weight of the entropy in nats, >= 0.
     """
 
     weight: float = 1.0

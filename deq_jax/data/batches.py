@@ -15,7 +15,7 @@ from deq_jax.data.datasets import Images
 
 
 def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The images of training step `step` (from 0): every epoch a new order, its incomplete last batch left out."""
+    """The images of training step `step` (from 0): a new order every epoch, without an incomplete batch."""
     epoch, position = divmod(step, size // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(size)
     return order[position * batch_size : (position + 1) * batch_size]
@@ -48,7 +48,7 @@ def evaluation_batches(data: Images, batch_size: int) -> list[EvaluationBatch]:
 
 
 def to_unit(x: Array) -> Array:
-    """uint8 images as float32 in [0, 1]; floating images as they are, in float32."""
+    """uint8 images as float32 in [0, 1]; floating images in float32."""
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
 
 

@@ -18,7 +18,7 @@ from deq_jax.core.errors import InputError, require
 
 SPLIT_SEED = 0
 
-COLOURS = (1, 3)  # channels that images have, where a shape must tell which axis they are
+COLOURS = (1, 3)  # usual numbers of channels, by which a shape tells the axis
 
 
 class Images(NamedTuple):
@@ -46,7 +46,7 @@ class Dataset(Protocol):
 class Digits:
     """1,797 handwritten digits of 8x8 pixels, shipped with the package.
 
-    Split once and for all: 1,149 for training, 288 for validation, 360 for testing.
+    Always split alike: 1,149 for training, 288 for validation, 360 for testing.
 
     References: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (UCI, CC BY 4.0), the
     test part that scikit-learn distributes.
@@ -68,7 +68,7 @@ class Npz:
     are [N] integers from 0 on.
 
     Attributes:
-      path: of the npz file.
+      path: the npz file.
       validation: share of the training images that is held out.
       channels: "last" for [N, H, W, C]; "first" for [N, C, H, W], as PyTorch has them; None: last, but a shape that
         looks like channels first, such as [N, 3, 32, 32], is refused.

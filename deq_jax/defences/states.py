@@ -14,12 +14,12 @@ from deq_jax.models.classifiers import Equilibrium, require_deq
 def deployed(classifier: Classifier, readout: Readout) -> Equilibrium | EntropyReduced:
     """The predictor that classifies a raw state: early (`IntermediateState`) or ensemble (`EnsembleState`).
 
-    Its logits are the decoder's of that very state; its gradient is that of the classifier's estimator
+    It decodes exactly that state. Its gradient comes from the classifier's estimator
     there. The undefended predictor is the classifier itself. With input entropy reduction it is a state of the
     regulated dynamics.
 
     Raises:
-      InputError: the classifier is no DEQ with a solver.
+      InputError: the classifier is not a DEQ with a solver.
     """
     if isinstance(classifier, EntropyReduced):
         return replace(classifier, readout=readout)

@@ -1,7 +1,7 @@
 """The multiscale deep equilibrium model (MDEQ): a state of several resolutions, fused in every step.
 
 Branch i of the state has ``channels[i]`` channels at 1 / 2^i of the image's resolution. `mdeq_large` is of the
-size of a ResNet-18, `mdeq_xl` of that of a WRN-34-10.
+size of a ResNet-18, `mdeq_xl` the size of a WRN-34-10.
 
 References: Bai et al. 2020 (Multiscale deep equilibrium models); Salimans & Kingma 2016 (weight normalisation).
 """
@@ -56,9 +56,9 @@ def mdeq(
 
     Args:
       num_classes: K.
-      channels: of each branch, finest first; multiples of 8.
+      channels: number in each branch, finest first; multiples of 8.
       head_channels: width of each branch's bottleneck in the head.
-      final_channels: of the features that are averaged and classified.
+      final_channels: number of features that are averaged and classified.
       expansion: channels inside the cell's blocks, as a multiple.
       dropout: rate of the variational dropout inside the cell.
 
@@ -195,7 +195,7 @@ class Upsample(nn.Module):
         batch, height, width, channels = y.shape
         y = jnp.broadcast_to(
             y[:, :, None, :, None], (batch, height, self.factor, width, self.factor, channels)
-        )  # a broadcast, whose gradient is a sum and not a scatter
+        )  # a broadcast: its gradient is a sum, not a scatter
         return y.reshape(batch, height * self.factor, width * self.factor, channels)
 
 
