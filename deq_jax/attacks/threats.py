@@ -51,7 +51,15 @@ class Threat(Protocol):
 
 @dataclass(frozen=True)
 class Linf:
-    """``max |delta| <= epsilon``."""
+    """``max |delta| <= epsilon``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import Linf
+      >>> x = jnp.zeros((1, 1, 1, 2))
+      >>> Linf(0.25).project(x + jnp.array([0.125, 0.5]), x).tolist()
+      [[[[0.125, 0.25]]]]
+    """
 
     epsilon: float
 
@@ -94,7 +102,14 @@ class Linf:
 
 @dataclass(frozen=True)
 class L2:
-    """``sqrt(sum delta^2) <= epsilon``."""
+    """``sqrt(sum delta^2) <= epsilon``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import L2
+      >>> L2(1.0).length(jnp.array([[[[3.0, 4.0]]]])).tolist()
+      [5.0]
+    """
 
     epsilon: float
 

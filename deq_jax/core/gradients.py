@@ -151,6 +151,17 @@ class Implicit:
       solver: solves the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
 
     References: Bai et al. 2019, theorem 1.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax import Broyden, Implicit, deq
+      >>> def cell(a, z, u):
+      ...     return a * z + u
+      >>> def equilibrium(a):  # 1 / (1 - a), with derivative 1 / (1 - a)^2
+      ...     one = jnp.ones((1, 1))
+      ...     return deq(cell, a, one, 0 * one, solver=Broyden(8), gradient=Implicit())[0].sum()
+      >>> round(float(jax.grad(equilibrium)(0.5)), 3)
+      4.0
     """
 
     solver: Solver = Broyden(7)

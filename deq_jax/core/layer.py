@@ -27,6 +27,16 @@ def deq(
     It is compiled once for equal cells, choices and shapes. A function made anew for every call, such as a lambda in a
     loop, is compiled at every call outside `jax.jit`.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Broyden, Implicit, deq
+      >>> def cell(params, z, u):
+      ...     return params * jnp.tanh(z) + u
+      >>> u = jnp.ones((2, 3))
+      >>> z, solution = deq(cell, 0.5, u, jnp.zeros_like(u), solver=Broyden(8), gradient=Implicit())
+      >>> z.shape, solution.states.shape, bool((solution.residuals[-1] < 1e-3).all())
+      ((2, 3), (8, 2, 3), True)
+
     Args:
       cell: ``(params, z, u) -> z``, samples independent; pure. It must not close over traced values.
       params: parameters of the cell; differentiable.
@@ -41,7 +51,7 @@ def deq(
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
 
     Raises:
-      InputError: z0 or u is not such a batch, or the cell does not return such a state; see `cells.apply`.
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
     """
     constant = lax.stop_gradient
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))

@@ -95,7 +95,14 @@ def kl(logits: Array, reference_logits: Array) -> Array:
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017)."""
+    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import margin
+      >>> margin(jnp.array([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]]), jnp.array([0, 1])).tolist()
+      [-2.0, 2.0]
+    """
     return jnp.max(without(logits, labels), axis=-1) - _pick(logits, labels)
 
 

@@ -46,6 +46,18 @@ def solve(
 
     Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
     each sample's own (the reference stops and chooses by the norm of the whole batch).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import FixedPoint, solve
+      >>> def cell(params, z, u):
+      ...     return params * z + u
+      >>> u = jnp.ones((2, 3))
+      >>> first = solve(FixedPoint(2), cell, 0.5, jnp.zeros_like(u), u)
+      >>> first.states[:, 0, 0].tolist()
+      [1.0, 1.5]
+      >>> solve(FixedPoint(2), cell, 0.5, first.z, u, memory=first.memory).states[:, 0, 0].tolist()
+      [1.75, 1.875]
     """
     f, flat, unravel = flat_cell(cell, params, z0)
     if solver is None:

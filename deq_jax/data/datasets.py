@@ -50,6 +50,11 @@ class Digits:
 
     References: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (UCI, CC BY 4.0), the
     test part that scikit-learn distributes.
+
+    Examples:
+      >>> from deq_jax.data import Digits
+      >>> Digits().load().train.x.shape
+      (1149, 8, 8, 1)
     """
 
     def load(self) -> Splits:
@@ -174,7 +179,14 @@ def _first_line(error: Exception) -> str:
 
 
 def hold_out(data: Images, count: int) -> tuple[Images, Images]:
-    """Splits off `count` images, always the same ones for the same number of images."""
+    """Splits off `count` images, always the same ones for the same number of images.
+
+    Examples:
+      >>> from deq_jax.data import Digits, hold_out
+      >>> rest, held_out = hold_out(Digits().load().train, 100)
+      >>> len(rest.y), len(held_out.y)
+      (1049, 100)
+    """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
     return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
 

@@ -121,6 +121,13 @@ class EntropyReduced:
     References: Yang et al. 2023, section 4.2.
 
     Differs from the reference: the solver's memory is kept (see `carries`).
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium
+      >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+      >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+      >>> EntropyReduced(model, step_size=0.025, epsilon=0.1).blocks
+      4
     """
 
     base: Equilibrium

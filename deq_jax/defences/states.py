@@ -20,6 +20,14 @@ def deployed(classifier: Classifier, readout: Readout) -> Equilibrium | EntropyR
 
     Raises:
       InputError: the classifier is not a DEQ with a solver.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Equilibrium, IntermediateState
+      >>> from deq_jax.defences import deployed
+      >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+      >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+      >>> deployed(model, IntermediateState(3)).dynamics.gradient
+      AtState(gradient=Phantom(steps=5, damping=0.5))
     """
     if isinstance(classifier, EntropyReduced):
         return replace(classifier, readout=readout)

@@ -142,7 +142,15 @@ class Equilibrium:
         return _ModuleCell(self.cell, self.dynamics.compute_dtype, self.dynamics.rematerialize)
 
     def with_dynamics(self, **changes: Any) -> Equilibrium:
-        """The same network run in another way: ``with_dynamics(readout=EnsembleState())``; see `Dynamics`."""
+        """The same network run in another way; see `Dynamics`.
+
+        Examples:
+          >>> from deq_jax import Broyden, Dynamics, EnsembleState, Equilibrium
+          >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+          >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+          >>> model.with_dynamics(readout=EnsembleState()).dynamics.readout
+          EnsembleState()
+        """
         return replace(self, dynamics=replace(self.dynamics, **changes))
 
     def encode(self, variables: Variables, x: Array) -> Injection:

@@ -77,7 +77,15 @@ def mdeq(
 
 
 def mdeq_large(num_classes: int = 10, dropout: float = 0.22) -> Mdeq:
-    """MDEQ-LARGE: 11,097,438 parameters with 10 classes; 61,440 state entries per 32x32 image."""
+    """MDEQ-LARGE: 11,097,438 parameters with 10 classes; 61,440 state entries per 32x32 image.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Equilibrium
+      >>> from deq_jax.models import mdeq_large
+      >>> model = Equilibrium(*mdeq_large(num_classes=100), dynamics=Dynamics(Broyden(8)))
+      >>> model.decoder.num_classes
+      100
+    """
     return mdeq(num_classes, (32, 64, 128, 256), (14, 28, 56, 112), 1680, dropout=dropout)
 
 

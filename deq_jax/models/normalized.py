@@ -30,6 +30,13 @@ def normalized(classifier: Network, mean: Sequence[float], std: Sequence[float])
 
     Raises:
       InputError: mean and std do not fit each other or images in [0, 1], or the classifier is normalised already.
+
+    Examples:
+      >>> from deq_jax import Explicit
+      >>> from deq_jax.models import ResNet18, normalized
+      >>> network = normalized(Explicit(ResNet18(10)), (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+      >>> network.module.mean
+      (0.4914, 0.4822, 0.4465)
     """
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     fit = 0 < len(mean) == len(std)

@@ -49,6 +49,16 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
       classifier: as deployed.
       variables: variables of the classifier.
       draws: number of draws of a random classifier; every answer is their mean (EOT). None for a deterministic one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Explicit, Keys
+      >>> from deq_jax.models import SmallCNN
+      >>> from deq_jax.surrogates import Direct, judged
+      >>> model, x = Explicit(SmallCNN(num_classes=3, channels=4)), jnp.ones((2, 4, 4, 1))
+      >>> oracle = judged(Direct(), model, model.init(0, x))
+      >>> oracle.logits(x, Keys.of(0, 2)).shape
+      (2, 3)
     """
     judge = classifier_oracle(classifier, variables, random=draws is not None)
     oracle = judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)

@@ -1,11 +1,13 @@
 """What the README and the pages of docs/ show runs as written, and whatever they point at is there."""
 
+import doctest
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import deq_jax
 from configs import digits_pgd_at
 from deq_jax import TrainConfig
 from deq_jax.evaluation import EvalConfig
@@ -100,3 +102,15 @@ def test_the_site_has_every_page_and_every_room():
     written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page != README}
     rooms = {f"api/{face.parent.name}.md" for face in ROOT.glob("deq_jax/**/__init__.py")}
     assert shown == written | rooms | {"index.md", "contributing.md", "changelog.md"}
+
+
+@pytest.mark.parametrize("room", ["core", "attacks", "models", "data", "defences", "surrogates"])
+def test_examples_in_docstrings_print_what_they_say(room):
+    face = getattr(deq_jax, room)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    things = [getattr(face, name) for name in face.__all__]
+    public = [thing for thing in things if getattr(thing, "__module__", "").startswith("deq_jax.")]
+    examples = [example for thing in public for example in finder.find(thing, globs={}) if example.examples]
+    for example in examples:
+        runner.run(example)
+    assert len(examples) > 0 and runner.failures == 0
