@@ -80,12 +80,12 @@ def measure(name: str, base: Equilibrium, shape: tuple[int, ...], repeats: int) 
 
 
 def evaluations(classifier: Any, variables: Any, x: jax.Array) -> float:
-    """Of the cell, by a prediction of the deployed predictor."""
+    """Cell evaluations of a prediction of the deployed predictor."""
     return float(jnp.mean(jax.jit(classifier)(variables, x).solution.evaluations))
 
 
 def logits(classifier: Any, variables: Any, x: jax.Array) -> jax.Array:
-    """Of the deployed predictor."""
+    """Logits of the deployed predictor."""
     return classifier(variables, x).logits
 
 

@@ -1,6 +1,6 @@
-"""What the CIFAR configs share: the recipe of Yang et al. 2023, and the ways in which they vary.
+"""Shared by the CIFAR configs: the recipe of Yang et al. 2023, and its variants.
 
-Not a config itself: see cifar10_large_pgd_at.py, of which all others are variants.
+This is not a config itself. Start from cifar10_large_pgd_at.py; all others are variants of it.
 """
 
 from dataclasses import replace

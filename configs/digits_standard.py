@@ -2,7 +2,7 @@
 
     python -m deq_jax.train --config configs/digits_standard.py --workdir runs/digits_standard
 
-The other digits configs are this one with a field or two replaced.
+The other digits configs replace a field or two of this one.
 """
 
 from deq_jax import Broyden, Dynamics, Phantom, Standard, TrainConfig

@@ -34,7 +34,7 @@ def checkpoints(steps: int) -> list[int]:
 
 
 class _Ascent(NamedTuple):
-    """Where an ascent stands; ``[B, ...]`` leaves.
+    """The state of an ascent; ``[B, ...]`` leaves.
 
     Attributes:
       x, previous: the iterate and the one before.
@@ -64,9 +64,9 @@ class APGD:
     """Auto-PGD.
 
     ``z = P(x_k + step_size steepest(grad))``, ``x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))``.
-    The step size starts at 2 epsilon; at a checkpoint it is halved, and the ascent resumes at its highest
-    point, if the loss rose in fewer than 75 % of the steps since the last one, or if there neither the
-    step size nor the highest loss has changed.
+    The step size starts at 2 epsilon. At a checkpoint it is halved, and the ascent resumes at its highest
+    point, if the loss rose in fewer than 75 % of the steps since the last checkpoint, or if neither the step
+    size nor the highest loss has changed since then.
 
     Attributes:
       threat: norm and radius.
@@ -88,7 +88,7 @@ class APGD:
 
     @property
     def gradient_queries(self) -> int:
-        """See `Attack`."""
+        """Number of gradients per image, at most."""
         return (self.steps + 1) * self.restarts
 
     def __call__(
@@ -97,7 +97,7 @@ class APGD:
         """Adversarial images.
 
         Args:
-          oracle: of the predictor.
+          oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
           labels: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
           key: PRNG key, or `Keys` to number the images.
@@ -108,7 +108,7 @@ class APGD:
           one, and among equals the one of highest loss; x itself if none was better. Never worse than the start.
 
         Raises:
-          InputError: see `types.Attack`.
+          InputError: see `Attack`.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 

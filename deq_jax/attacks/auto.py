@@ -1,4 +1,4 @@
-"""AutoAttack [Croce & Hein 2020a]: several attacks in a row, the worst case for each image."""
+"""AutoAttack [Croce & Hein 2020a]: several attacks one after another, the worst case for each image."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def auto_attack(
 ) -> Array:
     """AutoAttack on any JAX classifier.
 
-    A second call compiles nothing, if its batches have the same shape; the arrays that `logits_fn` closes over may
-    have changed. A classifier of normalised images is attacked as ``lambda x: classifier((x - mean) / deviation)``.
+    A second call with batches of the same shape compiles nothing, even if the arrays that `logits_fn` closes over have
+    changed. A classifier of normalised images is attacked as ``lambda x: classifier((x - mean) / deviation)``.
 
     Args:
       logits_fn: ``x [B, H, W, C] -> logits [B, K]``, differentiable, K >= 2, deterministic, each image on
@@ -59,7 +59,7 @@ def auto_attack(
       x: images [B, H, W, C] in [0, 1], float.
       labels: [B], int.
       key: PRNG key, or a seed.
-      epsilon: radius in ℓ∞, in the unit of x; 8/255 if there is no threat.
+      epsilon: radius in ℓ∞, in the unit of x; default, without a threat: 8/255.
       threat: norm and radius, such as ``L2(0.5)``, in place of epsilon.
       version: "standard", "plus" or "rand": the class method of `AutoAttack`.
       batch_size: images at a time.
@@ -69,7 +69,7 @@ def auto_attack(
       [B, H, W, C] adversarial images, within the ball around x and within [0, 1].
 
     Raises:
-      InputError: see `types.Attack`; both epsilon and threat are given; there is no such version.
+      InputError: see `Attack`; or both epsilon and threat are given; or the version is unknown.
     """
     one = epsilon is None or threat is None
     require(one, f"auto_attack: expected epsilon or threat, got both: {epsilon!r} and {threat!r}")
@@ -81,14 +81,14 @@ def auto_attack(
 
 
 class Stage(NamedTuple):
-    """What is known after one of the attacks.
+    """The state after one of the attacks.
 
     Attributes:
-      attack: the one that has run; None before the first.
+      attack: the attack that has run; None before the first.
       x_adv: [B, H, W, C] the worst image so far.
       robust: [B] bool, whether it is classified correctly.
-      attacked: number of the images that were attacked; of all before the first attack.
-      seconds: that it took, with compilation.
+      attacked: number of images that were attacked; before the first attack, number of all images.
+      seconds: time that it took, with compilation.
     """
 
     attack: Attack | None
@@ -116,7 +116,7 @@ class AutoAttack:
     Attributes:
       attacks: called as ``attack(oracle, x, labels, keys)``.
       batch_size: images at a time.
-      draws: of a random predictor, averaged in every query (EOT).
+      draws: number of draws of a random predictor, averaged in every query (EOT).
     """
 
     attacks: tuple[Attack, ...]
@@ -149,7 +149,7 @@ class AutoAttack:
 
     @property
     def threat(self) -> Threat | None:
-        """The one that its attacks declare; see `Attack`.
+        """The threat model that its attacks declare; see `Attack`.
 
         Raises:
           InputError: they declare several.
@@ -161,13 +161,13 @@ class AutoAttack:
 
     @property
     def uses_gradients(self) -> bool | None:
-        """As all of its attacks do; None where they differ, since what it breaks is then evidence of neither kind."""
+        """Whether its attacks use gradients; None if they differ, as its success is then evidence of neither kind."""
         kinds = {getattr(attack, "uses_gradients", None) for attack in self.attacks}
         return kinds.pop() if len(kinds) == 1 else None
 
     @property
     def gradient_queries(self) -> int | None:
-        """Those of all its attacks; None where one does not declare them."""
+        """Gradients per image of all its attacks, at most; None if one does not declare them."""
         queries = [getattr(attack, "gradient_queries", None) for attack in self.attacks]
         known = [count for count in queries if count is not None]
         return self.draws * sum(known) if len(known) == len(queries) else None
@@ -249,7 +249,7 @@ class AutoAttack:
 
 
 def _judge(oracle: Oracle, x: Array, labels: Array, keys: Keys) -> tuple[Best, Array]:
-    """What is known before the first attack, and the logits."""
+    """The state before the first attack, and the logits."""
     guard = Guard.of(oracle, x)
     logits = guard.logits(guard.centre, keys)
     best = Best.of(guard.centre, margin, logits, labels)

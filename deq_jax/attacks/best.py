@@ -1,4 +1,4 @@
-"""The best adversarial image so far, per image, and the loop that stops once all are fooled."""
+"""The best adversarial image so far, per image, and a loop that stops once all are fooled."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Best(NamedTuple):
 def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: int) -> Best:
     """``best <- attempt(number, best)`` for number = 0, 1, ..., as long as any image resists.
 
-    An image keeps what it had once it is fooled, so that it does not depend on its batch-mates.
+    A fooled image no longer changes, so it does not depend on its batch-mates.
     """
 
     def resists(carry):

@@ -35,7 +35,7 @@ class FAB:
       restarts: the first starts at the image, the others at random at half the radius.
       alpha_max: largest weight of the image's own projection.
       eta: overshoot, as a factor.
-      beta: share of the perturbation that is kept when pulling back.
+      beta: share of the perturbation kept when pulling back.
     """
 
     threat: Threat
@@ -46,7 +46,7 @@ class FAB:
     beta: float = 0.9
 
     uses_gradients: ClassVar[bool] = True
-    gradient_queries: ClassVar[None] = None  # their number depends on that of the classes
+    gradient_queries: ClassVar[None] = None  # depends on the number of classes
 
     def __post_init__(self):
         require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
@@ -109,7 +109,7 @@ class FAB:
         return jnp.clip((1 - alpha) * (point + self.eta * from_point) + alpha * (x + self.eta * from_x), 0, 1)
 
     def _nearest_boundary(self, oracle, point, labels, aims, keys):
-        """Gap [B] and its gradient, for the class (of aims [C, B]) whose boundary is nearest to the point."""
+        """Gap [B] and its gradient, for the class (of aims [C, B]) with the boundary nearest to the point."""
 
         def linearise(aim):
             pairs = jnp.stack([labels, aim], axis=1)

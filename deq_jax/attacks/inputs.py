@@ -1,4 +1,4 @@
-"""The entry of every attack: what it is given is checked, brought to one precision, and compiled once."""
+"""The entry of every attack: it checks the inputs, brings them to one precision, and compiles once."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def carry_out(
     """Checks the inputs of an attack and carries it out.
 
     `run` works in float32, in float64 only if the images are; labels are int32; the oracle's answers come in these
-    types. Outside of `jax.jit` it is compiled as a whole, and once for the same program (see `programs.Compiled`);
-    everything is refused that cannot be meant. Within `jax.jit` values are not known: there images outside [0, 1]
-    come back as NaN; images whose label is no class, or whose logits are not finite, come back unchanged.
+    types. Outside of `jax.jit` it is compiled as a whole, and once for the same program (see `programs.Compiled`), and
+    meaningless inputs are refused. Within `jax.jit` values are not known: there images outside [0, 1] come back as NaN;
+    images with a label that is not a class, or with logits that are not finite, come back unchanged.
 
     Args:
       run: the attack itself.
@@ -51,11 +51,11 @@ def carry_out(
       asks: whether the attack asks for the logits of the images themselves, which then must be finite.
 
     Returns:
-      Images of the dtype of x. Those of half precision are rounded towards x, and so stay in the ball; the oracle is
-      asked about the rounded ones.
+      Images of the dtype of x. Half-precision images are rounded towards x, so they stay in the ball; the oracle is
+      asked about the rounded images.
 
     Raises:
-      InputError: the inputs are not as in `types.Attack`.
+      InputError: the inputs are not as in `Attack`.
     """
     if isinstance(oracle, Guard):  # part of another attack
         return run(cast(Oracle, replace(oracle, centre=x)), x, labels, Keys.of(key, len(x)), cast(Any, start))
@@ -86,10 +86,10 @@ def carry_out(
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """An `Oracle` whose answers are checked and come in the working precision; it is asked in that of the images.
+    """An `Oracle` with checked answers in the working precision; queries are in the precision of the images.
 
     Attributes:
-      oracle: that is asked.
+      oracle: answers the queries.
       centre: the images [B, H, W, C] around which the attack looks, in the working precision.
       given: dtype of the images as they were given.
       labels: of the whole attack, to be compared with the number of classes; None if another does that.
@@ -106,7 +106,7 @@ class Guard:
         return cls(oracle, x.astype(working_type(x)), x.dtype, labels)
 
     def logits(self, x: Array, keys: Keys) -> Array:
-        """See `Oracle.logits`."""
+        """Checked logits [B, K]; see `Oracle`."""
         return self._checked(self.oracle.logits(self.rounded(x), keys), len(x))
 
     def grad(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
@@ -128,7 +128,7 @@ class Guard:
         return losses.astype(x.dtype), self._checked(logits, len(x)), gradient.astype(x.dtype)
 
     def rounded(self, x: Array) -> Array:
-        """x in the dtype of the images; where rounding would lead farther from them, it goes the other way."""
+        """x in the dtype of the images, rounded towards them."""
         if self.given == x.dtype:
             return x
         kind, distance = jnp.finfo(self.given), jnp.abs(x - self.centre)
@@ -161,7 +161,7 @@ def check_inputs(
       x, labels, pairs, reference: see `carry_out`.
 
     Raises:
-      InputError: naming what was expected and got.
+      InputError: says what was expected and what was given.
     """
     x, labels = (value if _is_traced(value) else np.asarray(value) for value in (x, labels))
     is_image = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating)
@@ -203,12 +203,12 @@ def project_start(start: Array, x: Array, threat: Threat | None) -> Array:
 
 
 def check_oracle(oracle: Oracle, x: AnyArray, labels: AnyArray) -> None:
-    """Refuses what does not fit together, as an attack does, by the shapes of the logits; nothing is computed.
+    """Refuses, by the shapes of the logits, what an attack would refuse; nothing is computed.
 
     Args:
       oracle: of the predictor.
-      x: images [B, H, W, C] in [0, 1], a few of those that are to be attacked.
-      labels: [N], of all of them.
+      x: images [B, H, W, C] in [0, 1], a few of the images to attack.
+      labels: [N], labels of all of them.
     """
 
     def logits(x: Array, keys: Keys) -> Array:
@@ -249,7 +249,7 @@ def all_finite(logits: AnyArray) -> Array:
 
 
 def refuse_not_finite(finite: AnyArray) -> None:
-    """Raises `InputError` with the number of the images [B] whose logits are not finite, if there are any."""
+    """Raises `InputError` with the number of images that have logits that are not finite, if there are any."""
     if not _is_traced(finite):
         bad = np.flatnonzero(~np.asarray(finite))
         require(len(bad) == 0, f"attack: logits of {len(bad)} images are not finite (first: {bad[:1]})")
@@ -268,7 +268,7 @@ def _check_labels(labels: AnyArray, size: int, pairs: bool) -> None:
 
 
 def _is_outside(x: Array) -> Array:
-    """[B], whether an image has a pixel that is not in [0, 1] but for rounding, or NaN."""
+    """[B], whether an image has a pixel that is NaN or outside [0, 1] by more than rounding."""
     inside = (x >= -BOX_TOLERANCE) & (x <= 1 + BOX_TOLERANCE)
     return ~jnp.all(inside, axis=(1, 2, 3))
 

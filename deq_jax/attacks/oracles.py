@@ -1,4 +1,4 @@
-"""What an attacker may ask of a predictor, and oracles made of oracles; attacks see these, never models."""
+"""Oracles: the questions that an attacker may ask of a predictor. Attacks see oracles, never models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deq_jax.core.types import Array, Keys, Loss
 def average(oracles: Sequence[Oracle]) -> Oracle:
     """The mean of several oracles: of their logits, and of their losses and gradients.
 
-    The gradient is that of the mean loss, not of the loss of the mean logits.
+    The gradient belongs to the mean loss, not to the loss of the mean logits.
 
     Args:
       oracles: at least one; the i-th draws from keys folded with i.
@@ -39,11 +39,11 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
 def expectation(oracle: Oracle, draws: int) -> Oracle:
     """Expectation over transformation (EOT): the mean of a random oracle over several draws.
 
-    Logits are averaged too, so that an attack does not select what one lucky draw misclassified.
+    Logits are also averaged, so that an attack does not select images that one lucky draw misclassified.
 
     Args:
       oracle: random in its keys.
-      draws: per query; the i-th uses keys folded with i.
+      draws: number per query; the i-th uses keys folded with i.
 
     References: Athalye et al. 2018, section 3.
     """
@@ -66,7 +66,7 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
 
 
 def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
-    """Gradients of one predictor, success and loss judged on another.
+    """Gradients of one predictor, success and loss of another.
 
     Args:
       source: gives the gradients.
@@ -121,10 +121,10 @@ class _Gradient:
 
 
 class Oracle(NamedTuple):
-    """All that an attacker may ask. The gradient need not be that of the logits.
+    """Logits, and a gradient that need not belong to them.
 
-    An attack asks in the dtype of its images; answers in another one are cast. Shapes are checked at every query, also
-    within `jax.jit`.
+    An attack asks in the dtype of its images; answers in another dtype are cast. Shapes are checked at every query,
+    also within `jax.jit`.
 
     Attributes:
       logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
@@ -155,9 +155,9 @@ class Attack(Protocol):
     projected. Outside of it an attack is compiled as a whole, at the first of all calls with the same program and
     shapes.
 
-    An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
-    `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
-    asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
+    An attack may declare more: `threat`, its threat model, which evaluations compare with theirs; `uses_gradients`,
+    which tells white-box attacks from black-box ones; `gradient_queries`, the number of gradients per image, at most.
+    Nothing is concluded from an undeclared trait, or from None.
     """
 
     def __call__(

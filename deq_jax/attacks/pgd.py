@@ -19,7 +19,7 @@ from deq_jax.core.losses import cross_entropy
 from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 Start = Callable[[Keys, Array, Threat], Array]
-"""``(keys, x, threat) -> x_0``; the attack projects what it returns."""
+"""``(keys, x, threat) -> x_0``; the attack projects the result."""
 
 
 def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
@@ -28,7 +28,7 @@ def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
 
 
 def gaussian_start(keys: Keys, x: Array, threat: Threat) -> Array:
-    """x + 0.001 N(0, 1), the start of TRADES, which has no gradient at x itself."""
+    """x + 0.001 N(0, 1): the start of TRADES, because its loss has no gradient at x itself."""
     return x + 0.001 * keys.draw(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))
 
 
@@ -72,7 +72,7 @@ class PGD:
 
     @property
     def gradient_queries(self) -> int:
-        """See `Attack`."""
+        """Number of gradients per image, at most."""
         return self.steps * self.restarts
 
     def __call__(
@@ -81,7 +81,7 @@ class PGD:
         """Adversarial images.
 
         Args:
-          oracle: of the predictor.
+          oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
           labels: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.

@@ -27,7 +27,7 @@ class Square:
 
     Attributes:
       threat: norm and radius.
-      queries: of the logits, per image.
+      queries: number of queries of the logits, per image.
       p_init: share of the pixels that the first steps change.
       rescaled: compress the schedule of that share, made for 10 000 queries, to `queries`, as the paper of
         Square does; AutoAttack does not, and is weaker for it.
@@ -126,7 +126,7 @@ def _tiles(keys: Keys, x: Array, epsilon: float) -> Array:
 
 
 def _bumps(keys: Keys, x: Array, x_adv: Array, side: Array, epsilon: float) -> Array:
-    """x_adv with the perturbation of one window (and what is unused) moved into a bump in another.
+    """x_adv with the perturbation of one window (and the unused part) moved into a bump in another.
 
     References: Andriushchenko et al. 2020, algorithm 3.
     """
@@ -154,7 +154,7 @@ def _bump(row: Array, column: Array, side: int | Array, size: int) -> Array:
 
     Args:
       row, column: [H] and [W], pixel coordinates in the window; outside it the values mean nothing.
-      side: of the window.
+      side: length of the side of the window.
       size: an upper bound of side.
 
     References: Andriushchenko et al. 2020, section 3.4.

@@ -18,7 +18,7 @@ from deq_jax.core.types import Array, Keys, Purpose
 
 @dataclass(frozen=True)
 class Targeted:
-    """Runs an attack once for each of the wrong classes that are likeliest on the clean image.
+    """Runs an attack once for each of the likeliest wrong classes of the clean image.
 
     Attributes:
       attack: takes pairs (label, class aimed at) in place of labels.
@@ -33,17 +33,17 @@ class Targeted:
 
     @property
     def threat(self) -> Threat | None:
-        """That of the attack within; see `Attack`."""
+        """The threat model of the attack within."""
         return getattr(self.attack, "threat", None)
 
     @property
     def uses_gradients(self) -> bool | None:
-        """As the attack within does; see `Attack`."""
+        """Whether the attack within uses gradients."""
         return getattr(self.attack, "uses_gradients", None)
 
     @property
     def gradient_queries(self) -> int | None:
-        """Those for all classes; see `Attack`."""
+        """Number of gradients per image for all classes, at most."""
         queries = getattr(self.attack, "gradient_queries", None)
         return None if queries is None else queries * self.classes
 

@@ -1,4 +1,4 @@
-"""The mathematics of equilibria: solvers, readouts, gradients and losses. It knows no image, classifier or file."""
+"""The mathematics of equilibria: solvers, readouts, gradients and losses. No images, classifiers or files."""
 
 from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require

@@ -27,9 +27,19 @@ def deq(
     It is compiled once for equal cells, choices and shapes. A function made anew for every call, such as a lambda in a
     loop, is compiled at every call outside `jax.jit`.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Broyden, Implicit, deq
+      >>> def cell(params, z, u):
+      ...     return params * jnp.tanh(z) + u
+      >>> u = jnp.ones((2, 3))
+      >>> z, solution = deq(cell, 0.5, u, jnp.zeros_like(u), solver=Broyden(8), gradient=Implicit())
+      >>> z.shape, solution.states.shape, bool((solution.residuals[-1] < 1e-3).all())
+      ((2, 3), (8, 2, 3), True)
+
     Args:
       cell: ``(params, z, u) -> z``, samples independent; pure. It must not close over traced values.
-      params: of the cell; differentiable.
+      params: parameters of the cell; differentiable.
       u: injection, leaves [B, ...]; differentiable.
       z0: start of the solver, leaves [B, ...]; carries no gradient.
       solver: which trajectory; None for none (the readout is z0).

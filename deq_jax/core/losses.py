@@ -1,13 +1,4 @@
-"""Adaptive attacks on defences: surrogates that give the gradient of a defended classifier.
-
-A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`.
-`BPDA` is for anyone's wrapper around a classifier, the others are for input entropy reduction (`EntropyReduced`);
-success stays judged on the defended predictor (`attacks.combine.surrogate`).
-Their oracles draw from the keys of a query, so that a random defence is attacked through
-`attacks.combine.expectation`. Square and SPSA need no surrogate.
-
-References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on test-time defences).
-"""
+"""Losses of logits, one number per example: larger is worse for the classifier. Attacks maximise them."""
 
 from __future__ import annotations
 
@@ -23,11 +14,11 @@ from deq_jax.core.types import Array
 
 @dataclass(frozen=True)
 class LowEntropy:
-    """Loss that wants a confident mistake, which a defence that lowers the entropy makes only more certain:
+    """Aims for confident mistakes, which an entropy-lowering defence only reinforces:
     ``log softmax(logits)[wrong] - weight * entropy``.
 
     Attributes:
-      weight: of the entropy in nats, >= 0.
+      weight: weight of the entropy in nats, >= 0.
     """
 
     weight: float = 1.0
@@ -104,7 +95,14 @@ def kl(logits: Array, reference_logits: Array) -> Array:
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017)."""
+    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import margin
+      >>> margin(jnp.array([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]]), jnp.array([0, 1])).tolist()
+      [-2.0, 2.0]
+    """
     return jnp.max(without(logits, labels), axis=-1) - _pick(logits, labels)
 
 

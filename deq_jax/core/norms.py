@@ -1,4 +1,4 @@
-"""Lengths and residuals of flat states, whatever their scale and however narrow their dtype."""
+"""Lengths and residuals of flat states, at any scale and in any dtype."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measured(solver: Any, memory: Any) -> Any:
 def unit_of(solver: Any, fz: Array) -> Array:
     """The unit of each sample's inner products, [B, 1]: the power of two next to the largest entry of f(z0).
 
-    Squares of tiny or huge states leave the range of their dtype; in this unit they do not. Scaling by a power of
+    Squares of tiny or huge states are out of the range of their dtype; in this unit they are not. Scaling by a power of
     two rounds nothing. The unit is 1 where f(z0) is 0 or not finite.
     """
     largest = jnp.max(jnp.abs(lax.stop_gradient(wide(fz))), axis=1, keepdims=True, initial=0)
@@ -48,7 +48,7 @@ def unit_of(solver: Any, fz: Array) -> Array:
 
 
 def relative_distance(a: PyTree, b: PyTree) -> Array:
-    """``||a - b|| / ||b||`` per sample, [B], whatever the scale of b; 0 where a is b.
+    """``||a - b|| / ||b||`` per sample, [B], at any scale of b; 0 where a is b.
 
     Args:
       a, b: leaves [B, ...].
@@ -61,7 +61,7 @@ def relative_distance(a: PyTree, b: PyTree) -> Array:
 
 def residual_of(solver: Any, memory: Any) -> Array:
     """Relative residuals [B]."""
-    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic, whose gradient at 0 would be NaN
+    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic; its gradient at 0 would be NaN
     difference, scale = in_unit(memory, fz - z), in_unit(memory, fz)
     difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]
     if getattr(solver, "batch_joint", False):

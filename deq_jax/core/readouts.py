@@ -1,4 +1,4 @@
-"""Readouts: which state of the neural dynamics represents the input.
+"""Readouts: they choose the state of the neural dynamics that represents the input.
 
 ``readout(solution, keys=None) -> state [B, ...]``. Without keys a readout is deterministic.
 """
@@ -44,7 +44,7 @@ class IntermediateState:
 
 @dataclass(frozen=True)
 class LastState:
-    """The state z_T after the last step, whatever its residual."""
+    """The state z_T after the last step, even if its residual is not the lowest."""
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         _require_states("LastState", solution)

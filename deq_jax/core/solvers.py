@@ -1,4 +1,4 @@
-"""Fixed-point solvers: what is tried next is the solver's, the loop is `solve`'s.
+"""Fixed-point solvers. A solver chooses the next iterate; `solve` runs the loop.
 
 A solver is a frozen object with two pure functions over flat states ``[B, N]``:
 
@@ -37,14 +37,14 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What all solvers share.
+    """Settings of all solvers.
 
     Attributes:
       steps: T, number of iterates.
-      tolerance: relative residual below which a sample has converged and is left as it is; at least
+      tolerance: relative residual below which a sample has converged and no longer moves; at least
         the rounding unit of its numbers.
-      batch_joint: judge residuals by the norm over the whole batch, as the papers' code does; for
-        comparison with it only, since an image's prediction then depends on its batch.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it
+        only, since an image's prediction then depends on its batch.
     """
 
     steps: int = field(kw_only=False)
@@ -94,8 +94,8 @@ class FixedPoint(_Settings):
 
 
 class AndersonMemory(NamedTuple):
-    """Of the last points z_i the residuals r_i = f(z_i) - z_i and where they point, z_i + beta r_i, in ``[m, B, N]``
-    rings, and the residuals' Gram matrix. Residuals are kept in the sample's unit.
+    """Residuals r_i = f(z_i) - z_i and targets z_i + beta r_i of the last points z_i, in ``[m, B, N]`` rings, and the
+    Gram matrix of the residuals. Residuals are kept in the sample's unit.
     """
 
     z: Array
@@ -115,8 +115,7 @@ class Anderson(_Settings):
     Attributes:
       steps: T.
       history_size: number of points kept, at least 2.
-      ridge: by which share the diagonal entries of the residuals' Gram matrix are enlarged; at least what its
-        rounding needs.
+      ridge: relative increase of the diagonal of the residuals' Gram matrix; at least its rounding error.
       beta: mixing.
       absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
         since the iterates then depend on the scale of the problem.
@@ -196,14 +195,14 @@ class Broyden(_Settings):
     """Broyden's good method on g(z) = f(z) - z, inverse form, full steps, from B = -I.
 
     With full steps ``s_{n+1} = -B_n g(z_n)`` the rank-one correction of the inverse Jacobian is a factor,
-    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so that the steps are all that need be kept, and a product with
+    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so only the steps need to be kept, and a product with
     B costs one inner product and one addition for each of them.
 
     Attributes:
       steps: T.
       history_size: number of factors kept, the newest; None keeps all T. Memory per sample is
         ``history_size + 1`` states.
-      history_dtype: in which they are kept, e.g. ``jax.numpy.bfloat16``; None: as the states.
+      history_dtype: dtype of the kept steps, e.g. ``jax.numpy.bfloat16``; None: as the states.
 
     References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
     ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where

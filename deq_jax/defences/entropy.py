@@ -1,7 +1,7 @@
-"""Input entropy reduction: a DEQ whose input is updated while its equilibrium is being solved.
+"""Input entropy reduction: the input of a DEQ is updated while its equilibrium is being solved.
 
-Between blocks of solver steps the input moves, within a small ball around what was given, so that the entropy of
-the current prediction falls. The solver then goes on for the new injection.
+Between blocks of solver steps the input moves, within a small ball around the given input, so that the entropy of
+the current prediction falls. The solver then continues for the new injection.
 
 References: Yang et al. 2023, section 4.2. This is an adaptive test-time defence: Croce et al. 2022 found none of
 nine such defences to beat its static base once attacked adaptively; `surrogates.adaptive` has those attacks.
@@ -69,7 +69,7 @@ class EntropyGradient:
 
     @property
     def applications(self) -> int:
-        """See `Direction.applications`."""
+        """Number of cell applications in an update; a vector-Jacobian product counts as one."""
         return 2
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
@@ -87,7 +87,7 @@ class RandomDirection:
 
     @property
     def applications(self) -> int:
-        """See `Direction.applications`."""
+        """Number of cell applications in an update; a vector-Jacobian product counts as one."""
         return 1
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
@@ -104,7 +104,7 @@ class EntropyReduced:
     """An equilibrium classifier with input entropy reduction: logits = decoder(z_T), in evaluation mode only.
 
     After every block of `every` solver steps the input makes `steps` updates, each followed by a projection onto the
-    ball around the given input and onto [0, 1]; those of the last block change the purified input, not z_T. Solver,
+    ball around the given input and onto [0, 1]. The last updates change the purified input, not z_T. Solver,
     parameters and T are the base's; its readout is not used. The logits' gradient is the one the base's estimator
     has at the state and the purified input, passed on to the given input as if that were the purified one.
 
@@ -112,15 +112,22 @@ class EntropyReduced:
       base: the undefended classifier.
       every: T_f, solver steps between two purifications; divides T.
       steps: R, updates of the input in each.
-      step_size: of an update, in the unit of x ([0, 1]).
+      step_size: size of an update, in the unit of x ([0, 1]).
       epsilon: ℓ∞ radius, in the same unit, of the ball around the given input.
-      direction: of an update.
-      carry: what the next block starts from.
+      direction: direction of an update.
+      carry: the state and memory from which the next block starts.
       readout: which of the regulated states is classified, without a further application of the cell.
 
     References: Yang et al. 2023, section 4.2.
 
     Differs from the reference: the solver's memory is kept (see `carries`).
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium
+      >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+      >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+      >>> EntropyReduced(model, step_size=0.025, epsilon=0.1).blocks
+      4
     """
 
     base: Equilibrium
@@ -170,7 +177,7 @@ class EntropyReduced:
         """Classifies images; see `Equilibrium.__call__`.
 
         Returns:
-          `Prediction` whose solution holds the regulated dynamics; see `Purified`.
+          `Prediction`; its solution holds the regulated dynamics, see `Purified`.
 
         Raises:
           InputError: in training mode.
@@ -198,15 +205,15 @@ class EntropyReduced:
 
 
 class Purified(NamedTuple):
-    """What input entropy reduction did.
+    """The result of input entropy reduction.
 
     Attributes:
       x: ``[B, H, W, C]``, the purified input.
       inputs: ``[blocks, B, H, W, C]``, the input with which each block was solved; the first is the given one.
       entropies: ``[blocks, R + 1, B]`` in nats: of softmax(decoder(f(z; x))) before each update and after the last.
-      solution: states, leaves ``[T, B, ...]``, and residuals ``[T, B]`` of the regulated dynamics. A residual is
-        that of the input of its block. `evaluations` counts applications of the cell, those in updates included,
-        where a vector-Jacobian product counts as one, too.
+      solution: states, leaves ``[T, B, ...]``, and residuals ``[T, B]`` of the regulated dynamics. A residual belongs
+        to the input of its block. `evaluations` counts cell applications, including those in updates; a vector-Jacobian
+        product counts as one.
     """
 
     x: Array
@@ -222,8 +229,8 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     Differentiable where solver and direction are; blocks and updates are computed again in the backward pass.
 
     Args:
-      defence: what is done.
-      variables: of its base.
+      defence: its settings.
+      variables: variables of its base.
       x: the given images.
       keys: for a random direction.
     """

@@ -106,9 +106,8 @@ class Equilibrium:
           x: images [B, H, W, C] in [0, 1].
           train: normalise by the batch's statistics, update the running ones, draw dropout masks.
           keys: randomness for dropout and random readouts, drawn for each image by its number; None: deterministic.
-            Flax's ``nn.Dropout`` draws so, too; what else a module draws with ``make_rng("dropout")`` is drawn for the
-            batch.
-          axis_name: mapped axis over whose devices the batch is spread (for batch statistics).
+            Flax's ``nn.Dropout`` also draws for each image; other draws of ``make_rng("dropout")`` are for the batch.
+          axis_name: mapped axis of the devices that share the batch (for batch statistics).
         """
         u, encoder_stats = self._encode(variables, x, train, keys, axis_name)
         jacobian = self.jacobian if train else None
@@ -142,7 +141,15 @@ class Equilibrium:
         return _ModuleCell(self.cell, self.dynamics.compute_dtype, self.dynamics.rematerialize)
 
     def with_dynamics(self, **changes: Any) -> Equilibrium:
-        """The same network run in another way: ``with_dynamics(readout=EnsembleState())``; see `Dynamics`."""
+        """The same network run in another way; see `Dynamics`.
+
+        Examples:
+          >>> from deq_jax import Broyden, Dynamics, EnsembleState, Equilibrium
+          >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+          >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+          >>> model.with_dynamics(readout=EnsembleState()).dynamics.readout
+          EnsembleState()
+        """
         return replace(self, dynamics=replace(self.dynamics, **changes))
 
     def encode(self, variables: Variables, x: Array) -> Injection:

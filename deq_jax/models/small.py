@@ -15,8 +15,8 @@ class SmallEncoder(nn.Module):
     """Image -> injection, and the dropout masks of this forward.
 
     Attributes:
-      channels: of the state.
-      strides: of the first convolution; the state's resolution is the image's divided by it.
+      channels: number of channels of the state.
+      strides: stride of the first convolution; it divides the resolution of the image.
       dropout: rate of the variational dropout inside the cell.
     """
 
@@ -40,9 +40,9 @@ class SmallCell(nn.Module):
     """One residual block with group normalisation: the cell f(z; u).
 
     Attributes:
-      channels: of the state.
+      channels: number of channels of the state.
       expansion: channels inside the block, as a multiple.
-      groups: of the normalisations.
+      groups: number of groups of the normalisations.
     """
 
     channels: int

@@ -23,9 +23,9 @@ QUIET = 1.0  # seconds
 
 
 class Checkpoints:
-    """The checkpoints in one folder. A save is atomic: what a killed process leaves is never read.
+    """The checkpoints in one folder. A save is atomic: the remains of a killed process are never read.
 
-    With several processes, each that has one reads and writes on its own: only one of them may save.
+    With several processes, each one reads and writes on its own, and only one of them may save.
 
     Args:
       folder: created when first saved to.

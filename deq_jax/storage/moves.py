@@ -31,7 +31,7 @@ ROOMS = {
     "transfers": "evaluation",
     "trials": "evaluation",
 }
-"""Modules of the flat layout of before, and the room whose face has their names now."""
+"""Modules of the older flat layout, and the rooms that show their names now."""
 
 NAMES = {
     "deq_jax.adaptive.LowEntropy": "deq_jax.core.LowEntropy",
@@ -49,7 +49,7 @@ FIELDS = {
 
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
-    """One object or function of a config tree, without what is below it, under the names of this version.
+    """One object or function of a config tree, not the objects below it, under the names of this version.
 
     Args:
       tree: as `trees.to_tree` wrote it in this version or an older one.

@@ -40,7 +40,7 @@ def simultaneous_adjoint(
     ``u_n^T df(z_n; .)`` to the exact gradient. Each step costs a cell evaluation and a vector-Jacobian product.
 
     Args:
-      solver: of the states; a sample that has converged stays where it is, while its adjoint goes on.
+      solver: solver of the states. A converged sample no longer moves, while its adjoint continues.
       cell, params, u, z0: as in `deq`.
       cotangent: ``z -> dL/dz`` of the loss at a state, leaves [B, ...].
 
@@ -75,7 +75,7 @@ Number = Any  # a Python number, checked when the surrogate is built, or a scala
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ThroughSolver:
-    """The gradient of what is computed: the solver's own steps are differentiated, converged or not.
+    """The gradient of the actual computation: the solver's own steps are differentiated, converged or not.
 
     Where the equilibrium is not reached within the solver's steps, estimators of its gradient, exact ones included,
     can miss how the prediction depends on the image. Costs a backward pass through all steps.
@@ -93,7 +93,7 @@ class ThroughSolver:
         return oracle_of(logits)
 
     def _lead_on(self, model: Equilibrium, params: PyTree, u: Injection, z: PyTree) -> PyTree:
-        """The value of the model's estimator, differentiated as it is computed."""
+        """The value of the model's estimator, differentiated through its actual computation."""
         gradient = model.dynamics.gradient
         if isinstance(gradient, AtState):
             return z
@@ -171,10 +171,10 @@ class MeanOverStates:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SimultaneousAdjoint:
-    """Our reconstruction of the simultaneous adjoint, whose code was never published.
+    """Our reconstruction of the simultaneous adjoint; its code was never published.
 
     Adjoint states u_n run along with the solver's iterates z_n and share its quasi-Newton matrices; see
-    `gradients.simultaneous_adjoint`. The loss is that of the decoded z_n, its gradient
+    `simultaneous_adjoint`. The loss is taken at the decoded z_n, its gradient is
     ``u_n^T df(z_n; x)/dx``, which tends to the exact one as the steps grow.
 
     Attributes:
@@ -238,7 +238,7 @@ def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:
 
 
 def _check_count(name: str, value: Number, low: int, high: float) -> None:
-    """Refuses a Python number that is no integer from low to high; arrays and JAX's placeholders pass."""
+    """Refuses a Python number that is not an integer from low to high; arrays and JAX's placeholders pass."""
     if isinstance(value, int | float):
         valid = isinstance(value, int) and low <= value <= high
         expected = f"from {low} to {high}" if high < np.inf else f">= {low}"
