@@ -12,6 +12,7 @@ from typing import Any
 
 from deq_jax.core import (
     Anderson,
+    Backprop,
     Broyden,
     EnsembleState,
     FinalState,
@@ -56,6 +57,7 @@ _ROOM_OF = {
 
 __all__ = [
     "Anderson",
+    "Backprop",
     "Broyden",
     "Dynamics",
     "EnsembleState",

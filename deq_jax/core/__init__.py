@@ -4,6 +4,7 @@ from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import (
     AtState,
+    Backprop,
     Implicit,
     Neumann,
     Phantom,
@@ -24,6 +25,7 @@ from deq_jax.core.types import Cell, Gradient, Injection, Keys, Loss, Optimizer,
 __all__ = [
     "Anderson",
     "AtState",
+    "Backprop",
     "Broyden",
     "Cell",
     "EnsembleState",
