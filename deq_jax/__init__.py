@@ -29,6 +29,7 @@ from typing import Any
 
 from deq_jax.core import (
     Anderson,
+    Backprop,
     Broyden,
     EnsembleState,
     FinalState,
@@ -76,6 +77,7 @@ _ROOM_OF = {
 
 __all__ = [
     "Anderson",
+    "Backprop",
     "Broyden",
     "Dynamics",
     "EnsembleState",

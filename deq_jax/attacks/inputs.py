@@ -76,6 +76,8 @@ def carry_out(
         return all_finite(guard.logits(guard.centre, keys))
 
     checked = labels
+    if has_labels(labels) and not _is_traced(labels):
+        labels = np.asarray(labels).astype(np.int32)  # of every integer type the same program
     if any(_is_traced(leaf) for leaf in jax.tree.leaves((x, labels, keys, start))):
         x_adv = attack(jnp.asarray(x), jnp.asarray(labels), keys, cast(Any, start))
         return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if _is_traced(x) else x_adv

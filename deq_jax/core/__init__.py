@@ -4,6 +4,7 @@ from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import (
     AtState,
+    Backprop,
     Implicit,
     Neumann,
     Phantom,
@@ -37,6 +38,7 @@ from deq_jax.core.types import (
 __all__ = [
     "Anderson",
     "AtState",
+    "Backprop",
     "Broyden",
     "Cell",
     "EnsembleState",

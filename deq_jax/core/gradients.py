@@ -142,6 +142,39 @@ class Unrolled:
 
 
 @dataclass(frozen=True)
+class Backprop:
+    """Backpropagation through the solver's own steps, converged or not, and through those that follow it.
+
+    The exact derivative of the computed prediction, where the other estimators give that of an equilibrium which the
+    solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver differentiably.
+
+    Attributes:
+      then: the estimator whose value this has: `Phantom` and `Unrolled` are differentiated as they are computed,
+        `Implicit` and `Neumann` count as the one application of the cell that they make.
+
+    Example:
+      >>> from deq_jax import Backprop, Broyden, Dynamics
+      >>> dynamics = Dynamics(Broyden(8), gradient=Backprop())
+    """
+
+    then: Gradient = Phantom()
+
+    def __post_init__(self):
+        require(not isinstance(self.then, Backprop), "Backprop: then must be another estimator, got Backprop")
+
+    @property
+    def applications(self) -> int | Array:
+        """See `types.Gradient`."""
+        return self.then.applications
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        if isinstance(self.then, AtState):
+            return z
+        advance = Phantom(0) if has_adjoint(self.then) else self.then
+        return advance(cell, params, u, z)
+
+
+@dataclass(frozen=True)
 class Implicit:
     """The exact gradient: value f(z*), backward pass by solving ``w = J^T w + g`` from w = 0.
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from jax import lax
 
 from deq_jax.core.compilation import compiled
+from deq_jax.core.errors import InputError
+from deq_jax.core.gradients import Backprop
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.solve import solve
+from deq_jax.core.solvers import differentiable
 from deq_jax.core.types import Cell, Gradient, Keys, Params, PyTree, Readout, Solution, Solver
 
 
@@ -51,9 +54,15 @@ def deq(
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
 
     Raises:
-      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`. `Backprop` has no
+        solver.
     """
     constant = lax.stop_gradient
+    if isinstance(gradient, Backprop):
+        if solver is None:
+            raise InputError("deq: Backprop differentiates a solver's steps, got solver=None; expected Unrolled")
+        solution = solve(differentiable(solver), cell, params, constant(z0), u)
+        return gradient(cell, params, u, readout(solution, keys)), constant(solution)
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))
     state = readout(solution, keys)
     return gradient(cell, params, u, constant(state)), solution

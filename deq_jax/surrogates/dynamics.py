@@ -20,11 +20,11 @@ from deq_jax.attacks.oracles import Oracle, oracle_of
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
-from deq_jax.core.gradients import AtState, Phantom, PhantomUpTo
+from deq_jax.core.gradients import Backprop, PhantomUpTo
 from deq_jax.core.readouts import FinalState
-from deq_jax.core.solve import advance, solve
-from deq_jax.core.solvers import Broyden, differentiable
-from deq_jax.core.types import Array, Cell, Injection, Keys, Loss, Params, PyTree, Solution
+from deq_jax.core.solve import advance
+from deq_jax.core.solvers import Broyden
+from deq_jax.core.types import Array, Cell, Keys, Loss, Params, PyTree, Solution
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium, require_deq, zero_state
 from deq_jax.surrogates.base import classifier_oracle
@@ -82,23 +82,10 @@ class ThroughSolver:
     """
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = require_deq(classifier)
-        params, readout = variables["params"]["cell"], model.dynamics.readout
-
-        def logits(x: Array, keys: Keys) -> Array:
-            u = model.encode(variables, x)
-            solution = solve(differentiable(solver), model.apply_cell, params, zero_state(u), u)
-            return model.decode(variables, self._lead_on(model, params, u, readout(solution)))
-
-        return oracle_of(logits)
-
-    def _lead_on(self, model: Equilibrium, params: PyTree, u: Injection, z: PyTree) -> PyTree:
-        """The value of the model's estimator, differentiated through its actual computation."""
+        model, _ = require_deq(classifier)
         gradient = model.dynamics.gradient
-        if isinstance(gradient, AtState):
-            return z
-        advance = gradient if isinstance(gradient, Phantom) else Phantom(0)
-        return advance(model.apply_cell, params, u, z)
+        through = gradient if isinstance(gradient, Backprop) else Backprop(gradient)
+        return classifier_oracle(model.with_dynamics(gradient=through), variables)
 
 
 @jax.tree_util.register_dataclass

@@ -11,12 +11,12 @@ from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 
-from deq_jax.attacks.oracles import Attack
+from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy, kl
 from deq_jax.core.types import Array, Keys, Purpose, PyTree
 from deq_jax.models.base import Classifier, Prediction, Variables
-from deq_jax.surrogates.base import classifier_oracle
+from deq_jax.surrogates.base import Surrogate, classifier_oracle, judged
 
 
 class Outcome(NamedTuple):
@@ -74,15 +74,18 @@ class PGDAdversarialTraining:
       attack: crafts them.
       random_attack: let random readouts draw a state at every attack step, as in the training passes;
         otherwise the attack sees the full dynamics.
+      surrogate: gives the attack's gradients, e.g. `ThroughSolver()`, which sees the full dynamics; None for the
+        classifier's own gradient estimator.
 
     References: Madry et al. 2018, eq. 2.1.
     """
 
     attack: Attack
     random_attack: bool = True
+    surrogate: Surrogate | None = None
 
     def perturb(self, classifier, variables, x, labels, keys):
-        oracle = classifier_oracle(classifier, variables, random=self.random_attack)
+        oracle = _attacked(self, classifier, variables)
         return self.attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
 
     def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
@@ -104,6 +107,7 @@ class Trades:
       beta: weight of the divergence.
       random_attack: as in `PGDAdversarialTraining`.
       tied: draw the same random state and dropout masks in both passes, rather than independent ones.
+      surrogate: as in `PGDAdversarialTraining`.
 
     References: Zhang et al. 2019, eq. 5.
     Differs from the reference: the clean prediction is computed once per step, not at every attack step.
@@ -113,6 +117,7 @@ class Trades:
     beta: float = 6.0
     random_attack: bool = True
     tied: bool = False
+    surrogate: Surrogate | None = None
 
     def __post_init__(self):
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
@@ -120,7 +125,7 @@ class Trades:
         require(loss is kl, "Trades: the attack must maximise losses.kl, since it gets clean logits for labels")
 
     def perturb(self, classifier, variables, x, labels, keys):
-        oracle = classifier_oracle(classifier, variables, random=self.random_attack)
+        oracle = _attacked(self, classifier, variables)
         clean_logits = oracle.logits(x, keys.fold(Purpose.NATURAL))
         return self.attack(oracle, x, clean_logits, keys.fold(Purpose.ATTACK))
 
@@ -140,6 +145,13 @@ class Trades:
         }
         loss = natural_loss + self.beta * divergence + jnp.mean(natural.penalty + adversarial.penalty)
         return loss, Outcome(adversarial.batch_stats, metrics)
+
+
+def _attacked(objective: PGDAdversarialTraining | Trades, classifier: Classifier, variables: Variables) -> Oracle:
+    """The oracle that the attack of a training step asks."""
+    if objective.surrogate is None:
+        return classifier_oracle(classifier, variables, random=objective.random_attack)
+    return judged(objective.surrogate, classifier, variables)
 
 
 def _accuracy(prediction: Prediction, labels: Array) -> Array:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
+from deq_jax import Backprop, InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
 from deq_jax.attacks import PGD
 from deq_jax.core import Purpose, losses
-from deq_jax.surrogates import classifier_oracle
+from deq_jax.surrogates import ThroughSolver, classifier_oracle
 from tests.helpers import tiny
 
 CLASSIFIER = tiny.classifier()
@@ -59,6 +59,16 @@ def test_attacks_draw_random_states_or_see_the_full_dynamics(batch, objective):
     full = replace(objective, random_attack=False).perturb(random, variables, x, y, KEYS)
     np.testing.assert_allclose(full, expected, atol=1e-6)
     assert not np.allclose(objective.perturb(random, variables, x, y, KEYS), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("objective", [PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)])
+def test_attacks_take_their_gradient_from_the_surrogate(batch, objective):
+    variables, x, _, y = batch
+    through = replace(objective, surrogate=ThroughSolver())
+    own = CLASSIFIER.with_dynamics(gradient=Backprop(CLASSIFIER.dynamics.gradient))
+    crafted = through.perturb(CLASSIFIER, variables, x, y, KEYS)
+    np.testing.assert_allclose(crafted, objective.perturb(own, variables, x, y, KEYS), atol=1e-6)
+    assert not np.allclose(crafted, objective.perturb(CLASSIFIER, variables, x, y, KEYS), atol=1e-3)
 
 
 def test_trades(batch):
