@@ -61,7 +61,7 @@ def run(config: str, seed: int, workdir: Path) -> None:
     command = [sys.executable, "-m"]
     where = ["--workdir", str(workdir)]
     train = ["deq_jax.train", "--config", f"configs/{config}.py", *where, "--set", f"seed={seed}"]
-    for arguments in (train, ["deq_jax.evaluate", *where]):
+    for arguments in (train, ["deq_jax.evaluate", *where, "--attack", "pgd"]):
         subprocess.run([*command, *arguments], check=True)
 
 

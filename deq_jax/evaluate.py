@@ -26,6 +26,7 @@ from deq_jax.core.readouts import EnsembleState, LastState
 from deq_jax.core.types import Readout
 from deq_jax.data.batches import to_unit
 from deq_jax.defences.states import deployed
+from deq_jax.evaluation.budgets import BUDGETS, default_trials
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import EarlyState, EvalConfig, Trial, with_transfers
@@ -45,6 +46,7 @@ Evaluate a trained classifier: clean accuracy, and accuracy under the worst case
 
 examples:
   python -m deq_jax.evaluate --workdir runs/a
+  python -m deq_jax.evaluate --workdir runs/a --budget standard
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_white_box.py --readout early
 To resume, run the same command again.
@@ -60,7 +62,7 @@ files in the output folder:
 
 notes:
   Success is measured on the deployed predictor. An image counts as correct under attack only if it is also correct
-  without one. Row "union" is the worst case of all trials for each image. PGD alone is an upper bound of robustness.
+  without one. Row "union" is the worst case of all trials for each image. Every row is an upper bound of robustness.
   Red flags are signs that the attacks have failed.
   Row or column z_t is the raw state after t solver steps, "ensemble" the mean of these states.
   Every finished batch is kept. A different evaluation in the same folder is refused.
@@ -157,10 +159,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     attacks.add_argument(
         "--attack",
         type=_attack,
-        default="pgd",
         metavar="none|pgd|transfer:FILE",
-        help="one attack, without --config; default: pgd, with 50 steps, 5 restarts, and the best of all iterates; "
-        "transfer: precomputed images",
+        help="one attack; pgd: 50 steps, 5 restarts, and the best of all iterates; transfer: precomputed images",
+    )
+    attacks.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        help="without --config and --attack: the strongest attacks on the deployed predictor, by their cost per image; "
+        "default: quick",
     )
     parser.add_argument(
         "--transfer",
@@ -216,8 +222,9 @@ def _suite(text: str) -> tuple[str, Path]:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Name of the evaluation: the config file's, or the attack's, the readout's, and the radius if one is given."""
-    name = Path(options.config).stem if options.config else options.attack.partition(":")[0]
+    """Name of the evaluation: that of config file, attack or budget, then the readout, then the radius if given."""
+    name = Path(options.config).stem if options.config else (options.attack or "").partition(":")[0]
+    name = name or options.budget or BUDGETS[0]
     readout = [] if options.readout == "trained" else [options.readout]
     radius = [] if options.epsilon is None else [f"epsilon-{options.epsilon:g}"]
     return "-".join([name, *readout, *radius])
@@ -230,7 +237,8 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
     if options.config:
         config = set_fields(load_config(options.config, EvalConfig, train), options.assignments)
     else:
-        config = dataclasses.replace(attack_config(options, train), batch_size=train.batch_size)
+        config = attack_config(options, train) if options.attack else budget_config(options, train)
+        config = dataclasses.replace(config, batch_size=train.batch_size)
     given = {"batch_size": options.batch_size, "seed": options.seed}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     return with_transfers(with_deployed(config, train, options.readout), options.transfer)
@@ -281,6 +289,13 @@ def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalC
         return dataclasses.replace(config, predictor=early, defence=defence)
     predictor = deployed(cast(Classifier, config.predictor or train.classifier), RAW[readout])
     return dataclasses.replace(config, predictor=predictor, defence=defence)
+
+
+def budget_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
+    """The evaluation within the budget that --budget names."""
+    require(not options.assignments, "--set goes with a config or an attack, not with --budget")
+    threat, budget = threat_of(train), options.budget or BUDGETS[0]
+    return EvalConfig(threat, default_trials(train.classifier, threat, budget), budget=budget)
 
 
 def attack_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:

@@ -1,6 +1,7 @@
 """What a classifier does under attack: the worst case of many trials for each image, with red flags."""
 
 from deq_jax.evaluation.assess import assess
+from deq_jax.evaluation.budgets import BUDGETS, default_trials
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.measure import (
@@ -33,6 +34,7 @@ from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.verdicts import exact_interval
 
 __all__ = [
+    "BUDGETS",
     "Attempt",
     "Cost",
     "Diagnostics",
@@ -51,6 +53,7 @@ __all__ = [
     "auto_attack_trials",
     "choose_early_state",
     "correctness",
+    "default_trials",
     "diagnostics",
     "evaluator",
     "exact_interval",

@@ -12,6 +12,7 @@ from deq_jax.attacks.threats import Threat
 from deq_jax.core.errors import InputError
 from deq_jax.core.types import AnyArray
 from deq_jax.data.datasets import Images
+from deq_jax.evaluation.budgets import default_trials
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import Diagnostics, EvalConfig, Trial
@@ -22,9 +23,10 @@ from deq_jax.evaluation.results import WorstCase
 def assess(
     predictor: Predictor,
     images: Images | tuple[AnyArray, AnyArray],
-    trials: Sequence[Trial],
+    trials: Sequence[Trial] | None = None,
     *,
     threat: Threat | None = None,
+    budget: str = "quick",
     diagnostics: Diagnostics | None = None,
     draws: int | None = None,
     batch_size: int = 128,
@@ -40,8 +42,10 @@ def assess(
     Args:
       predictor: what is deployed.
       images: x [N, H, W, C], floating in [0, 1] or uint8, and labels [N].
-      trials: such as ``evaluation.auto_attack_trials(Linf(8 / 255))``.
+      trials: such as ``evaluation.auto_attack_trials(Linf(8 / 255))``; None for those that suit the predictor, within
+        the budget.
       threat: within which adversarial images count; None for the one that the first trial's attack declares.
+      budget: without trials, see `default_trials`.
       diagnostics: further trials for the red flags, such as ``evaluation.diagnostics(threat)``; without them some
         flags are not checked.
       draws, seed, skip_broken: see `EvalConfig`.
@@ -61,6 +65,11 @@ def assess(
         result = dj.assess(run.predictor, run.data.test, dj.evaluation.auto_attack_trials(ball))
         print(result.robust_accuracy, result.red_flags)
     """
+    chosen = None
+    if trials is None:
+        if threat is None:
+            raise InputError("assess: expected a threat, such as threat=Linf(8 / 255), or trials that declare one")
+        trials, chosen = default_trials(predictor.classifier, threat, budget), budget
     if threat is None:
         threat = getattr(trials[0].attack, "threat", None) if trials else None
     if threat is None:
@@ -72,6 +81,7 @@ def assess(
         tuple(trials),
         diagnostics,
         draws=draws,
+        budget=chosen,
         batch_size=min(batch_size, needed),
         seed=seed,
         skip_broken=skip_broken,

@@ -141,6 +141,7 @@ class EvalConfig:
       defence: what the predictor is called in reports; "none" for the classifier as trained, and for no other.
       draws: of a random predictor, over which every answer to an attack is the mean (EOT); it is itself judged by one
         more draw. None: the predictor is asked without keys, and deterministic.
+      budget: name of the budget that the trials have, see `default_trials`; None for a choice of your own.
       batch_size: images at a time, over all devices.
       seed: of the attacks' randomness; each image draws from it and from its number alone.
       max_images: evaluates only the first ones of the split; None for all.
@@ -155,6 +156,7 @@ class EvalConfig:
     predictor: Classifier | EarlyState | None = None
     defence: str = UNDEFENDED
     draws: int | None = None
+    budget: str | None = None
     batch_size: int = 128
     seed: int = 0
     max_images: int | None = None

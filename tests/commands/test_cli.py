@@ -342,7 +342,7 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
     assert [(line["step"], line["split"]) for line in lines] == [(2, "validation")]
 
     capfd.readouterr()
-    few = ["--batch-size", "16", *assignments("steps=2", "restarts=1")]
+    few = ["--batch-size", "16", "--attack", "pgd", *assignments("steps=2", "restarts=1")]
     evaluate.main(["--workdir", str(run), "--out", str(out), *few])
     assert "robust accuracy: " in capfd.readouterr().out
     figures = {"images.png", "states.png", "trials.png"}
@@ -492,9 +492,11 @@ def test_a_config_that_chooses_a_state_takes_no_other_one(folder, tmp_path, capf
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ([], "test-pgd"),
+        ([], "test-quick"),
+        (["--budget", "standard"], "test-standard"),
+        (["--attack", "pgd"], "test-pgd"),
         (["--readout", "early", "--attack", "none"], "test-none-early"),
-        (["--epsilon", "0.05"], "test-pgd-epsilon-0.05"),
+        (["--epsilon", "0.05"], "test-quick-epsilon-0.05"),
         (["--config", "x/some.py", "--readout", "last", "--epsilon", "0.2"], "test-some-last-epsilon-0.2"),
     ],
 )
@@ -565,7 +567,8 @@ def test_a_run_in_l2_is_evaluated_in_l2(folder, tmp_path, capfd):
     tree["validation_attack"] = to_tree(APGD(L2(0.5), 2))
     path.write_text(json.dumps(tree))
     capfd.readouterr()
-    report = evaluate_tiny(tmp_path, tmp_path / "out", *assignments("steps=2", "restarts=1"), "--batch-size", "16")
+    arguments = ["--attack", "pgd", *assignments("steps=2", "restarts=1"), "--batch-size", "16"]
+    report = evaluate_tiny(tmp_path, tmp_path / "out", *arguments)
     assert report["evaluation"]["threat"] == to_tree(L2(0.5))
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "[1/2] clean: 0 of 20 images; compiling, and the first batch"
@@ -575,7 +578,7 @@ def test_a_run_in_l2_is_evaluated_in_l2(folder, tmp_path, capfd):
     with np.load(tmp_path / "out" / "evaluation.npz") as arrays, np.load(folder / "good.npz") as given:
         delta = (arrays["x_adv"] - given["x_test"] / 255).reshape(20, -1)
     assert np.linalg.norm(delta, axis=1).max() <= 0.5 + 1e-5
-    evaluate_tiny(tmp_path, tmp_path / "out", *assignments("steps=2", "restarts=1"), "--batch-size", "16")
+    evaluate_tiny(tmp_path, tmp_path / "out", *arguments)
     again = capfd.readouterr().out.splitlines()
     assert again[0].startswith("[1/2] clean: 20 of 20 images; ")  # nothing is computed, and nothing is compiled
 

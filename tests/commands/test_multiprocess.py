@@ -151,7 +151,8 @@ def test_two_processes_compute_what_one_does(folder, whole):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(folder, whole):
-    command = ["deq_jax.evaluate", "--workdir", folder / "whole", "--set", "steps=2", "--set", "restarts=1", "--out"]
+    command = ["deq_jax.evaluate", "--workdir", folder / "whole", "--attack", "pgd", "--set", "steps=2"]
+    command += ["--set", "restarts=1", "--out"]
     outs = [folder / "one", folder / "both"]
     end(launch(folder, [*command, outs[0]]), 0)
     first, second = end(launch(folder, *[[*command, outs[1]]] * 2), 0, 0)

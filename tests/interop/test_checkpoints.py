@@ -503,7 +503,7 @@ def test_converted_networks_are_evaluated_and_trained_on(place, tmp_path, capfd)
     file, run = write_config(tmp_path), tmp_path / "run"
     convert.main([str(place.folder / "good.npz"), "--config", str(file), "--out", str(run)])
     write_images(tmp_path, *random_images(20))
-    evaluate.main(["--workdir", str(run), "--set", "steps=1", "--set", "restarts=1"])
+    evaluate.main(["--workdir", str(run), "--attack", "pgd", "--set", "steps=1", "--set", "restarts=1"])
     result = read_json(run / "evaluation" / "test-pgd" / "evaluation.json")
     assert result["images"] == 20
     assert result["checkpoint"] == "best, step 0"

@@ -768,7 +768,7 @@ def test_what_an_evaluation_may_lack(tmp_path, runs):
 def test_report_on_a_real_training(tmp_path):
     run = str(tmp_path / "tiny-0")
     train.main(["--config", "configs/digits_pgd_at.py", "--workdir", run, *assignments(*OVERRIDES)])
-    evaluate.main(["--workdir", run, *assignments("steps=1", "restarts=1")])
+    evaluate.main(["--workdir", run, "--attack", "pgd", *assignments("steps=1", "restarts=1")])
     report.main([run, "--out", str(tmp_path / "report")])
     stored = json.loads((tmp_path / "tiny-0/evaluation/test-pgd/evaluation.json").read_text())
     (row,) = Page((tmp_path / "report/index.html").read_text()).tables["headline.csv"][1:]

@@ -1,0 +1,55 @@
+"""The trials that are run when none are asked for suit what is deployed."""
+
+import pytest
+
+from deq_jax import EntropyReduced, Explicit, InputError, assess
+from deq_jax.attacks import L2, Linf
+from deq_jax.evaluation import BUDGETS, Predictor, default_trials
+from deq_jax.surrogates import BPDASolver, Direct, EndToEnd, OnBase, ThroughSolver
+from tests.helpers import tiny
+from tests.helpers.linear import DATA, Linear, trained
+
+DEQ = tiny.classifier()
+SOURCES = [
+    (DEQ, {ThroughSolver()}),
+    (DEQ.with_dynamics(solver=None), {Direct()}),
+    (Explicit(Linear()), {Direct()}),
+    (EntropyReduced(DEQ), {BPDASolver(), EndToEnd(), OnBase(ThroughSolver())}),
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5)], ids=str)
+@pytest.mark.parametrize(("predictor", "sources"), SOURCES, ids=["deq", "shallow", "explicit", "defended"])
+def test_gradients_are_those_of_what_is_computed(predictor, sources, threat, budget):
+    trials = default_trials(predictor, threat, budget)
+    white = [trial for trial in trials if trial.attack.uses_gradients]
+    assert {trial.surrogate for trial in white} == sources
+    assert len(white) == 3 * len(sources) and len({trial.name for trial in trials}) == len(trials)
+    assert {trial.attack.threat for trial in trials} == {threat}
+    assert [trial.name for trial in trials if not trial.attack.uses_gradients] == ["square"]
+    last = [trial.from_worst for trial in trials]
+    assert sum(last) == len(sources) and last == sorted(last)  # after all others
+
+
+def test_standard_costs_more_than_quick():
+    quick, standard = (default_trials(DEQ, Linf(0.1), budget) for budget in BUDGETS)
+    assert [trial.surrogate for trial in quick] == [trial.surrogate for trial in standard]
+    for small, large in zip(quick, standard, strict=True):
+        assert small.attack.gradient_queries <= large.attack.gradient_queries
+    assert sum(trial.attack.gradient_queries for trial in quick) == 31 + 3 * 21 + 20
+
+
+def test_an_unknown_budget_is_refused():
+    with pytest.raises(InputError, match="budget: expected quick or standard, got 'huge'"):
+        default_trials(DEQ, Linf(0.1), "huge")
+
+
+def test_assess_chooses_the_trials():
+    classifier = Explicit(Linear())
+    predictor = Predictor(classifier, trained())
+    result = assess(predictor, (DATA.test.x[:4], DATA.test.y[:4]), threat=Linf(0.1))
+    assert list(result.attempts) == [trial.name for trial in default_trials(classifier, Linf(0.1))]
+    assert result.config.budget == "quick"
+    with pytest.raises(InputError, match="expected a threat"):
+        assess(predictor, (DATA.test.x[:4], DATA.test.y[:4]))
