@@ -174,8 +174,11 @@ MISTAKES = [
     evaluation("no-checkpoint", "", "unsaved: has no best checkpoint yet", workdir="{}/unsaved"),
     evaluation("truncated-checkpoint", "", "{}/truncated/checkpoints/best", "cannot be read", workdir="{}/truncated"),
     evaluation("data-of-another-shape", "", "does not fit", "(128, 10), expected (256, 10)", workdir="{}/exchanged"),
-    evaluation("attack-unknown-field", "--set iterations=3", "no field iterations", "valid names: threat.epsilon"),
-    evaluation("attack-negative-epsilon", "--set threat.epsilon=-1", "epsilon must be >= 0"),
+    evaluation(
+        "attack-unknown-field", "--attack pgd --set iterations=3", "no field iterations", "valid names: threat.epsilon"
+    ),
+    evaluation("attack-negative-epsilon", "--attack pgd --set threat.epsilon=-1", "epsilon must be >= 0"),
+    evaluation("budget-set", "--set steps=3", "--set goes with a config or an attack, not with --budget"),
     evaluation("no-attack-to-set", "--attack none --set epsilon=0.1", "--set goes with a config or an attack"),
     evaluation("no-batch", "--batch-size 0", "batch_size must be positive, got 0"),
     evaluation("batch-not-divisible", "--batch-size 9", "9", "8 local devices"),
