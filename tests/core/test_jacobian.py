@@ -18,7 +18,7 @@ from deq_jax import (
 )
 from deq_jax.core import Purpose, gaussian_probes, jacobian_norm, spectral_radius
 from deq_jax.models import JacobianRegularization, SmallCNN
-from deq_jax.training import train
+from deq_jax.training import fit
 from tests.helpers import tiny
 
 MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)) / 3, jnp.float32)
@@ -232,7 +232,7 @@ def test_a_training_with_penalised_steps(tmp_path):
     penalty = replace(PENALTY, weight=1e4, probability=0.3)
     config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty))
     lines = []
-    train(config, tmp_path / "a", report=lines.append)
+    fit(config, tmp_path / "a", report=lines.append)
     losses = {line["step"] - 1: line["loss"] for line in lines if line["split"] == "train"}
     drawn = {step for step in range(2, 17) if penalty.is_drawn(0, step, 0)}
     assert drawn and {step for step, loss in losses.items() if loss > 50} == drawn
