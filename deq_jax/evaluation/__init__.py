@@ -2,9 +2,14 @@
 
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
+from deq_jax.evaluation.files import write_evaluation
+from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.measure import (
+    Means,
     Measured,
     Outcomes,
+    RowMeans,
+    Spread,
     correctness,
     evaluator,
     is_correct,
@@ -23,12 +28,13 @@ from deq_jax.evaluation.plan import (
     with_surrogates,
     with_transfers,
 )
-from deq_jax.evaluation.record import headline, report_of, write_report
+from deq_jax.evaluation.record import EvaluationRecord, PredictionCost, Provenance, TrialRecord, read_record
 from deq_jax.evaluation.red_flags import Flag, red_flags
 from deq_jax.evaluation.results import Attempt, Cost, Probe, WorstCase
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.verdicts import exact_interval
+from deq_jax.evaluation.wording import headline
 
 __all__ = [
     "Attempt",
@@ -36,13 +42,21 @@ __all__ = [
     "Diagnostics",
     "EarlyState",
     "EvalConfig",
+    "EvaluationFolder",
+    "EvaluationRecord",
     "Flag",
+    "Means",
     "Measured",
     "Moment",
     "Outcomes",
+    "PredictionCost",
     "Probe",
+    "Provenance",
+    "RowMeans",
+    "Spread",
     "Transfer",
     "Trial",
+    "TrialRecord",
     "WorstCase",
     "auto_attack_trials",
     "choose_early_state",
@@ -54,12 +68,12 @@ __all__ = [
     "is_correct",
     "measure",
     "plain_warnings",
+    "read_record",
     "red_flags",
-    "report_of",
     "row_names",
     "summary",
     "with_surrogates",
     "with_transfers",
     "worst_case",
-    "write_report",
+    "write_evaluation",
 ]

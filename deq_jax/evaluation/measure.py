@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -221,29 +222,56 @@ def row_names(measured: Measured) -> list[str]:
     return [*(f"z_{t}" for t in range(1, states + 1)), *["ensemble"][: states + 1], "deployed"]
 
 
-def summary(outcomes: Outcomes) -> dict[str, Any]:
-    """Means over the images, as JSON data: for each row of `row_names`, what was measured."""
+@dataclass(frozen=True)
+class Means:
+    """Means over images of what was measured in one row.
+
+    Attributes:
+      accuracy: from 0 to 1.
+      entropy: in nats.
+      residual: relative; None where there is none.
+    """
+
+    accuracy: float
+    entropy: float
+    residual: float | None
+
+
+@dataclass(frozen=True)
+class RowMeans:
+    """Means of one row on clean and on adversarial images; None without attack."""
+
+    clean: Means
+    attacked: Means | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and largest of the finite numbers among those of the images; None where there is none."""
+
+    mean: float | None
+    largest: float | None
+
+
+def summary(outcomes: Outcomes) -> dict[str, RowMeans]:
+    """Means over the images of what was measured, for each row of `row_names`."""
     clean, robust = correctness(outcomes)
     rows = {}
     for row, name in enumerate(row_names(outcomes.clean)):
-        rows[name] = {"clean": _means(clean, outcomes.clean, row)}
+        attacked = None
         if robust is not None and outcomes.attacked is not None:
-            rows[name]["attacked"] = _means(robust, outcomes.attacked, row)
-    return {"images": len(outcomes.y), "rows": rows}
+            attacked = _means(robust, outcomes.attacked, row)
+        rows[name] = RowMeans(_means(clean, outcomes.clean, row), attacked)
+    return rows
 
 
-def mean_and_largest(values: np.ndarray | None) -> dict[str, float | None]:
-    """Mean and largest of the finite numbers, one per image; None where there is none."""
+def spread(values: np.ndarray | None) -> Spread:
+    """Mean and largest of the finite numbers, one per image."""
     finite = np.array([]) if values is None else values[np.isfinite(values)]
-    if len(finite) == 0:
-        return {"mean": None, "largest": None}
-    return {"mean": float(np.mean(finite)), "largest": float(np.max(finite))}
+    return Spread(float(np.mean(finite)), float(np.max(finite))) if len(finite) else Spread(None, None)
 
 
-def _means(correct: np.ndarray, measured: Measured, row: int) -> dict[str, float | None]:
+def _means(correct: np.ndarray, measured: Measured, row: int) -> Means:
     residual = float(np.mean(measured.residual[:, row]))
-    return {
-        "accuracy": float(np.mean(correct[:, row])),
-        "entropy": float(np.mean(measured.entropy[:, row])),
-        "residual": None if np.isnan(residual) else residual,
-    }
+    accuracy, entropy = float(np.mean(correct[:, row])), float(np.mean(measured.entropy[:, row]))
+    return Means(accuracy, entropy, None if np.isnan(residual) else residual)

@@ -77,7 +77,7 @@ def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool | No
     Attacks that do not say whether they use gradients count neither for nor against. Where they alone broke images
     that would raise the flag if they were suspects, it is not checked.
     """
-    trials = [*result.config.trials, *result.config.extra_trials]
+    trials = result.config.all_trials
     counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
     others = [counted[trial.name] for trial in trials if is_white_box(trial)]
     certain = [counted[trial.name] for trial in trials if is_suspect(trial)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from deq_jax.evaluation.record import PredictionCost
 from deq_jax.reporting.archive import CONDITIONS, Evaluation
 from deq_jax.reporting.groups import Curve, Group, Pair, clean, reference, robust, undefended
 from deq_jax.reporting.statistics import Estimate, paired_quotient
@@ -119,7 +120,8 @@ def _flags_of_pair(pair: Pair) -> str:
 
 def accuracy_table(name: str, group: Group) -> Table:
     """Accuracy of every predictor on the images of every trial, mean over the seeds."""
-    tables = {trial: [one.accuracy[trial] for one in group.evaluations] for trial in group.evaluations[0].accuracy}
+    records = [one.record for one in group.evaluations]
+    tables = {trial: [record.accuracy[trial] for record in records] for trial in records[0].accuracy}
     predictors = list(tables["clean"][0])
     kinds = ["main" if predictor == "deployed" else "number" for predictor in predictors]
     columns = [Column(predictor, kind=kind) for predictor, kind in zip(predictors, kinds, strict=True)]
@@ -139,7 +141,8 @@ def accuracy_table(name: str, group: Group) -> Table:
 
 def _left_nothing(group: Group, trial: str) -> bool:
     """Whether earlier trials had broken all images of every seed, or all were misclassified as they are."""
-    return all(one.attacked.get(trial) == 0 for one in group.evaluations)
+    known = [one.record.trials.get(trial) for one in group.evaluations]
+    return all(done is not None and done.attacked == 0 for done in known)
 
 
 def states_table(name: str, groups: Mapping[str, Group]) -> Table:
@@ -191,7 +194,7 @@ def flags_table(name: str, group: Group) -> Table:
                 Cell((results[flag.raised],), warning="!" if flag.raised else ""),
                 text_cell(flag.explanation),
             )
-            for flag in one.flags
+            for flag in one.record.red_flags
         ]
     caption = "Signs that the attacks have failed; a flag is raised where the value exceeds the threshold"
     return Table(name, caption, "evaluation", (*columns, Column("what it would mean", kind="text")), sections)
@@ -210,21 +213,25 @@ def cost_table(groups: Sequence[Group]) -> Table:
     )
     sections: dict[str, list[tuple[Cell, ...]]] = {}
     for group in groups:
-        if any(one.cost for one in group.evaluations):
+        if any(one.record.cost != PredictionCost() for one in group.evaluations):
             heads = text_cell(group.training), text_cell(group.defence), text_cell(group.trials)
-            cells = [
-                cell for name in ("evaluations", "seconds") for cell in _costs(group, undefended(group, groups), name)
-            ]
+            base = undefended(group, groups)
+            cells = [cell for quantity in (_cell_evaluations, _seconds) for cell in _costs(group, base, quantity)]
             sections.setdefault(str(group.setting), []).append((*heads, *cells))
     counted = "cell evaluations: applications to the image; a vector-Jacobian product counts as one"
     caption = f"Cost of a warm prediction, compilation excluded, {OVER_SEEDS}; {counted}"
     return Table("cost", caption, "setting", columns, sections)
 
 
-def _costs(group: Group, base: Group | None, name: str) -> tuple[Cell, Cell]:
-    def quantity(one: Evaluation) -> float | None:
-        return one.cost.get(name)
+def _cell_evaluations(one: Evaluation) -> float | None:
+    return one.record.cost.evaluations
 
+
+def _seconds(one: Evaluation) -> float | None:
+    return one.record.cost.seconds
+
+
+def _costs(group: Group, base: Group | None, quantity: Callable[[Evaluation], float | None]) -> tuple[Cell, Cell]:
     own = group.values(quantity)
     quotient = paired_quotient(own, base.values(quantity)) if base is not None and group.is_defended else None
     mean = Estimate.of_seeds(list(own.values())) if own else None

@@ -55,37 +55,36 @@ class Group:
     @property
     def is_defended(self) -> bool:
         """Whether anything else is deployed than the classifier as trained."""
-        return self.evaluations[0].defence != UNDEFENDED
+        return self.evaluations[0].record.defence != UNDEFENDED
 
     @property
     def is_adaptive(self) -> bool:
         """Whether a defence was attacked, or a trial had a surrogate's gradients or transferred images."""
-        trials = self.evaluations[0].trials
         return self.is_defended or any(
-            short_name(trial["surrogate"]) != Direct.__name__ or short_name(trial["attack"]) == Transfer.__name__
-            for trial in trials
+            short_name(trial.surrogate) != Direct.__name__ or short_name(trial.attack) == Transfer.__name__
+            for trial in self.evaluations[0].record.plan.all_trials
         )
 
     @property
     def trials(self) -> str:
         """The attacks in a few words: their suites, or the first parts of their names, and how many there are."""
-        evaluation = self.evaluations[0].evaluation
-        trials = evaluation["trials"]
-        heads = list(dict.fromkeys(trial["suite"] or trial["name"].split(".")[0] for trial in trials))
+        plan = self.evaluations[0].record.plan
+        trials = plan.trials
+        heads = list(dict.fromkeys(trial.suite or trial.name.split(".")[0] for trial in trials))
         names = ", ".join(heads[:MOST_NAMES]) + (", …" if len(heads) > MOST_NAMES else "")
         count = f" ({len(trials)} trials)" if len(trials) > 1 else ""
-        extra = " and diagnostics" if evaluation["diagnostics"] else ""
+        extra = " and diagnostics" if plan.checks else ""
         return (names or "none") + count + extra
 
     @property
     def raised(self) -> Counter[str]:
         """Names of the flags that are raised, and for how many seeds."""
-        return Counter(flag.name for one in self.evaluations for flag in one.flags if flag.raised)
+        return Counter(flag.name for one in self.evaluations for flag in one.record.red_flags if flag.raised)
 
     @property
     def unchecked(self) -> list[str]:
         """Names of the checks that were not made for some seed."""
-        flags = [flag.name for one in self.evaluations for flag in one.flags if flag.raised is None]
+        flags = [flag.name for one in self.evaluations for flag in one.record.red_flags if flag.raised is None]
         return list(dict.fromkeys(flags))
 
     def values(self, quantity: Callable[[Evaluation], T | None]) -> dict[int, T]:
@@ -151,7 +150,7 @@ def _training_names(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     """Training -> names of its workdirs, without their seeds."""
     stems: dict[str, list[str]] = {}
     for one in evaluations:
-        name = Path(one.workdir).name or "training"
+        name = Path(one.provenance.workdir).name or "training"
         stem = re.sub(rf"([-_.]|[-_.]?seed[-_.=]?){one.seed}$", "", name) or name
         stems.setdefault(one.training, []).append(stem)
     return _numbered({training: ", ".join(dict.fromkeys(names)) for training, names in stems.items()})
@@ -161,7 +160,7 @@ def _defence_names(evaluations: Sequence[Evaluation]) -> dict[tuple[str, Setting
     """Training, setting and predictor -> name of the defence."""
     names: dict[tuple[str, Setting], dict[str, str]] = {}
     for one in evaluations:
-        names.setdefault((one.training, one.setting), {})[one.predictor] = one.defence
+        names.setdefault((one.training, one.setting), {})[one.predictor] = one.record.defence
     return {
         (*where, predictor): name
         for where, predictors in names.items()
@@ -252,7 +251,7 @@ def radius_curves(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Cur
     parts: dict[tuple[str, Setting], dict[Any, dict[float, Group]]] = {}
     for group in groups:
         if group.values(robust):
-            names = tuple(trial["name"] for trial in group.evaluations[0].trials)
+            names = tuple(trial.name for trial in group.evaluations[0].record.plan.all_trials)
             curves = parts.setdefault((group.training, replace(group.setting, epsilon=0.0)), {})
             radii = curves.setdefault((group.defence, names), {})
             radii[group.setting.epsilon] = min(radii.get(group.setting.epsilon, group), group, key=_mean_robust)

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deq_jax.reporting.archive import CONDITIONS, Evaluation, protocol_text
+from deq_jax.reporting.archive import CONDITIONS, Evaluation
 from deq_jax.reporting.contents import (
     FORMS,
     accuracy_table,
@@ -40,6 +40,7 @@ from deq_jax.reporting.groups import (
     undefended_trainings,
 )
 from deq_jax.reporting.groups import training_pairs as pairs_of_trainings
+from deq_jax.reporting.protocol import protocol_text
 from deq_jax.reporting.statistics import Estimate
 from deq_jax.reporting.tables import Table
 from deq_jax.reporting.wording import DEFENCE, TRAINING, quotes, sentences, worst_case
@@ -119,7 +120,10 @@ def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()
         missing=missing,
         quotes=quotes(groups),
         warnings=[
-            f"{g.training}, {g.defence}, seed {e.seed}: {t}" for g in groups for e in g.evaluations for t in e.warnings
+            f"{g.training}, {g.defence}, seed {e.seed}: {t}"
+            for g in groups
+            for e in g.evaluations
+            for t in e.record.warnings
         ],
         worst_case=worst_case(groups),
         is_defended=any(group.is_defended for group in groups),

@@ -17,12 +17,12 @@ from deq_jax.defences import RandomDirection, reduce_entropy
 from deq_jax.evaluation import (
     Diagnostics,
     EvalConfig,
+    EvaluationRecord,
     Trial,
     red_flags,
-    report_of,
     with_transfers,
     worst_case,
-    write_report,
+    write_evaluation,
 )
 from deq_jax.storage import from_tree, load_config, set_fields, to_tree
 from deq_jax.surrogates import (
@@ -77,7 +77,7 @@ def undefended(tmp_path_factory):
     """A finished evaluation of the base."""
     out = tmp_path_factory.mktemp("undefended")
     result = evaluate(EvalConfig(THREAT, (Trial("direct", ATTACK),), FAR, batch_size=8), out)
-    write_report(out, report_of(result), result, X)
+    write_evaluation(out, EvaluationRecord.of(result), result, X)
     return result, out
 
 
@@ -166,7 +166,7 @@ def test_a_suite_of_transfers_counts_what_it_breaks_itself(undefended, tmp_path)
         replace(both, skip_broken=True)
     wrong = Images(X, 1 - np.minimum(IMAGES.y, 1))
     result = worst_case(config, DEFENCE.base, VARIABLES, wrong, tmp_path)
-    write_report(tmp_path, report_of(result), result, X)
+    write_evaluation(tmp_path, EvaluationRecord.of(result), result, X)
     assert not (tmp_path / "trials" / "direct").exists()
     assert with_transfers(config, [("reference", tmp_path)]).trials == config.trials
 
@@ -174,11 +174,11 @@ def test_a_suite_of_transfers_counts_what_it_breaks_itself(undefended, tmp_path)
 def test_cost_counts_applications_of_the_cell(defended, undefended):
     expected = reduce_entropy(DEFENCE, VARIABLES, X).solution.evaluations
     np.testing.assert_array_equal(defended.cost.evaluations, expected[:8])
-    report = report_of(defended)
-    assert report["defence"] == "entropy reduction"
-    assert report["cost"]["evaluations"] == 1 + 4 + 2 * (3 * 2 + 1)  # two blocks, three updates and one correction each
-    assert report["cost"]["seconds"] > 0
-    assert report_of(undefended[0])["cost"]["evaluations"] == 1 + 4 + 3  # and the estimator's
+    record = EvaluationRecord.of(defended)
+    assert record.defence == "entropy reduction"
+    assert record.cost.evaluations == 1 + 4 + 2 * (3 * 2 + 1)  # two blocks, three updates and one correction each
+    assert record.cost.seconds > 0
+    assert EvaluationRecord.of(undefended[0]).cost.evaluations == 1 + 4 + 3  # and the estimator's
 
 
 def test_attacks_on_the_base_are_transfers(defended):

@@ -5,7 +5,7 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,18 +18,18 @@ from deq_jax.evaluation import (
     Attempt,
     Cost,
     EvalConfig,
+    EvaluationRecord,
     Measured,
     Outcomes,
     Probe,
+    Provenance,
     Transfer,
     Trial,
     WorstCase,
-    report_of,
     summary,
-    write_report,
+    write_evaluation,
 )
 from deq_jax.reporting import Estimate, Group, Table, groups_of, read_evaluations, report_files, unfinished
-from deq_jax.reporting.archive import protocol_text
 from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
 from deq_jax.reporting.groups import (
     defence_pairs,
@@ -40,6 +40,7 @@ from deq_jax.reporting.groups import (
     undefended,
     undefended_trainings,
 )
+from deq_jax.reporting.protocol import protocol_text
 from deq_jax.reporting.tables import Cell, Column
 from deq_jax.reporting.wording import DEFENCE, TRAINING, quotes, sentences
 from deq_jax.storage import brief, number, to_tree
@@ -93,11 +94,11 @@ def found(config, seed, wrong, *, masked=False):
 def write(folder, config, seed, wrong, *, train=None, workdir="runs/tiny", **options):
     """What `evaluate` writes."""
     train = tiny.get_config(seed=seed) if train is None else replace(train, seed=seed)
-    about = {"checkpoint": "best, step 17", "split": "test", "versions": {"deq_jax": "0.1.0", "jax": "0.10"}}
+    versions = {"deq_jax": "0.1.0", "jax": "0.10"}
+    provenance = Provenance(f"{workdir}-{seed}", "best, step 17", "test", versions, to_tree(train))
     result = found(config, seed, wrong, **options)
     folder.mkdir(parents=True, exist_ok=True)
-    report = {**report_of(result), "workdir": f"{workdir}-{seed}", **about, "config": to_tree(train)}
-    write_report(folder, report, result, result.x_adv)
+    write_evaluation(folder, EvaluationRecord.of(result, provenance), result, result.x_adv)
     return folder
 
 
@@ -130,7 +131,8 @@ def halve(folder):
         content["accuracy"][name]["deployed"] = float(row.mean())
     attacked = Measured(*(arrays[f"attacked_{name}"] for name in Measured._fields))
     clean = Measured(*(arrays[f"clean_{name}"] for name in Measured._fields))
-    path.write_text(json.dumps(content | summary(Outcomes(arrays["y"], clean, attacked, None))))
+    rows = {name: asdict(row) for name, row in summary(Outcomes(arrays["y"], clean, attacked, None)).items()}
+    path.write_text(json.dumps(content | {"images": IMAGES // 2, "rows": rows}))
 
 
 class Page(HTMLParser):
@@ -249,7 +251,7 @@ class TestGroups:
         assert defence_pairs(groups) == []
 
     def test_transfers_from_any_folder_are_the_same_attack(self, groups):
-        paths = [one.evaluation["trials"][2]["attack"]["path"] for one in groups[1].evaluations]
+        paths = [one.record.plan.trials[2].attack["path"] for one in groups[1].evaluations]
         assert paths == ["runs/tiny-0", "runs/tiny-1"]
 
     def test_attacks_in_a_few_words(self, groups):
@@ -546,8 +548,9 @@ def test_protocol_names_what_determines_an_evaluation(groups):
 
 def test_protocol_names_the_early_state_and_the_draws(groups):
     one = groups[1].evaluations[0]
-    evaluation = one.evaluation | {"draws": 20}
-    text = protocol_text(replace(one, defence="early state", early_state=[0.1, 0.5, 0.3], evaluation=evaluation))
+    evaluation = one.record.evaluation | {"draws": 20}
+    record = replace(one.record, defence="early state", early_state=(0.1, 0.5, 0.3), evaluation=evaluation)
+    text = protocol_text(replace(one, record=record))
     assert "deployed: early state z_2: Equilibrium(" in text
     assert "draws: 20 (EOT)" in text
 
@@ -760,8 +763,8 @@ def test_what_an_evaluation_may_lack(tmp_path, runs):
     shutil.copytree(runs[0] / "evaluation" / "b", tmp_path / "a")
     edit(tmp_path / "a", lambda content: (content.pop("defence"), content.pop("cost")))
     (one,) = read_evaluations([tmp_path / "a"])
-    assert one.cost == {}
-    assert Group("a", one.defence, (one,)).is_defended
+    assert (one.record.cost.evaluations, one.record.cost.seconds) == (None, None)
+    assert Group("a", one.record.defence, (one,)).is_defended
 
 
 @pytest.mark.slow
