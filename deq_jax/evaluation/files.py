@@ -8,6 +8,7 @@ import numpy as np
 
 from deq_jax.evaluation.figures import plot_accuracies, plot_images, plot_states
 from deq_jax.evaluation.folder import EvaluationFolder
+from deq_jax.evaluation.measure import to_columns
 from deq_jax.evaluation.record import EvaluationRecord
 from deq_jax.evaluation.results import WorstCase
 from deq_jax.storage.files import write_json, write_npz
@@ -23,14 +24,14 @@ def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: 
       x: the images [N, H, W, C] in [0, 1].
     """
     folder, outcomes = EvaluationFolder(out), result.outcomes
-    correct = {name: row[:, -1] for name, row in result.robust().items()}
+    correct = {name: row.deployed for name, row in result.robust().items()}
     arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
     arrays["spectral_radius"] = result.spectral_radius
     further = {"radius_settled": result.radius_settled, "adjoint_residual": result.adjoint_residual}
     arrays |= {name: values for name, values in further.items() if values is not None}
-    arrays |= {f"clean_{name}": value for name, value in outcomes.clean._asdict().items()}
+    arrays |= {f"clean_{name}": value for name, value in to_columns(outcomes.clean).items()}
     if outcomes.attacked is not None:
-        arrays |= {f"attacked_{name}": value for name, value in outcomes.attacked._asdict().items()}
+        arrays |= {f"attacked_{name}": value for name, value in to_columns(outcomes.attacked).items()}
         arrays["x_adv"] = outcomes.x_adv
         plot_images(outcomes, x, folder.figure("images"))
         plot_accuracies(record.accuracy, folder.figure("trials"))

@@ -54,7 +54,7 @@ class Flag:
 
 def red_flags(result: WorstCase) -> list[Flag]:
     """All checks of an evaluation."""
-    correct = {name: row[:, -1] for name, row in result.robust().items()}
+    correct = {name: row.deployed for name, row in result.robust().items()}
     extra = result.config.diagnostics
     far = None if extra is None else float(np.mean(correct[extra.far.name]))
     gain = None if extra is None else float(np.mean(correct[extra.half.name]) - np.mean(correct[extra.long.name]))
@@ -110,7 +110,7 @@ def zero_gradients(is_zero: np.ndarray) -> Flag:
 
 def not_finite(result: WorstCase) -> Flag:
     """The share of images at which some attack met logits that are not finite; such logits count as correct."""
-    met = [~np.isfinite(attempt.measured.margin[:, -1]) & attempt.inside for attempt in result.attempts.values()]
+    met = [~np.isfinite(attempt.measured.deployed.margin) & attempt.inside for attempt in result.attempts.values()]
     share = float(np.mean(np.logical_or.reduce(met))) if met else None
     return Flag.of("logits not finite", share, 0.0, "attacked images whose logits are NaN or infinite count as correct")
 

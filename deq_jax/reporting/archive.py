@@ -11,7 +11,7 @@ import numpy as np
 
 from deq_jax.core.errors import InputError, require
 from deq_jax.evaluation.folder import EvaluationFolder, finished_in, unfinished_in
-from deq_jax.evaluation.measure import Measured, Outcomes, RowMeans, correctness
+from deq_jax.evaluation.measure import Outcomes, correctness, from_columns, named
 from deq_jax.evaluation.plan import REFERENCE, UNDEFENDED
 from deq_jax.evaluation.record import EvaluationRecord, Provenance, read_record
 from deq_jax.evaluation.recorded import DAMAGED, RecordedRun, canonical
@@ -22,7 +22,7 @@ CONDITIONS = ("clean", "attacked")
 
 QUANTITIES = ("accuracy", "entropy", "residual")
 
-Measurements = dict[tuple[str, str], np.ndarray]
+Measurements = dict[tuple[str, str, str], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Evaluation:
       folder: that holds evaluation.json.
       record: its numbers.
       provenance: whose classifier it is.
-      measured: "clean" or "attacked", and accuracy (True or False), entropy or residual -> [N, R].
+      measured: state, "clean" or "attacked", and accuracy (True or False), entropy or residual -> [N].
       correct: name of the images -> [N] bool, which the deployed predictor classifies correctly.
     """
 
@@ -133,12 +133,9 @@ class Evaluation:
         return self.correct.get("union")
 
     def in_state(self, state: str, condition: str, quantity: str) -> np.ndarray | None:
-        """[N], what was measured of each image, or None; the arguments are as in `states` and `measured`."""
-        table = self.measured.get((condition, quantity))
-        if table is None or state not in self.states:
-            return None
-        values = table[:, self.states.index(state)]
-        return None if np.isnan(values).any() else values
+        """[N], what was measured of each image, or None; the arguments are as in `measured`."""
+        values = self.measured.get((state, condition, quantity))
+        return None if values is None or np.isnan(values).any() else values
 
 
 def read_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
@@ -184,18 +181,17 @@ def _read(folder: EvaluationFolder) -> Evaluation:
 
 
 def _measured(arrays: dict[str, np.ndarray]) -> Measurements:
-    parts = {name: _part(arrays, name) for name in CONDITIONS if f"{name}_label" in arrays}
+    parts = {name: from_columns(arrays, f"{name}_") for name in CONDITIONS if f"{name}_label" in arrays}
     outcomes = Outcomes(arrays["y"], parts["clean"], parts.get("attacked"), None)
     correct = dict(zip(CONDITIONS, correctness(outcomes), strict=True))
-    return {
-        (condition, quantity): table
-        for condition, part in parts.items()
-        for quantity, table in zip(QUANTITIES, (correct[condition], part.entropy, part.residual), strict=True)
-    }
-
-
-def _part(arrays: dict[str, np.ndarray], condition: str) -> Measured:
-    return Measured(*(arrays[f"{condition}_{name}"] for name in Measured._fields))
+    found: Measurements = {}
+    for condition, part in parts.items():
+        right = correct[condition]
+        assert right is not None  # it is of the conditions that were measured
+        for (state, row), is_right in zip(named(part).items(), named(right).values(), strict=True):
+            measured = (is_right, row.entropy, row.residual)
+            found |= {(state, condition, name): values for name, values in zip(QUANTITIES, measured, strict=True)}
+    return found
 
 
 def _check_accuracy(evaluation: Evaluation) -> None:
@@ -212,23 +208,19 @@ def _check_accuracy(evaluation: Evaluation) -> None:
 
 def _check_states(evaluation: Evaluation) -> None:
     """Whether means of the arrays are those of the record, for the same rows and conditions."""
-    rows: dict[str, RowMeans] = evaluation.record.rows
     stored = {
         (state, condition, quantity): getattr(means, quantity)
-        for state, row in rows.items()
+        for state, row in evaluation.record.rows.items()
         for condition, means in (("clean", row.clean), ("attacked", row.attacked))
         if means is not None
         for quantity in QUANTITIES
     }
-    found: dict[tuple[str, str, str], float] = {}
-    for (condition, quantity), table in evaluation.measured.items():
-        for state, mean in zip(rows, table.mean(axis=0), strict=True):
-            found[state, condition, quantity] = mean
+    found = {name: values.mean() for name, values in evaluation.measured.items()}
     same = found.keys() == stored.keys() and all(
         np.isnan(mean) if stored[name] is None else np.isclose(mean, stored[name]) for name, mean in found.items()
     )
-    shapes = {table.shape for table in evaluation.measured.values()}
-    if not same or shapes != {(evaluation.record.images, len(rows))}:
+    shapes = {values.shape for values in evaluation.measured.values()}
+    if not same or shapes != {(evaluation.record.images,)}:
         raise ValueError("evaluation.npz has other states")
 
 

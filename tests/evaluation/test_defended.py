@@ -19,6 +19,7 @@ from deq_jax.evaluation import (
     EvalConfig,
     EvaluationRecord,
     Trial,
+    named,
     red_flags,
     with_transfers,
     worst_case,
@@ -90,7 +91,7 @@ def defended(undefended, tmp_path_factory):
 def test_the_defended_predictor_is_judged(defended):
     assert defended.accuracies()["clean"]["deployed"] == 1.0
     logits = jax.jit(DEFENCE)(VARIABLES, defended.attempts["base"].x_adv).logits
-    np.testing.assert_array_equal(defended.attempts["base"].measured.label[:, -1], np.argmax(logits, axis=1))
+    np.testing.assert_array_equal(defended.attempts["base"].measured.deployed.label, np.argmax(logits, axis=1))
     lowest = min(defended.accuracies()[name]["deployed"] for name in defended.attempts)
     assert defended.accuracies()["union"]["deployed"] <= lowest
 
@@ -99,7 +100,7 @@ def test_the_states_are_those_of_the_regulated_dynamics(defended):
     states = reduce_entropy(DEFENCE, VARIABLES, X).solution.states
     for t in range(4):
         logits = DEFENCE.decode(VARIABLES, states[t])
-        np.testing.assert_array_equal(defended.clean.label[:, t], np.argmax(logits, axis=1))
+        np.testing.assert_array_equal(named(defended.clean)[f"z_{t + 1}"].label, np.argmax(logits, axis=1))
 
 
 def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefended, defended):
@@ -185,7 +186,8 @@ def test_attacks_on_the_base_are_transfers(defended):
     """What they alone break raises the flag, as it does where the images come from another evaluation."""
 
     def with_broken(names):
-        right, wrong = defended.clean, defended.clean._replace(label=(defended.clean.label + 1) % 10)
+        right, deployed = defended.clean, defended.clean.deployed
+        wrong = right._replace(deployed=deployed._replace(label=(deployed.label + 1) % 10))
         found = {
             name: attempt._replace(measured=wrong if name in names else right)
             for name, attempt in defended.attempts.items()
@@ -211,7 +213,7 @@ class TestRandomPredictor:
     def test_it_is_judged_by_a_draw_that_attacks_have_not_seen(self, few):
         keys = Keys.of(jax.random.key(0), len(X)).fold(1 << 30)
         logits = RANDOM(VARIABLES, few.attempts["direct"].x_adv, keys=keys).logits
-        np.testing.assert_array_equal(few.attempts["direct"].measured.label[:, -1], np.argmax(logits, axis=1))
+        np.testing.assert_array_equal(few.attempts["direct"].measured.deployed.label, np.argmax(logits, axis=1))
 
     @pytest.mark.parametrize(("draws", "raised"), [(2, True), (20, False)])
     def test_too_few_draws_raise_a_flag(self, draws, raised, few):

@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_result(found):
     record = EvaluationRecord.of(result, PROVENANCE)
     write_evaluation(out, record, result, IMAGES.x)
     assert read_record(EvaluationFolder(out).record) == record
-    assert record.robust_accuracy == result.robust()["union"][:, -1].mean()
+    assert record.robust_accuracy == result.robust()["union"].deployed.mean()
     assert record.rows["deployed"].attacked.accuracy == record.robust_accuracy
     assert list(record.accuracy) == ["clean", "uniform", "pgd", "all", "union"]
     assert record.trials["uniform"].attacked == round(16 * record.accuracy["clean"]["deployed"])

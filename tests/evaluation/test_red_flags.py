@@ -14,8 +14,9 @@ from deq_jax.data import Images
 from deq_jax.evaluation import (
     EvalConfig,
     EvaluationRecord,
-    Measured,
     Probe,
+    Row,
+    Rows,
     Transfer,
     Trial,
     diagnostics,
@@ -119,6 +120,11 @@ def test_masked_gradients_are_flagged(masked):
     assert "zero gradients (1)" in line
 
 
+def alone(row):
+    """What is measured of an explicit network."""
+    return Rows(None, None, row)
+
+
 @dataclass(frozen=True)
 class Own:
     """A user's attack, which may declare whether it uses gradients."""
@@ -155,14 +161,14 @@ APGD_20, SQUARE, NOTHING = APGD(THREAT, steps=20), Square(THREAT, 300), Noise(TH
 )
 def test_attacks_say_whether_they_use_gradients(found, expected, honest):
     """Each attack breaks the first images."""
-    right = honest.clean._replace(label=np.broadcast_to(TEST.y[:, None], honest.clean.label.shape))
+    right = honest.clean.deployed._replace(label=TEST.y)
     trials = tuple(Trial(f"{i}", attack) for i, (attack, _) in enumerate(found))
     attempts = {}
     for trial, (_, broken) in zip(trials, found, strict=True):
-        label = (right.label + (np.arange(len(TEST.y)) < broken)[:, None]) % 10
-        attempts[trial.name] = honest.attempts["apgd"]._replace(measured=right._replace(label=label))
+        label = (right.label + (np.arange(len(TEST.y)) < broken)) % 10
+        attempts[trial.name] = honest.attempts["apgd"]._replace(measured=alone(right._replace(label=label)))
     config = EvalConfig(THREAT, trials, skip_broken=False)
-    flags = raised(replace(honest, config=config, clean=right, attempts=attempts))
+    flags = raised(replace(honest, config=config, clean=alone(right), attempts=attempts))
     assert flags["black box beats white box"] is expected
 
 
@@ -204,11 +210,10 @@ def test_a_robust_accuracy_is_said_with_what_speaks_against_the_model(honest):
     assert record.warnings == () and "\n" not in headline(record)
     low, high = record.intervals["union"]
     assert f" of 64 images (95 %: {100 * low:.1f} to {100 * high:.1f}); no flags" in headline(record)
-    label, residual = honest.clean.label.copy(), np.full(honest.clean.residual.shape, 0.058)
-    label[6:] = (TEST.y[6:, None] + 1) % 10
-    other = (honest.clean._replace(label=label, residual=residual), honest.clean)
-    clean = Measured(*(np.concatenate([part, part, part], axis=1) for part in other[1]))
-    clean = Measured(*(np.concatenate([good, bad], axis=1) for good, bad in zip(clean, other[0], strict=True)))
+    good, label = honest.clean.deployed, honest.clean.deployed.label.copy()
+    label[6:] = (TEST.y[6:] + 1) % 10
+    wrong = good._replace(label=label, residual=np.full(good.residual.shape, 0.058))
+    clean = Rows(Row(*(np.stack([part, part], axis=1) for part in good)), good, wrong)
     bad = replace(honest, clean=clean, attempts={}, config=replace(honest.config, trials=(), diagnostics=None))
     first, *lines = headline(EvaluationRecord.of(bad)).splitlines()
     assert first.startswith("clean accuracy: ") and first.endswith("; nothing has attacked them")
@@ -246,9 +251,10 @@ def test_logits_that_are_not_finite_under_attack_are_flagged(honest):
     assert not_finite(honest).raised is False
     extra = honest.config.diagnostics
     for name, expected in (("apgd", True), (extra.far.name, False)):
-        margin = honest.attempts[name].measured.margin.copy()
-        margin[3, -1] = np.inf
-        measured = honest.attempts[name].measured._replace(margin=margin)
+        row = honest.attempts[name].measured.deployed
+        margin = row.margin.copy()
+        margin[3] = np.inf
+        measured = alone(row._replace(margin=margin))
         changed = replace(honest, attempts=honest.attempts | {name: honest.attempts[name]._replace(measured=measured)})
         assert raised(changed)["logits not finite"] is expected
         assert not expected or not_finite(changed).value == 1 / 64

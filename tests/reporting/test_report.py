@@ -19,7 +19,6 @@ from deq_jax.evaluation import (
     Cost,
     EvalConfig,
     EvaluationRecord,
-    Measured,
     Outcomes,
     Probe,
     Provenance,
@@ -29,6 +28,7 @@ from deq_jax.evaluation import (
     summary,
     write_evaluation,
 )
+from deq_jax.evaluation.measure import from_columns
 from deq_jax.reporting import Estimate, Group, Table, groups_of, read_evaluations, report_files, unfinished
 from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
 from deq_jax.reporting.groups import (
@@ -58,7 +58,9 @@ def measured(wrong, rng):
     is_wrong = np.concatenate([rng.random((IMAGES, 4)) < 0.3, (np.arange(IMAGES) < wrong)[:, None]], axis=1)
     margin, residual = np.where(is_wrong, 1.0, -1.0), rng.uniform(0.01, 0.5, (IMAGES, 5))
     residual[:, 3] = np.nan
-    return Measured((Y[:, None] + is_wrong) % 10, margin, rng.uniform(0, 2, (IMAGES, 5)), residual)
+    entropy = rng.uniform(0, 2, (IMAGES, 5))
+    label = (Y[:, None] + is_wrong) % 10
+    return from_columns({"label": label, "margin": margin, "entropy": entropy, "residual": residual})
 
 
 def config_of(epsilon, defence, seed):
@@ -82,7 +84,7 @@ def found(config, seed, wrong, *, masked=False):
     parts = {name: measured(count, rng) for name, count in wrong.items()}
     clean, x_adv, everywhere = parts.pop("clean"), np.zeros((IMAGES, 2, 2, 1)), np.ones(IMAGES, bool)
     attempts = {name: Attempt(x_adv.copy, part, everywhere, everywhere, 0.5) for name, part in parts.items()}
-    worst = max(attempts.values(), key=lambda one: one.measured.margin[:, -1].sum()).measured if attempts else clean
+    worst = max(attempts.values(), key=lambda one: one.measured.deployed.margin.sum()).measured if attempts else clean
     defended = config.predictor is not None
     cost = Cost(np.full(4, 21.0 if defended else 7.0), np.full(3, 0.004 if defended else 0.001))
     probe = Probe(LOGITS, LOGITS, LOGITS, LOGITS)
@@ -129,8 +131,7 @@ def halve(folder):
     content = json.loads(path.read_text())
     for name, row in zip(content["accuracy"], correct, strict=True):
         content["accuracy"][name]["deployed"] = float(row.mean())
-    attacked = Measured(*(arrays[f"attacked_{name}"] for name in Measured._fields))
-    clean = Measured(*(arrays[f"clean_{name}"] for name in Measured._fields))
+    clean, attacked = (from_columns(arrays, prefix) for prefix in ("clean_", "attacked_"))
     rows = {name: asdict(row) for name, row in summary(Outcomes(arrays["y"], clean, attacked, None)).items()}
     path.write_text(json.dumps(content | {"images": IMAGES // 2, "rows": rows}))
 
