@@ -29,19 +29,29 @@ from deq_jax.evaluation import (
     write_evaluation,
 )
 from deq_jax.evaluation.measure import from_columns
-from deq_jax.reporting import Estimate, Group, Table, groups_of, read_evaluations, report_files, unfinished
-from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
-from deq_jax.reporting.groups import (
+from deq_jax.reporting import (
+    Estimate,
+    Group,
+    Report,
+    Table,
+    groups_of,
+    read_evaluations,
+    render,
+    report_files,
+    unfinished,
+)
+from deq_jax.reporting.comparisons import (
     defence_pairs,
     labels,
     radius_curves,
-    robust,
     training_pairs,
     undefended,
     undefended_trainings,
 )
+from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
+from deq_jax.reporting.groups import robust
 from deq_jax.reporting.protocol import protocol_text
-from deq_jax.reporting.tables import Cell, Column
+from deq_jax.reporting.tables import Cell, Column, Field, filled, sectioned, text_cell
 from deq_jax.reporting.wording import DEFENCE, TRAINING, quotes, sentences
 from deq_jax.storage import brief, number, to_tree
 from deq_jax.surrogates import ThroughSolver
@@ -509,6 +519,22 @@ class TestPage:
         assert sorted(shown) == sorted((out / f"{name}.png").read_bytes() for name in [*names, "radius-1-tiny"])
         assert len(list(out.glob("*.png"))) == 13
         assert all(picture.startswith(b"\x89PNG") for picture in shown)
+
+
+def test_the_page_only_formats_what_the_report_has(runs, out, monkeypatch):
+    report = Report.of(read_evaluations(runs))
+    assert [len(part) for part in (report.defences.pairs, report.trainings.pairs, report.sections)] == [1, 1, 13]
+    for name in ("Estimate.of_accuracies", "Estimate.of_differences"):  # nothing is computed from here on
+        monkeypatch.setattr(f"deq_jax.reporting.statistics.{name}", None)
+    assert render(report) == (out / "index.html").read_text()
+    assert "<li>said</li>" in render(replace(report, defences=replace(report.defences, sentences=("said",))))
+
+
+def test_a_column_says_how_a_row_fills_it():
+    columns = Field(Column("a", kind="text"), text_cell), Field(Column("b"), lambda text: text_cell(f"{len(text)}"))
+    table = filled("name", "", "part", columns, sectioned(["xy", "z", "xyz"], lambda text: text[0]))
+    assert table.csv() == "part,a,b\nx,xy,2\nx,xyz,3\nz,z,1\n"
+    assert filled("name", "", "part", columns[1:], {"": ["xy"]}).csv() == "b\n2\n"
 
 
 def test_flagged_points_of_a_curve_look_different(tmp_path):
