@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint format bench clean
+.PHONY: quickstart test test-slow lint format bench docs clean
 
 quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate it, draw the plots
 	$(BIN)/python -m deq_jax.train --config configs/digits_pgd_at.py --workdir $(RUN)
@@ -33,6 +33,9 @@ bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers; re
 	$(BIN)/python benchmarks/entropy.py
 	$(BIN)/python benchmarks/parity.py
 
+docs: $(VENV)/docs  ## the site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
@@ -45,7 +48,7 @@ $(VENV)/core: $(VENV)/python setup.cfg
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/test $(VENV)/dev: $(VENV)/%: $(VENV)/core
+$(VENV)/test $(VENV)/dev $(VENV)/docs: $(VENV)/%: $(VENV)/core
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
 	touch $@
 

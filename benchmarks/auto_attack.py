@@ -3,8 +3,8 @@
     pip install torch torchattacks foolbox && python benchmarks/auto_attack.py --out auto_attack.json
 
 Prints, for each attack and for the whole: robust accuracy over the seeds, the official one, agreement per image,
-and CPU seconds (of this process, without compilation) beside those of torchattacks on the same images, as a ratio.
-torchattacks and foolbox are left out where they are not installed, and so named.
+and CPU seconds (of this process, without compilation) as a ratio to torchattacks on the same images.
+torchattacks and foolbox are skipped, and named, if they are not installed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("auto_attack.json"), help="where the JSON goes")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of ours, at least 2: the first one compiles")
     parser.add_argument("--images", type=int, default=200, help="how many of the 200 images")
-    parser.add_argument("--batch-size", type=int, default=64, help="of ours")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time in our attacks")
     parser.add_argument("--attacks", nargs="+", default=[*NAMES, "autoattack"], choices=[*NAMES, "autoattack"])
     parser.add_argument("--no-torch", action="store_true", help="leave torchattacks out")
     return parser.parse_args()

@@ -1,16 +1,16 @@
-"""What random states, entropy reduction, and the early, last and ensemble state are worth on digits, honestly attacked.
+"""Random states, entropy reduction, and the early, last and ensemble state on digits, honestly attacked.
 
     python -m benchmarks.defences --seeds 3 --out runs/defences
 
-Trains what is missing, evaluates each training with each defence under the attacks of configs/eval_*.py, and makes
-the report OUT/report/index.html. Interrupt it at any time: the same command goes on where it stopped. Processes may
+Trains the missing runs, evaluates each with each defence under the attacks of configs/eval_*.py, and makes
+the report OUT/report/index.html. Interrupt it at any time: the same command resumes. Processes may
 share the work: one with `--trainings digits_standard digits_pgd_at digits_pgd_at_random`, one with the others; the
 whole command then makes the report of all.
 
-To save time FAB is left out, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and
-damping 0.5 only, the longest PGD has 200 steps, and Square has --queries. The plain adversarial trainings of the first
---extras seeds also meet the configs as they are, where Square has 5,000 queries, and other radii, undefended and
-with entropy reduction; and its controls.
+To save time, FAB is dropped, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and
+damping 0.5 only, the longest PGD has 200 steps, and Square has --queries. For the first --extras seeds, the plain
+adversarially trained models are also evaluated by the full configs (Square with 5,000 queries) and at other radii,
+undefended and with entropy reduction, and with the controls of entropy reduction.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Planned(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Of its results."""
+        """Folder of its results."""
         return self.workdir / "evaluation" / self.name
 
 
@@ -87,11 +87,11 @@ CONTROLS: dict[str, Choose] = {
 
 
 def main() -> None:
-    """Runs what is missing, then makes the report."""
+    """Runs the missing parts, then makes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1; default: 3")
     parser.add_argument("--images", type=int, default=120, metavar="N", help="the first N test images; default: 120")
-    parser.add_argument("--queries", type=int, default=1000, metavar="N", help="of Square; default: 1000")
+    parser.add_argument("--queries", type=int, default=1000, metavar="N", help="queries of Square; default: 1000")
     extras = "seeds with whole attacks, other radii and controls; default: 1"
     parser.add_argument("--extras", type=int, default=1, metavar="N", help=extras)
     parser.add_argument(
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def plan(options: argparse.Namespace, seed: int) -> Iterator[Planned]:
-    """The evaluations of one seed, each after those whose images it is shown."""
+    """The evaluations of one seed, in an order in which transferred images exist."""
 
     def whole(choose: Choose) -> Choose:
         return lambda train: first(options.images, choose(train))
@@ -157,7 +157,7 @@ def with_defences(
 
 
 def run(planned: Planned) -> None:
-    """One evaluation; what is on disk of it is not computed again."""
+    """One evaluation; finished parts are not computed again."""
     workdir, name, choose, suites = planned
     console.print(f"{workdir.name}: {name}")
     found = evaluate(workdir, lambda config: with_transfers(choose(config), suites.items()), planned.folder)
@@ -182,7 +182,7 @@ def first(images: int, config: EvalConfig) -> EvalConfig:
 
 
 def lightened(config: EvalConfig, queries: int) -> EvalConfig:
-    """The evaluation with its costliest attacks cut short or left out."""
+    """The evaluation with its costliest attacks shortened or dropped."""
     trials = tuple(lighter for trial in config.trials for lighter in _lighter(trial, queries))
     extra = config.diagnostics and diagnostics(Linf(config.threat.epsilon), steps=200)
     return replace(config, trials=trials, diagnostics=extra)

@@ -2,7 +2,7 @@
 
     python benchmarks/digits.py --seeds 3 --out runs/digits
 
-Interrupt it at any time: the same command goes on where it stopped. Each model is evaluated on the test
+Interrupt it at any time: the same command resumes. Each model is evaluated on the test
 set by PGD with 50 steps and 5 restarts at epsilon 0.1, the best iterate of each image.
 """
 
@@ -34,7 +34,7 @@ CONFIGS = [
 
 
 def main() -> None:
-    """Runs what is missing, then prints the tables and writes them as JSON."""
+    """Runs the missing parts, then prints the tables and writes them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1; default: 3")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), metavar="DIR", help="default: runs/digits")
@@ -61,7 +61,7 @@ def evaluation_of(workdir: Path) -> EvaluationFolder:
 
 
 def run(config: str, seed: int, workdir: Path) -> None:
-    """Trains and evaluates one model, unless that is done already."""
+    """Trains and evaluates one model, unless it is finished."""
     if evaluation_of(workdir).record.exists():
         return
     command = [sys.executable, "-m"]

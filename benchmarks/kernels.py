@@ -1,4 +1,4 @@
-"""What the solvers cost beside the cell, and what the convolution's gradients cost inside a loop.
+"""Cost of the solvers beside the cell, and of the convolution's gradients inside a loop.
 
     python benchmarks/kernels.py --out runs/bench/kernels.json
 

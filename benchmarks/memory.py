@@ -1,4 +1,4 @@
-"""How much memory a training step of the CIFAR configs needs, from what the compiler plans; nothing is run.
+"""Memory of a training step of the CIFAR configs, as the compiler plans it; nothing is run.
 
     python benchmarks/memory.py --out runs/bench/memory.json
 

@@ -1,4 +1,4 @@
-"""What a training step and a prediction of MDEQ-LARGE cost: compile time, seconds, memory.
+"""Cost of a training step and a prediction of MDEQ-LARGE: compile time, seconds, memory.
 
     python benchmarks/steps.py --out runs/bench/steps.json
 

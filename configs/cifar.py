@@ -1,6 +1,6 @@
-"""What the CIFAR configs share: the recipe of Yang et al. 2023, and the ways in which they vary.
+"""Shared by the CIFAR configs: the recipe of Yang et al. 2023, and its variants.
 
-Not a config itself: see cifar10_large_pgd_at.py, of which all others are variants.
+This is not a config itself. Start from cifar10_large_pgd_at.py; all others are variants of it.
 """
 
 from dataclasses import replace
@@ -22,6 +22,7 @@ from deq_jax.attacks import PGD, Linf, gaussian_start
 from deq_jax.core import kl
 from deq_jax.data import CropFlip, Tfds
 from deq_jax.models import JacobianRegularization, Mdeq
+from deq_jax.surrogates import ThroughSolver
 
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 ATTACK = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, best_of=False)
@@ -67,3 +68,8 @@ def with_jacobian_weight(config: TrainConfig, weight: float) -> TrainConfig:
 def with_module(config: TrainConfig, module: nn.Module) -> TrainConfig:
     """The config with an explicit network, which needs no shallow pre-training."""
     return replace(config, classifier=Explicit(module), pretrain_steps=0)
+
+
+def with_attack_through_solver(config: TrainConfig) -> TrainConfig:
+    """The config with attacks that differentiate the solver's steps."""
+    return replace(config, objective=replace(config.objective, surrogate=ThroughSolver()))

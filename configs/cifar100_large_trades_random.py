@@ -2,7 +2,7 @@
 
     python -m deq_jax.train --config configs/cifar100_large_trades_random.py --workdir runs/cifar100_large_trades_random
 
-Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+Hardware: one accelerator; see docs/results/speed-and-memory.md. Its accuracy has not been measured here.
 """
 
 from configs import cifar100_large_trades

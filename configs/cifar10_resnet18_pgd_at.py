@@ -2,7 +2,7 @@
 
     python -m deq_jax.train --config configs/cifar10_resnet18_pgd_at.py --workdir runs/cifar10_resnet18_pgd_at
 
-Hardware: one accelerator; see Memory in the README. Its accuracy has not been measured here.
+Hardware: one accelerator; see docs/results/speed-and-memory.md. Its accuracy has not been measured here.
 """
 
 from configs import cifar10_large_pgd_at

@@ -6,10 +6,10 @@ python -m deq_jax.train --config configs/digits_cnn_standard.py --workdir runs/d
 from dataclasses import replace
 
 from configs import digits_standard
-from deq_jax import Explicit, TrainConfig
-from deq_jax.models import SmallCNN
+from deq_jax import TrainConfig
+from deq_jax.models import small_cnn
 
-CLASSIFIER = Explicit(SmallCNN(num_classes=10, channels=digits_standard.CHANNELS))
+CLASSIFIER = small_cnn(10, digits_standard.CHANNELS)
 
 
 def get_config() -> TrainConfig:

@@ -2,7 +2,7 @@
 
     python -m deq_jax.evaluate --workdir runs/digits_pgd_at --config configs/eval_auto_attack.py
 
-The radius is that of the training's validation attack, or --epsilon.
+The norm and the radius come from the run's validation attack; --epsilon changes the radius.
 """
 
 from deq_jax import TrainConfig

@@ -2,8 +2,8 @@
 
     python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_random.py
 
-The predictor is random: every answer to an attack is the mean over 20 draws, which makes an attack 20 times as slow.
-So there are few, and no diagnostics. Differentiating the updates gains nothing, as their directions are constants.
+The predictor is random. Attacks average over 20 draws, which makes them 20 times as slow: there are only four, and no
+diagnostics. Differentiating the updates gains nothing, because their directions are constants.
 """
 
 from dataclasses import replace

@@ -4,9 +4,9 @@
     python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_reduced.py \\
         --transfer reference=RUN/evaluation/test-eval_white_box
 
-The first evaluation attacks the undefended predictor. The second one judges its final images on the defended one:
-that is the papers' protocol, row "reference". What the defence is worth is the row "union", which adds the attacks
-below: through the defence, around it, without gradients, and from the worst image of all of these.
+The first evaluation attacks the undefended predictor. The second tests its final images on the defended predictor: this
+is the papers' protocol, row "reference". It then adds the attacks below: through the defence, around it, without
+gradients, and from the strongest image of all of these. The number to quote is the worst case over all, row "union".
 """
 
 from dataclasses import replace

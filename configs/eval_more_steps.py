@@ -1,4 +1,4 @@
-"""A control of input entropy reduction: as many evaluations of the cell, spent on more steps of the solver.
+"""A control of input entropy reduction: as many cell evaluations, spent on more solver steps.
 
 python -m deq_jax.evaluate --workdir RUN --config configs/eval_more_steps.py
 """

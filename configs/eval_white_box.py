@@ -3,9 +3,10 @@
     python -m deq_jax.evaluate --workdir runs/digits_pgd_at --config configs/eval_white_box.py
 
 PGD-10 takes its gradients from every intermediate state (unrolled for K steps of each damping), from the mean over
-the states, from the simultaneous adjoint, and exactly; APGD differentiates the solver's own steps, too, which finds
-more than any gradient of the equilibrium where eight steps do not reach it. Every trial attacks every image, so that
-each row of the table has an accuracy of its own; the last one goes on from the worst image of all others.
+the states, from the simultaneous adjoint, and from the exact gradient. APGD also differentiates the solver's own
+steps. That finds more than any gradient of the equilibrium if eight steps do not reach it. Every trial attacks every
+image, so each row of the table has an accuracy of its own. The last trial starts from the strongest image of all
+others.
 """
 
 from deq_jax import Broyden, Equilibrium, Implicit, InputError, TrainConfig
@@ -17,7 +18,7 @@ from deq_jax.training import threat_of
 
 
 def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
-    """Of a DEQ with this many states; the simultaneous adjoint is for Broyden's method."""
+    """All surrogates of a DEQ with this many states; the simultaneous adjoint needs Broyden's method."""
     settings = [(k, damping) for k in (1, 5, 9) for damping in (0.5, 1.0)]
     intermediate = [Intermediate(i, k, damping) for k, damping in settings for i in range(1, states + 1)]
     steps = range(1, states + 1) if adjoint else ()
@@ -25,7 +26,7 @@ def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
 
 
 def from_worst(threat: Threat) -> PGD:
-    """Goes on from images that other attacks have found."""
+    """PGD for images that other attacks have found."""
     return PGD(threat, steps=50, step_size=max(threat.epsilon / 10, 1e-6))
 
 

@@ -4,6 +4,23 @@ The layer and its choices are here: ``import deq_jax as dj``, then ``dj.deq``, `
 All else is in rooms, which load when they are first used: `dj.attacks`, `dj.models`, `dj.data`, `dj.defences`,
 `dj.surrogates`, `dj.training`, `dj.evaluation`, `dj.reporting`, `dj.interop`; for contributors also `dj.core`,
 `dj.parallel` and `dj.storage`.
+
+A training run, an attack and an evaluation::
+
+    import jax
+    import deq_jax as dj
+    from deq_jax import attacks, surrogates
+
+    ball = attacks.Linf(0.1)
+    model = dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
+    config = dj.TrainConfig(model, dj.PGDAdversarialTraining(attacks.PGD(ball, steps=5)), dj.data.Digits(), epochs=6)
+    run = dj.fit(config)                                        # in memory; workdir="runs/a" keeps, resumes and logs
+    x, y = run.data.test.x[:120], run.data.test.y[:120]
+    oracle = run.predictor.oracle(surrogates.Intermediate(4))   # gradients of z_4, success on what is deployed
+    x_adv = attacks.PGD(ball, steps=20)(oracle, x, y, jax.random.key(0))
+    print(run.predictor.accuracy(x_adv, y))                     # deployed; .measure(x_adv, y) for z_1 .. z_8
+    result = dj.assess(run.predictor, (x, y), dj.evaluation.auto_attack_trials(ball))
+    print(result.robust_accuracy, result.red_flags)             # a number never without its flags
 """
 
 import importlib
@@ -12,6 +29,7 @@ from typing import Any
 
 from deq_jax.core import (
     Anderson,
+    Backprop,
     Broyden,
     EnsembleState,
     FinalState,
@@ -48,6 +66,9 @@ _ROOMS = (
 )
 _ROOM_OF = {
     "EntropyReduced": "defences",
+    "Predictor": "evaluation",
+    "assess": "evaluation",
+    "fit": "training",
     "PGDAdversarialTraining": "training",
     "Standard": "training",
     "TrainConfig": "training",
@@ -56,6 +77,7 @@ _ROOM_OF = {
 
 __all__ = [
     "Anderson",
+    "Backprop",
     "Broyden",
     "Dynamics",
     "EnsembleState",
@@ -72,18 +94,21 @@ __all__ = [
     "Neumann",
     "PGDAdversarialTraining",
     "Phantom",
+    "Predictor",
     "RandomIntermediateState",
     "Standard",
     "Trades",
     "TrainConfig",
     "Unrolled",
     "__version__",
+    "assess",
     "attacks",
     "core",
     "data",
     "defences",
     "deq",
     "evaluation",
+    "fit",
     "interop",
     "models",
     "parallel",

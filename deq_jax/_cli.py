@@ -1,4 +1,4 @@
-"""What the command lines share: errors in one line, the compilation cache, the console."""
+"""Shared by the command lines: errors in one line, the compilation cache, the console."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """The options by which several processes find each other; see `join`."""
-    several = parser.add_argument_group("several processes", "found by themselves on TPU pods and in SLURM steps")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached")
-    several.add_argument("--processes", type=int, metavar="N", help="their number; 1 looks for no others")
+    several = parser.add_argument_group("several processes", "detected automatically on TPU pods and in SLURM steps")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes; default: detect; 1 disables detection"
+    )
     several.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
 
 
 def join(options: argparse.Namespace) -> None:
-    """Joins the other processes of the job, of which the primary alone prints."""
+    """Joins the other processes of the job. Only the primary one prints."""
     connect(options.coordinator, options.processes, options.process)
     console.quiet = not is_primary()
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Runs a command: a user's mistake becomes one line on stderr and exit code 2; compiled code is kept."""
+    """Runs a command: a user's error becomes one line on stderr and exit code 2; compiled code is kept."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deq_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -52,6 +54,6 @@ def command_line() -> Iterator[None]:
 
 
 def fail(message: str, code: int) -> None:
-    """Leaves with one line on stderr."""
+    """Exits with one line on stderr."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)

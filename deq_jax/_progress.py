@@ -1,4 +1,4 @@
-"""Where a command is: a bar on a terminal, lines in a file or a pipe."""
+"""Progress of a command: a bar on a terminal, lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deq_jax._cli import console
 
 
 class Display:
-    """Shows where a command is: a bar on a terminal, one line at a time elsewhere. Lines are written at once.
+    """Shows the progress of a command: a bar on a terminal, one line at a time elsewhere. Lines are written at once.
 
     Args:
       count: column that tells how much is done, such as rich's `MofNCompleteColumn()`.

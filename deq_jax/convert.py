@@ -1,4 +1,4 @@
-"""Converts PyTorch checkpoints of an MDEQ into the workdir of a training, and back.
+"""Converts PyTorch checkpoints of an MDEQ into workdirs, and back.
 
 python -m deq_jax.convert model_best.pth.tar --config configs/mine.py --out runs/a
 """
@@ -19,28 +19,35 @@ from deq_jax.interop.mdeq_names import torch_shapes
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.training.config import TrainConfig
 
-EPILOG = """\
-CHECKPOINT is the state_dict of an MDEQ classifier, under the names of the published implementations:
-  .pth.tar .pth .pt   read by torch >= 2.10 (pip install torch), tensors only: no code in the file is run
-  .safetensors        read by safetensors (pip install safetensors)
-  .npz                arrays by name
-The state_dict may be an entry of a file of PyTorch, whatever its name, and all its names may have a prefix, such as
-"module." or "_orig_mod.". Numbers become float32. The dataset is not needed; images may have any number of channels.
-
-DIR gets config.json, checkpoints/latest and checkpoints/best, at step 0 and with a fresh optimiser, and can be
-evaluated or trained on. A training that goes on chooses its best checkpoint anew, among its own epochs.
-deq_jax gives images in [0, 1] to the network. Where it was trained on normalised ones, the config's classifier must be
-normalized(Equilibrium(...), mean, std), of deq_jax.models.
-
-The way back writes the variables of a WORKDIR, under their PyTorch names, into FILE.npz or FILE.safetensors.
+DESCRIPTION = """\
+Convert a PyTorch checkpoint of an MDEQ into a workdir, or back.
 
 examples:
   python -m deq_jax.convert model_best.pth.tar --config configs/mine.py --out runs/a
   python -m deq_jax.convert runs/a --out runs/a.npz --checkpoint latest
-  python -m deq_jax.convert --config configs/mine.py --names     (names and shapes of the entries that are expected)
-then:
+  python -m deq_jax.convert --config configs/mine.py --names     (names and shapes of the expected entries)
+Then evaluate it, or continue training:
   python -m deq_jax.evaluate --workdir runs/a
   python -m deq_jax.train --config configs/mine.py --workdir runs/a
+"""
+
+EPILOG = """\
+files that are read:
+  .pth.tar .pth .pt   by torch >= 2.10 (pip install torch), tensors only: no code in the file is run
+  .safetensors        by safetensors (pip install safetensors)
+  .npz                arrays by name
+
+files that are written:
+  DIR                 config.json, checkpoints/latest and checkpoints/best, at step 0 and with a fresh optimiser
+  FILE                .npz or .safetensors: the variables of a WORKDIR under their PyTorch names
+
+notes:
+  CHECKPOINT is the state_dict of an MDEQ classifier, under the names of the published implementations. It may be an
+  entry of the file, whatever its name, and all its names may have a prefix, such as "module." or "_orig_mod.".
+  Numbers become float32. The dataset is not needed. Images may have any number of channels.
+  If training continues, the best checkpoint is chosen among the new epochs.
+  deq_jax gives images in [0, 1] to the network. If it was trained on normalised ones, the config's classifier must be
+  normalized(Equilibrium(...), mean, std), of deq_jax.models.
 """
 
 
@@ -48,19 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deq_jax.convert",
-        description="Convert a PyTorch checkpoint of an MDEQ into the workdir of a training, or back.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source_help = "file to convert, or folder of a training"
+    source_help = "file to convert, or folder of a training run"
     parser.add_argument("source", nargs="?", metavar="CHECKPOINT | WORKDIR", help=source_help)
-    parser.add_argument("--out", metavar="DIR | FILE", help="what is written; never overwritten")
+    parser.add_argument("--out", metavar="DIR | FILE", help="folder or file to write; must not exist")
     parser.add_argument("--config", metavar="FILE", help="with CHECKPOINT: Python file with a function get_config()")
     add_set_option(
         parser,
         "with CHECKPOINT: replace a scalar field of the config, by dotted name; repeatable",
     )
-    parser.add_argument("--checkpoint", choices=["best", "latest"], help="with WORKDIR; default: best")
+    parser.add_argument(
+        "--checkpoint", choices=["best", "latest"], help="with WORKDIR: which checkpoint to export; default: best"
+    )
     parser.add_argument("--names", action="store_true", help="with --config alone: list the expected entries")
     options = parser.parse_args(arguments)
     with command_line():
@@ -98,7 +107,7 @@ def _run_import(options: argparse.Namespace) -> None:
     console.print(f"or:   python -m deq_jax.train --config {options.config}{assignments} --workdir {options.out}")
     if config.pretrain_steps:
         phase = f"{config.pretrain_steps} pre-training steps of this config"
-        console.print(f"note: training would begin with the {phase}; --set pretrain_steps=0 leaves them out")
+        console.print(f"note: training would begin with the {phase}; --set pretrain_steps=0 skips them")
 
 
 def _run_export(options: argparse.Namespace) -> None:

@@ -42,24 +42,36 @@ from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig, threat_of
 from deq_jax.training.workdir import load_run
 
-EPILOG = """\
-Writes into the output folder: evaluation.json (means, red flags, and what was run), evaluation.npz (per image:
-labels, what was classified correctly, predictions, entropies and residuals of every state, worst adversarial images),
-trials/ (all adversarial images), and figures. Every finished batch is kept: the same command goes on after any
-interruption, and another one in the same folder is refused. With several processes the same command starts each of
-them, with its own --process; the images are split over the devices of all, and all must see the workdir.
-
-Success is judged on the deployed predictor. An image counts as correct under attack only if it is also correct
-without. Row "union" is the worst case of all trials for each image. Red flags are signs that the attacks have
-failed; PGD alone is an upper bound of robustness. Row or column z_t is the raw state after t solver steps,
-"ensemble" the mean of these states.
+DESCRIPTION = """\
+Evaluate a trained classifier: clean accuracy, and accuracy under the worst case of many attacks.
 
 examples:
   python -m deq_jax.evaluate --workdir runs/a
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_white_box.py --readout early
+To resume, run the same command again.
+"""
+
+EPILOG = """\
+files in the output folder:
+  evaluation.json       means, red flags, and the trials that were run
+  evaluation.npz        per image: labels, outcomes, predictions, entropies and residuals of every state, and the
+                        worst adversarial images
+  trials/               all adversarial images
+  *.png                 figures
+
+notes:
+  Success is measured on the deployed predictor. An image counts as correct under attack only if it is also correct
+  without one. Row "union" is the worst case of all trials for each image. PGD alone is an upper bound of robustness.
+  Red flags are signs that the attacks have failed.
+  Row or column z_t is the raw state after t solver steps, "ensemble" the mean of these states.
+  Every finished batch is kept. A different evaluation in the same folder is refused.
+  With several processes, start the same command in each of them, with its own --process. The images are split over the
+  devices of all processes, and all must see the workdir.
+
+more examples:
   python -m deq_jax.evaluate --workdir runs/a --attack pgd --set steps=1000 --epsilon 0.05 --out runs/a/pgd1000
-  python -m deq_jax.evaluate --workdir runs/a --config configs/eval_entropy_reduced.py \
+  python -m deq_jax.evaluate --workdir runs/a --config configs/eval_entropy_reduced.py \\
     --transfer reference=runs/a/evaluation/test-eval_white_box
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
@@ -93,11 +105,11 @@ def evaluate(
     split: str = "test",
     checkpoint: str = "best",
 ) -> EvaluationRecord:
-    """Evaluates the classifier of a training run, or continues where `out` stopped; see `worst_case`.
+    """Evaluates a trained classifier, or continues in `out`; see `worst_case`.
 
     Args:
-      workdir: of the training.
-      choose: the evaluation that suits its config.
+      workdir: folder of the training run.
+      choose: makes the evaluation from the run's config.
       out: folder of the results.
       split: train, validation or test.
       checkpoint: best or latest.
@@ -121,7 +133,7 @@ def evaluate(
 
 
 def teller(display: Display) -> Callable[[Moment], None]:
-    """Shows every moment on a terminal; elsewhere what begins or ends, and some of what goes on between."""
+    """Shows every moment on a terminal; elsewhere only beginnings, ends, and a line after some silence."""
     last = time.monotonic()
 
     def tell(moment: Moment) -> None:
@@ -137,11 +149,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deq_jax.evaluate",
-        description="Clean accuracy, and accuracy under the worst case of many attacks, of a trained classifier.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run")
     attacks = parser.add_mutually_exclusive_group()
     attacks.add_argument("--config", metavar="FILE", help="Python file with get_config(train_config) -> EvalConfig")
     attacks.add_argument(
@@ -149,8 +161,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_attack,
         default="pgd",
         metavar="none|pgd|transfer:FILE",
-        help="without --config; pgd, the default: 50 steps, 5 restarts, best of all iterates; transfer: images of "
-        "another evaluation",
+        help="one attack, without --config; default: pgd, with 50 steps, 5 restarts, and the best of all iterates; "
+        "transfer: precomputed images",
     )
     parser.add_argument(
         "--transfer",
@@ -158,23 +170,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         type=_suite,
         metavar="SUITE=DIR",
-        help="also judge the final images of another evaluation's trials, as a suite; repeatable. Call it `reference` "
-        "if they attacked the undefended predictor of the same training",
+        help="also test the final images of another evaluation's trials, as a suite; repeatable. Call it `reference` "
+        "if they attacked the undefended predictor of the same run",
     )
     add_set_option(
         parser,
-        "replace a scalar field of the config, or of the attack: epsilon, step_size, steps, restarts; repeatable",
+        "replace a scalar field of the config, or of the attack: threat.epsilon, steps, restarts, ...; repeatable",
     )
-    parser.add_argument("--epsilon", type=float, metavar="R", help="radius; default: that of the training's validation")
-    parser.add_argument("--readout", choices=READOUTS, default="trained", help="deployed state; default: trained")
-    parser.add_argument("--split", choices=["test", "validation", "train"], default="test", help="default: test")
-    parser.add_argument("--checkpoint", choices=["best", "latest"], default="best", help="default: best")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: as in the config")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the attacks' randomness; default: as in the config")
+    parser.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="R",
+        help="radius of all attacks; default: the radius of the run's validation attack",
+    )
+    parser.add_argument(
+        "--readout", choices=READOUTS, default="trained", help="state to classify; default: the one trained with"
+    )
+    parser.add_argument(
+        "--split", choices=["test", "validation", "train"], default="test", help="images to evaluate; default: test"
+    )
+    parser.add_argument(
+        "--checkpoint", choices=["best", "latest"], default="best", help="checkpoint to evaluate; default: best"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: from the config")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed of the attacks; default: from the config")
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="default: WORKDIR/evaluation/SPLIT-NAME: of the attack or config, then --readout and --epsilon",
+        help="output folder; default: WORKDIR/evaluation/SPLIT-NAME, where NAME is that of the config or attack, "
+        "followed by --readout and --epsilon if they are given",
     )
     add_process_options(parser)
     return parser.parse_args(arguments)
@@ -202,7 +226,7 @@ def name_of(options: argparse.Namespace) -> str:
 
 
 def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
-    """The evaluation that the command line asks for, at the radius that the training validates with."""
+    """The evaluation that the command line asks for, at the radius of the run's validation attack."""
     if options.epsilon is not None:
         train = at_radius(train, options.epsilon)
     if options.config:
@@ -215,7 +239,7 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
 
 
 def at_radius(train: TrainConfig, epsilon: float) -> TrainConfig:
-    """The training's config with another radius of its validation attack, in the same norm.
+    """The run's config with another radius of its validation attack, in the same norm.
 
     Raises:
       InputError: see `threat_of`; the threat refuses the radius; the attack does not hold its threat as a field.
@@ -229,7 +253,7 @@ def at_radius(train: TrainConfig, epsilon: float) -> TrainConfig:
 
 
 def _exchanged(node: Any, old: Any, new: Any) -> Any:
-    """The object with `new` wherever it, or an object within, holds `old`."""
+    """The object with `old` replaced by `new`, also in the objects that it holds."""
     if type(node) is type(old) and node == old:
         return new
     if isinstance(node, tuple):
@@ -244,7 +268,7 @@ def _exchanged(node: Any, old: Any, new: Any) -> Any:
 
 
 def with_deployed(config: EvalConfig, train: TrainConfig, readout: str) -> EvalConfig:
-    """The evaluation of another state of what it deploys: one of `READOUTS`.
+    """The evaluation with another deployed state: one of `READOUTS`.
 
     Raises:
       InputError: the config deploys an early state already.

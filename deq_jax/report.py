@@ -1,4 +1,4 @@
-"""One page on many evaluations: what is robust, what a defence changes, and whether the numbers can be trusted.
+"""One page on many evaluations: robust accuracies, the effect of defences, and whether to trust the numbers.
 
 python -m deq_jax.report runs/a-0 runs/a-1 runs/a-2 --out report
 """
@@ -14,16 +14,24 @@ from deq_jax.reporting.archive import read_evaluations, unfinished
 from deq_jax.reporting.page import report_files
 from deq_jax.storage.files import make_folder
 
-EPILOG = """\
-Writes index.html, one page that needs no network, no script and no other file, and the figures and tables on it as
-PNG and CSV files. Trainings that differ in their seed alone become one row; defences and trainings are compared seed
-by seed and image by image. All intervals are 95 % confidence intervals for other training seeds and other images. A
-robust accuracy is marked as not trustworthy where an evaluation has raised a red flag.
+DESCRIPTION = """\
+Put the finished evaluations of one or several training runs on one HTML page.
 
 examples:
   python -m deq_jax.report runs/a --out report
   python -m deq_jax.report runs/a-* runs/b-* --out report
   python -m deq_jax.report runs/a-*/evaluation/test-eval_auto_attack --out report
+"""
+
+EPILOG = """\
+files that are written:
+  index.html          one page that needs no network, no script and no other file
+  *.png *.csv         its figures and tables
+
+notes:
+  Runs that differ only in their seed become one row. Defences and training methods are compared seed by seed and image
+  by image. All intervals are 95 % confidence intervals for other training seeds and other images.
+  A robust accuracy is marked as not trustworthy if its evaluation has raised a red flag.
 """
 
 
@@ -45,11 +53,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deq_jax.report",
-        description="One HTML page on the finished evaluations of one or several trainings.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    help = "folder of a training, all of whose finished evaluations are taken, or of one evaluation"
+    help = "folder of a training run, with all its finished evaluations, or of one evaluation"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=help)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the page and its files")
     return parser.parse_args(arguments)

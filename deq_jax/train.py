@@ -1,4 +1,4 @@
-"""Trains what a config file describes; the same command resumes after any interruption.
+"""Trains the classifier of a config file; the same command resumes after any interruption.
 
 python -m deq_jax.train --config configs/digits_pgd_at.py --workdir runs/a --set seed=1
 """
@@ -20,26 +20,36 @@ from deq_jax.parallel.processes import agreed
 from deq_jax.storage.briefs import duration
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.training.config import TrainConfig
-from deq_jax.training.loop import Interrupted, NonFiniteLoss, train
+from deq_jax.training.loop import Interrupted, NonFiniteLoss, fit
 
-EPILOG = """\
-The workdir gets: config.json (what is trained), environment.json (settings and versions), metrics.jsonl (one line
-per log step and per epoch), tensorboard/ (the same as events), checkpoints/latest and checkpoints/best (best
-accuracy under the config's validation attack, on held-out training images). Run the same command again to resume;
-another config in the same workdir is refused, and settings of JAX that make other numbers. All local devices are
-used. With several processes the same command starts each of them, with its own --process; the batch is split over
-the devices of all, and process 0 alone reads and writes the workdir.
-
---init-from starts a new run from another one's parameters, at step 0 with a fresh optimiser: with more epochs,
-another objective or learning rate, or after deq_jax.convert. The architecture must be the same. origin.json tells it.
+DESCRIPTION = """\
+Train a deep equilibrium model, or an explicit baseline.
 
 examples:
   python -m deq_jax.train --config configs/digits_pgd_at.py --workdir runs/a
   python -m deq_jax.train --config configs/digits_trades.py --workdir runs/b --set seed=1 --set epochs=20
   python -m deq_jax.train --config configs/digits_trades.py --workdir runs/c --init-from runs/a
-  python -m deq_jax.train ... --coordinator 10.0.0.1:1234 --processes 2 --process 0   (and --process 1 elsewhere)
-then:
+To resume, run the same command again. Then:
   python -m deq_jax.evaluate --workdir runs/a
+"""
+
+EPILOG = """\
+files in the workdir:
+  config.json           the config
+  environment.json      settings of JAX, versions
+  metrics.jsonl         one line per log step and per epoch
+  tensorboard/          the same as events
+  checkpoints/latest    the newest state
+  checkpoints/best      the best accuracy under the config's validation attack, on held-out training images
+  origin.json           with --init-from: the run that gave the first parameters
+
+notes:
+  Another config in the same workdir is refused, and so are settings of JAX that change numbers.
+  --init-from starts at step 0 with a fresh optimiser. The architecture must be the same; epochs, objective and learning
+  rate may differ. Use it also after deq_jax.convert.
+  All local devices are used. With several processes, start the same command in each of them, with its own --process:
+    python -m deq_jax.train ... --coordinator 10.0.0.1:1234 --processes 2 --process 0
+  The batch is split over the devices of all processes. Only process 0 reads and writes the workdir.
 """
 
 
@@ -47,12 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deq_jax.train",
-        description="Train a deep equilibrium model, or an explicit baseline.",
+        description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="Python file with a function get_config()")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of this training; created if absent")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of this run; created if absent")
     add_set_option(
         parser,
         "replace a scalar field of the config, by dotted name, e.g. objective.attack.steps=7; repeatable",
@@ -61,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--init-from", metavar="DIR", help="start a new run from the parameters and batch statistics of this workdir"
     )
     parser.add_argument(
-        "--init-checkpoint", choices=["best", "latest"], default="best", help="of --init-from; default: best"
+        "--init-checkpoint",
+        choices=["best", "latest"],
+        default="best",
+        help="checkpoint that --init-from reads; default: best",
     )
     add_process_options(parser)
     options = parser.parse_args(arguments)
@@ -73,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
         with Display(MofNCompleteColumn()) as display:
             try:
-                state = train(
+                run = fit(
                     config,
                     options.workdir,
                     init_from=options.init_from,
@@ -87,13 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 number, step = stop.args
                 message = f"stopped by {signal.Signals(number).name} after step {step}, state saved"
                 fail(f"{message}; the same command resumes", 128 + number)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        console.print(f"trained: {int(state.step)} steps, {parameters:,} parameters, in {options.workdir}")
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+        console.print(f"trained: {int(run.state.step)} steps, {parameters:,} parameters, in {options.workdir}")
         console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")
 
 
 def show(display: Display, line: dict[str, Any]) -> None:
-    """Shows a line of metrics: beside the bar or, in a file, as a line of text; with what must be told of it."""
+    """Shows a line of metrics: beside the bar or, in a file, as a line of text; with its warnings."""
     step, total = line["step"], line["total_steps"]
     if line["split"] == "train":
         names = ("loss", "accuracy", "adversarial_accuracy", "residual")
@@ -110,7 +123,7 @@ def show(display: Display, line: dict[str, Any]) -> None:
 
 
 def _pace(line: dict[str, Any]) -> str:
-    """How fast it goes, what compilation took beside it, and the time that is left at this pace."""
+    """Seconds per step, images per second, compilation time, and the remaining time at this pace."""
     seconds = line["seconds_per_step"]
     left = duration(seconds * (line["total_steps"] - line["step"]))
     compilation = f"  compilation {duration(line['compile_seconds'])}" if "compile_seconds" in line else ""

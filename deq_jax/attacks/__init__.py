@@ -1,4 +1,4 @@
-"""Attacks on any JAX classifier: frozen objects called as ``attack(oracle, x, target, key) -> x_adv``."""
+"""Attacks on any JAX classifier: frozen objects called as ``attack(oracle, x, labels, key, start=None) -> x_adv``."""
 
 from deq_jax.attacks.apgd import APGD
 from deq_jax.attacks.auto import AutoAttack, Stage, auto_attack

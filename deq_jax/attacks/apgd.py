@@ -16,7 +16,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -34,7 +34,7 @@ def checkpoints(steps: int) -> list[int]:
 
 
 class _Ascent(NamedTuple):
-    """Where an ascent stands; ``[B, ...]`` leaves.
+    """The state of an ascent; ``[B, ...]`` leaves.
 
     Attributes:
       x, previous: the iterate and the one before.
@@ -64,15 +64,15 @@ class APGD:
     """Auto-PGD.
 
     ``z = P(x_k + step_size steepest(grad))``, ``x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))``.
-    The step size starts at 2 epsilon; at a checkpoint it is halved, and the ascent resumes at its highest
-    point, if the loss rose in fewer than 75 % of the steps since the last one, or if there neither the
-    step size nor the highest loss has changed.
+    The step size starts at 2 epsilon. At a checkpoint it is halved, and the ascent resumes at its highest
+    point, if the loss rose in fewer than 75 % of the steps since the last checkpoint, or if neither the step
+    size nor the highest loss has changed since then.
 
     Attributes:
       threat: norm and radius.
       steps: per restart; a restart costs steps + 1 gradient queries.
       restarts: number of random starts, for the images that resisted the ones before.
-      loss: maximised, ``(logits, target) -> [B]``; should be invariant to the scale of the logits.
+      loss: maximised, ``(logits, labels) -> [B]``; should be invariant to the scale of the logits.
     """
 
     threat: Threat
@@ -88,38 +88,46 @@ class APGD:
 
     @property
     def gradient_queries(self) -> int:
-        """See `Attack`."""
+        """Number of gradients per image, at most."""
         return (self.steps + 1) * self.restarts
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images.
 
         Args:
-          oracle: of the predictor.
+          oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
-          target: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
+          labels: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
           key: PRNG key, or `Keys` to number the images.
+          start: images [B, H, W, C] in the ball, where the first restart begins; None for a random one.
 
         Returns:
           [B, H, W, C], within the ball around x and within [0, 1]: a misclassified iterate if there was
-          one, and among equals the one of highest loss; x itself if none was better.
+          one, and among equals the one of highest loss; x itself if none was better. Never worse than the start.
 
         Raises:
-          InputError: see `types.Attack`.
+          InputError: see `Attack`.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, labels, keys, start):
         def restart(number, best):
-            return self._restart(oracle, x, target, keys.fold(1 + number), best)
+            own = keys.fold(1 + number)
+            begin = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(own, x), x)
+            begin = begin if start is None else jnp.where(number == 0, start, begin)
+            return self._restart(oracle, x, labels, own, best, begin)
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
+        best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
         return until_fooled(restart, best, self.restarts).x
 
-    def _restart(self, oracle, x, target, keys, best):
+    def _restart(self, oracle, x, labels, keys, best, start):
+        queries = keys.fold(Purpose.QUERY)
+
         def query(x_adv, number, best):
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
-            return losses, gradient, best.update(x_adv, losses, logits, target)
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, queries.fold(number))
+            return losses, gradient, best.update(x_adv, losses, logits, labels)
 
         def step(carry, schedule):
             number, interval = schedule
@@ -128,7 +136,6 @@ class APGD:
             loss, gradient, best = query(x_adv, number, best)
             return (self._adapt(_visit(ascent, x_adv, gradient, loss), interval), best), None
 
-        start = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)
         loss, gradient, best = query(start, 0, best)
         ascent = self._begin(start, gradient, loss)
         numbers = jnp.arange(1, self.steps + 1)

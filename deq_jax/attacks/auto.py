@@ -1,4 +1,4 @@
-"""AutoAttack [Croce & Hein 2020a]: several attacks in a row, the worst case for each image."""
+"""AutoAttack [Croce & Hein 2020a]: several attacks one after another, the worst case for each image."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from deq_jax.attacks.inputs import (
     carry_out,
     check_classes,
     check_inputs,
+    check_start,
+    project_start,
     refuse_not_finite,
     working_type,
 )
@@ -31,13 +33,13 @@ from deq_jax.attacks.targeted import Targeted
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import dlr, margin, targeted_dlr
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 def auto_attack(
-    logits_fn: Callable[[Array], Array],
+    logits_fn: Callable[..., Array],
     x: Array,
-    y: Array,
+    labels: Array,
     key: int | Array | Keys,
     epsilon: float | None = None,
     *,
@@ -48,16 +50,16 @@ def auto_attack(
 ) -> Array:
     """AutoAttack on any JAX classifier.
 
-    A second call compiles nothing, if its batches have the same shape; the arrays that `logits_fn` closes over may
-    have changed. A classifier of normalised images is attacked as ``lambda x: classifier((x - mean) / deviation)``.
+    A second call with batches of the same shape compiles nothing, even if the arrays that `logits_fn` closes over have
+    changed. A classifier of normalised images is attacked as ``lambda x: classifier((x - mean) / deviation)``.
 
     Args:
       logits_fn: ``x [B, H, W, C] -> logits [B, K]``, differentiable, K >= 2, deterministic, each image on
-        its own. For a random predictor see `AutoAttack.rand`.
+        its own. A random one is ``(x, keys) -> logits``, see `oracle_of`, and attacked by version "rand".
       x: images [B, H, W, C] in [0, 1], float.
-      y: labels [B], int.
+      labels: [B], int.
       key: PRNG key, or a seed.
-      epsilon: radius in ℓ∞, in the unit of x; 8/255 if there is no threat.
+      epsilon: radius in ℓ∞, in the unit of x; default, without a threat: 8/255.
       threat: norm and radius, such as ``L2(0.5)``, in place of epsilon.
       version: "standard", "plus" or "rand": the class method of `AutoAttack`.
       batch_size: images at a time.
@@ -67,7 +69,7 @@ def auto_attack(
       [B, H, W, C] adversarial images, within the ball around x and within [0, 1].
 
     Raises:
-      InputError: see `types.Attack`; both epsilon and threat are given; there is no such version.
+      InputError: see `Attack`; or both epsilon and threat are given; or the version is unknown.
     """
     one = epsilon is None or threat is None
     require(one, f"auto_attack: expected epsilon or threat, got both: {epsilon!r} and {threat!r}")
@@ -75,26 +77,18 @@ def auto_attack(
     versions = {"standard": AutoAttack.standard, "plus": AutoAttack.plus, "rand": AutoAttack.rand}
     require(version in versions, f"auto_attack: version must be one of {', '.join(versions)}, got {version!r}")
     attack = versions[version](threat, batch_size)
-    return attack(oracle_of(_WithoutKeys(logits_fn)), x, y, key, verbose=verbose)
-
-
-@dataclass(frozen=True)
-class _WithoutKeys:
-    logits: Callable[[Array], Array]
-
-    def __call__(self, x: Array, keys: Keys) -> Array:
-        return self.logits(x)
+    return attack(oracle_of(logits_fn), x, labels, key, verbose=verbose)
 
 
 class Stage(NamedTuple):
-    """What is known after one of the attacks.
+    """The state after one of the attacks.
 
     Attributes:
-      attack: the one that has run; None before the first.
+      attack: the attack that has run; None before the first.
       x_adv: [B, H, W, C] the worst image so far.
       robust: [B] bool, whether it is classified correctly.
-      attacked: number of the images that were attacked; of all before the first attack.
-      seconds: that it took, with compilation.
+      attacked: number of images that were attacked; before the first attack, number of all images.
+      seconds: time that it took, with compilation.
     """
 
     attack: Attack | None
@@ -122,7 +116,7 @@ class AutoAttack:
     Attributes:
       attacks: called as ``attack(oracle, x, labels, keys)``.
       batch_size: images at a time.
-      draws: of a random predictor, averaged in every query (EOT).
+      draws: number of draws of a random predictor, averaged in every query (EOT).
     """
 
     attacks: tuple[Attack, ...]
@@ -155,7 +149,7 @@ class AutoAttack:
 
     @property
     def threat(self) -> Threat | None:
-        """The one that its attacks declare; see `Attack`.
+        """The threat model that its attacks declare; see `Attack`.
 
         Raises:
           InputError: they declare several.
@@ -167,57 +161,70 @@ class AutoAttack:
 
     @property
     def uses_gradients(self) -> bool | None:
-        """As all of its attacks do; None where they differ, since what it breaks is then evidence of neither kind."""
+        """Whether its attacks use gradients; None if they differ, as its success is then evidence of neither kind."""
         kinds = {getattr(attack, "uses_gradients", None) for attack in self.attacks}
         return kinds.pop() if len(kinds) == 1 else None
 
     @property
     def gradient_queries(self) -> int | None:
-        """Those of all its attacks; None where one does not declare them."""
+        """Gradients per image of all its attacks, at most; None if one does not declare them."""
         queries = [getattr(attack, "gradient_queries", None) for attack in self.attacks]
         known = [count for count in queries if count is not None]
         return self.draws * sum(known) if len(known) == len(queries) else None
 
     def __call__(
-        self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys, *, verbose: bool = False
+        self,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        key: int | Array | Keys,
+        start: Array | None = None,
+        *,
+        verbose: bool = False,
     ) -> Array:
-        """Adversarial images, the worst case for each; see `APGD.__call__`. The target is labels [B].
+        """Adversarial images, the worst case for each; see `APGD.__call__`. The labels are [B].
 
-        With `verbose` a line is printed before the first attack and after each, unless within `jax.jit`.
+        All attacks begin at the start, if there is one. With `verbose` a line is printed before the first attack and
+        after each, unless within `jax.jit`.
         """
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, target, key))):
-            return carry_out(self._run, self._averaged(oracle), x, target, key, pairs=False)
-        for stage in self.stages(oracle, x, target, key):
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, labels, key, start))):
+            averaged = self._averaged(oracle)
+            return carry_out(self._run, averaged, x, labels, key, start, threat=self.threat, pairs=False)
+        for stage in self.stages(oracle, x, labels, key, start):
             if verbose:
                 print(stage.described(), flush=True)
         return jnp.asarray(stage.x_adv)
 
-    def stages(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Iterator[Stage]:
+    def stages(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Iterator[Stage]:
         """Yields what is known before the first attack and after each; see `__call__`."""
-        return self.bind(oracle)(x, target, key)
+        return self.bind(oracle)(x, labels, key, start)
 
-    def bind(self, oracle: Oracle) -> Callable[[Array, Array, int | Array | Keys], Iterator[Stage]]:
-        """`stages` of one predictor, traced once per attack and batch shape while this is kept."""
+    def bind(self, oracle: Oracle) -> Callable[..., Iterator[Stage]]:
+        """`stages` of one predictor: ``(x, labels, key, start=None)``, traced once per attack and shape while kept."""
         oracle = self._averaged(oracle)
         judge = Compiled(partial(_judge, oracle))
-        attempts = [Compiled(partial(_attempt_batch, attack, oracle)) for attack in self.attacks]
+        attempts = [Compiled(partial(_attempt_batch, attack, oracle, self.threat)) for attack in self.attacks]
         return partial(self._stages, judge, attempts)
 
-    def _stages(self, judge, attempts, x, target, key):
-        x, labels = check_inputs(x, target, pairs=False)
+    def _stages(self, judge, attempts, x, labels, key, start=None):
+        x, labels = check_inputs(x, labels, pairs=False)
+        begin = None if start is None else np.asarray(check_start(start, x, self.threat))
         keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
         images, every = np.asarray(keys.images), np.arange(len(x))
         best = Best(x.copy(), np.zeros(len(x), bool), np.zeros(len(x), working_type(x)))
         finite = np.ones(len(x), bool)
 
         for rows, padded in _batches(every, size):
-            own = keys.fold(0)._replace(images=images[padded])
+            own = keys.fold(Purpose.QUERY)._replace(images=images[padded])
+            given = None if begin is None else begin[padded]
             found, logits = judge(x[padded], labels[padded], own)
             check_classes(labels, logits.shape[1])
             _write(best, rows, found)
             finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
             for attempt in attempts:  # what cannot be attacked is found out now
-                attempt.trace(found, x[padded], labels[padded], own)
+                attempt.trace(found, x[padded], labels[padded], own, given)
         refuse_not_finite(finite)
         yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)
 
@@ -226,13 +233,14 @@ class AutoAttack:
             for rows, padded in _batches(left, size):
                 own = keys.fold(1 + number)._replace(images=images[padded])
                 so_far = Best(*(part[padded] for part in best))
-                _write(best, rows, attempt(so_far, x[padded], labels[padded], own))
+                given = None if begin is None else begin[padded]
+                _write(best, rows, attempt(so_far, x[padded], labels[padded], own, given))
             yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
 
-    def _run(self, oracle, x, target, keys):
-        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+    def _run(self, oracle, x, labels, keys, start):
+        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
         for number, attack in enumerate(self.attacks):
-            tried = _attempt(attack, oracle, best, x, target, keys.fold(1 + number))
+            tried = _attempt(attack, oracle, best, x, labels, keys.fold(1 + number), start)
             best = best.where(best.fooled, tried)
         return best.x
 
@@ -241,24 +249,37 @@ class AutoAttack:
 
 
 def _judge(oracle: Oracle, x: Array, labels: Array, keys: Keys) -> tuple[Best, Array]:
-    """What is known before the first attack, and the logits."""
+    """The state before the first attack, and the logits."""
     guard = Guard.of(oracle, x)
     logits = guard.logits(guard.centre, keys)
     best = Best.of(guard.centre, margin, logits, labels)
     return best._replace(x=x), logits
 
 
-def _attempt_batch(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
+def _attempt_batch(
+    attack: Attack,
+    oracle: Oracle,
+    threat: Threat | None,
+    best: Best,
+    x: Array,
+    labels: Array,
+    keys: Keys,
+    start: Array | None,
+) -> Best:
     guard = Guard.of(oracle, x)
+    begin = None if start is None else project_start(start, guard.centre, threat)
     best = best._replace(x=best.x.astype(guard.centre.dtype))
-    best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys)
+    best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys, begin)
     return best._replace(x=guard.rounded(best.x))
 
 
-def _attempt(attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys) -> Best:
-    x_adv = attack(oracle, x, labels, keys.fold(0))
-    logits = oracle.logits(x_adv, keys.fold(1))
-    return best.update(x_adv, margin(logits, labels), logits, labels)
+def _attempt(
+    attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys, start: Array | None
+) -> Best:
+    queries = keys.fold(Purpose.QUERY)
+    if start is not None:
+        best, attack = best.query(oracle, margin, start, labels, queries.fold(1)), partial(attack, start=start)
+    return best.query(oracle, margin, attack(oracle, x, labels, keys.fold(Purpose.ATTACK)), labels, queries)
 
 
 def _name(attack: Attack) -> str:

@@ -1,4 +1,4 @@
-"""The best adversarial image so far, per image, and the loop that stops once all are fooled."""
+"""The best adversarial image so far, per image, and a loop that stops once all are fooled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from deq_jax.core.types import AnyArray, Array, Keys, Loss
 class Best(NamedTuple):
     """Per image: a misclassified candidate before any other, then the one of highest loss.
 
-    Candidates whose logits are not finite are never taken. The target that they are judged by is that of
-    the attack, see `is_fooled`.
+    Candidates whose logits are not finite are never taken. They are evaluated by the labels of the
+    attack, see `is_fooled`.
 
     Attributes:
       x: [B, H, W, C].
@@ -32,22 +32,33 @@ class Best(NamedTuple):
     loss: AnyArray
 
     @classmethod
-    def clean(cls, oracle: Oracle, loss: Loss, x: Array, target: Array, keys: Keys) -> Best:
-        """The images themselves; costs one query of the logits. The loss is NaN where a logit is not finite."""
-        return cls.of(x, loss, oracle.logits(x, keys), target)
+    def clean(cls, oracle: Oracle, loss: Loss, x: Array, labels: Array, keys: Keys, start: Array | None = None) -> Best:
+        """The images themselves, or the start where it is better; costs a query of the logits each.
+
+        The loss is NaN where a logit is not finite.
+        """
+        best = cls.of(x, loss, oracle.logits(x, keys), labels)
+        if start is None:
+            return best
+        return best.query(oracle, loss, start, labels, keys)
 
     @classmethod
-    def of(cls, x: Array, loss: Loss, logits: Array, target: Array) -> Best:
+    def of(cls, x: Array, loss: Loss, logits: Array, labels: Array) -> Best:
         """Images with these logits."""
-        losses = jnp.where(all_finite(logits), loss(logits, target), jnp.nan)
-        return cls(x, is_fooled(logits, target), losses.astype(x.dtype))
+        losses = jnp.where(all_finite(logits), loss(logits, labels), jnp.nan)
+        return cls(x, is_fooled(logits, labels), losses.astype(x.dtype))
 
-    def update(self, x: Array, losses: Array, logits: Array, target: Array) -> Best:
+    def update(self, x: Array, losses: Array, logits: Array, labels: Array) -> Best:
         """The better of this and a candidate x, per image."""
-        fooled = is_fooled(logits, target)
+        fooled = is_fooled(logits, labels)
         gain = (fooled & ~self.fooled) | ((fooled == self.fooled) & (losses > self.loss))
         better = gain & all_finite(logits)
         return Best(x, fooled, losses.astype(self.loss.dtype)).where(better, self)
+
+    def query(self, oracle: Oracle, loss: Loss, x: Array, labels: Array, keys: Keys) -> Best:
+        """The better of this and images x, of which the oracle is asked for the logits."""
+        logits = oracle.logits(x, keys)
+        return self.update(x, loss(logits, labels), logits, labels)
 
     def where(self, condition: Array, other: Best) -> Best:
         """This where the condition [B] holds, else the other."""
@@ -57,7 +68,7 @@ class Best(NamedTuple):
 def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: int) -> Best:
     """``best <- attempt(number, best)`` for number = 0, 1, ..., as long as any image resists.
 
-    An image keeps what it had once it is fooled, so that it does not depend on its batch-mates.
+    A fooled image no longer changes, so it does not depend on its batch-mates.
     """
 
     def resists(carry):
@@ -71,17 +82,17 @@ def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: i
     return lax.while_loop(resists, body, (jnp.int32(0), best))[1]
 
 
-def is_fooled(logits: Array, target: Array) -> Array:
+def is_fooled(logits: Array, labels: Array) -> Array:
     """[B], whether the most likely class is not the label; False where a logit is not finite.
 
-    The target is labels [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float, by
-    which nothing is misclassified.
+    The labels are [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float, by which nothing is
+    misclassified.
     """
-    if not has_labels(target):
+    if not has_labels(labels):
         return jnp.zeros(logits.shape[:1], bool)
-    return (jnp.argmax(logits, axis=-1) != labels_of(target)) & all_finite(logits)
+    return (jnp.argmax(logits, axis=-1) != labels_of(labels)) & all_finite(logits)
 
 
-def labels_of(target: Array) -> Array:
-    """The labels [B] of a target: labels [B], or pairs (label, class aimed at) [B, 2]."""
-    return target if target.ndim == 1 else target[:, 0]
+def labels_of(labels: Array) -> Array:
+    """The labels [B] alone, of labels [B] or pairs (label, class aimed at) [B, 2]."""
+    return labels if labels.ndim == 1 else labels[:, 0]

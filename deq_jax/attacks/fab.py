@@ -15,7 +15,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import logit_difference, margin
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class FAB:
     hyperplane (within the box), overshoots, and takes a mean of the two, biased towards the iterate.
     A misclassified iterate is pulled back to the image.
 
-    With pairs (label, class aimed at) as its target the boundary is the one between the two, one gradient
+    With pairs (label, class aimed at) in place of labels the boundary is the one between the two, one gradient
     query a step; with labels it is the nearest of all K - 1, at K - 1 queries a step.
 
     Attributes:
@@ -35,7 +35,7 @@ class FAB:
       restarts: the first starts at the image, the others at random at half the radius.
       alpha_max: largest weight of the image's own projection.
       eta: overshoot, as a factor.
-      beta: share of the perturbation that is kept when pulling back.
+      beta: share of the perturbation kept when pulling back.
     """
 
     threat: Threat
@@ -46,7 +46,7 @@ class FAB:
     beta: float = 0.9
 
     uses_gradients: ClassVar[bool] = True
-    gradient_queries: ClassVar[None] = None  # their number depends on that of the classes
+    gradient_queries: ClassVar[None] = None  # depends on the number of classes
 
     def __post_init__(self):
         require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
@@ -55,40 +55,42 @@ class FAB:
         require(self.eta >= 1, f"FAB: eta must be >= 1, got {self.eta!r}")
         require(0 < self.beta < 1, f"FAB: beta must be in (0, 1), got {self.beta!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images of minimal norm; see `APGD.__call__`.
 
         Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
-        x, else x.
+        x, else x. A start that is misclassified already is returned as it is.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
-        labels = labels_of(target)
+    def _run(self, oracle, x, labels, keys, start):
+        given, labels = labels, labels_of(labels)
         num_classes = jax.eval_shape(lambda: oracle.logits(x, keys)).shape[-1]
-        aims = target[None, :, 1] if target.ndim == 2 else _others(labels, num_classes)
+        aims = given[None, :, 1] if given.ndim == 2 else _others(labels, num_classes)
 
         def restart(number, best):
             own = keys.fold(1 + number)
             radius = jnp.where(number == 0, 0, self.threat.epsilon / 2)
-            start = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
-            found = self._walk(oracle, x, start, labels, aims, own)
-            x_adv = self.threat.project(found, x)
-            logits = oracle.logits(x_adv, own.fold(self.steps + 1))
-            return best.update(x_adv, margin(logits, labels), logits, labels)
+            begin = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
+            begin = begin if start is None else jnp.where(number == 0, start, begin)
+            queries = own.fold(Purpose.QUERY)
+            found = self.threat.project(self._walk(oracle, x, begin, labels, aims, queries), x)
+            return best.query(oracle, margin, found, labels, queries.fold(2 * self.steps + 1))
 
-        best = Best.clean(oracle, margin, x, labels, keys.fold(0))
+        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
         return until_fooled(restart, best, self.restarts).x
 
-    def _walk(self, oracle, x, start, labels, aims, keys):
+    def _walk(self, oracle, x, start, labels, aims, queries):
         """The nearest misclassified iterate, x where there was none."""
         length = self.threat.length
 
         def step(carry, number):
             point, found, distance = carry
-            own = keys.fold(number)
-            point = self._step(x, point, *self._nearest_boundary(oracle, point, labels, aims, own.fold(0)))
-            fooled, reached = is_fooled(oracle.logits(point, own.fold(1)), labels), length(point - x)
+            gap = self._nearest_boundary(oracle, point, labels, aims, queries.fold(2 * number - 1))
+            point = self._step(x, point, *gap)
+            fooled, reached = is_fooled(oracle.logits(point, queries.fold(2 * number)), labels), length(point - x)
             closer = fooled & (reached < distance)
             found = jnp.where(per_image(closer, x), point, found)
             point = jnp.where(per_image(fooled, x), x + self.beta * (point - x), point)
@@ -107,7 +109,7 @@ class FAB:
         return jnp.clip((1 - alpha) * (point + self.eta * from_point) + alpha * (x + self.eta * from_x), 0, 1)
 
     def _nearest_boundary(self, oracle, point, labels, aims, keys):
-        """Gap [B] and its gradient, for the class (of aims [C, B]) whose boundary is nearest to the point."""
+        """Gap [B] and its gradient, for the class (of aims [C, B]) with the boundary nearest to the point."""
 
         def linearise(aim):
             pairs = jnp.stack([labels, aim], axis=1)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat
+from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Keys
 
 
@@ -24,9 +25,12 @@ class Noise:
     uses_gradients: ClassVar[bool] = False
     gradient_queries: ClassVar[int] = 0
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
-        """Perturbed images; see `APGD.__call__`. The oracle is not asked."""
-        return carry_out(self._run, oracle, x, target, key, asks=False)
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
+        """Perturbed images; see `APGD.__call__`. The oracle is not asked, and a start is refused."""
+        require(start is None, "Noise: expected no start, since noise is added to the images themselves")
+        return carry_out(self._run, oracle, x, labels, key, asks=False)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, labels, keys, start):
         return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)

@@ -1,7 +1,8 @@
-"""What an attacker may ask of a predictor, and oracles made of oracles; attacks see these, never models."""
+"""Oracles: the questions that an attacker may ask of a predictor. Attacks see oracles, never models."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,7 +18,7 @@ from deq_jax.core.types import Array, Keys, Loss
 def average(oracles: Sequence[Oracle]) -> Oracle:
     """The mean of several oracles: of their logits, and of their losses and gradients.
 
-    The gradient is that of the mean loss, not of the loss of the mean logits.
+    The gradient belongs to the mean loss, not to the loss of the mean logits.
 
     Args:
       oracles: at least one; the i-th draws from keys folded with i.
@@ -28,8 +29,8 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
     def logits(x: Array, keys: Keys) -> Array:
         return jnp.mean(jnp.stack([oracle.logits(x, keys.fold(i)) for i, oracle in enumerate(oracles)]), axis=0)
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        answers = [oracle.grad(loss, x, target, keys.fold(i)) for i, oracle in enumerate(oracles)]
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        answers = [oracle.grad(loss, x, labels, keys.fold(i)) for i, oracle in enumerate(oracles)]
         return jax.tree.map(lambda *parts: sum(parts) / len(oracles), *answers)
 
     return Oracle(logits, grad)
@@ -38,11 +39,11 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
 def expectation(oracle: Oracle, draws: int) -> Oracle:
     """Expectation over transformation (EOT): the mean of a random oracle over several draws.
 
-    Logits are averaged too, so that an attack does not select what one lucky draw misclassified.
+    Logits are also averaged, so that an attack does not select images that one lucky draw misclassified.
 
     Args:
       oracle: random in its keys.
-      draws: per query; the i-th uses keys folded with i.
+      draws: number per query; the i-th uses keys folded with i.
 
     References: Athalye et al. 2018, section 3.
     """
@@ -58,41 +59,61 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
     def logits(x: Array, keys: Keys) -> Array:
         return mean(lambda number: oracle.logits(x, keys.fold(number)))
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        return mean(lambda number: oracle.grad(loss, x, target, keys.fold(number)))
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        return mean(lambda number: oracle.grad(loss, x, labels, keys.fold(number)))
 
     return Oracle(logits, grad)
 
 
 def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
-    """Gradients of one predictor, success and loss judged on another.
+    """Gradients of one predictor, success and loss of another.
 
     Args:
       source: gives the gradients.
       judge: the deployed predictor; it is asked once more with every gradient.
     """
 
-    def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        gradient = source.grad(loss, x, target, keys)[2]
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        gradient = source.grad(loss, x, labels, keys)[2]
         logits = judge.logits(x, keys)
-        return loss(logits, target), logits, gradient
+        return loss(logits, labels), logits, gradient
 
     return Oracle(judge.logits, grad)
 
 
-def oracle_of(logits: Callable[[Array, Keys], Array]) -> Oracle:
-    """Oracle of a differentiable predictor ``(x [B, H, W, C], keys) -> logits [B, K]``; equal for the same one."""
-    return Oracle(logits, _Gradient(logits))
+def oracle_of(logits: Callable[..., Array]) -> Oracle:
+    """Oracle of a differentiable predictor; equal for the same one.
+
+    Args:
+      logits: ``x [B, H, W, C] -> logits [B, K]``; or, of a random predictor, ``(x, keys)``: a function is called with
+        `Keys` if it has a parameter of the name `keys`, or two that must be given.
+
+    >>> oracle_of(lambda x: x.reshape(len(x), -1)).logits(jnp.ones((2, 1, 1, 3)), Keys.of(0, 2)).shape
+    (2, 3)
+    """
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    further = [p for p in inspect.signature(logits).parameters.values() if p.kind in kinds][1:]
+    takes_keys = any(p.name == "keys" or p.default is p.empty for p in further)
+    answer = logits if takes_keys else _WithoutKeys(logits)
+    return Oracle(answer, _Gradient(answer))
+
+
+@dataclass(frozen=True)
+class _WithoutKeys:
+    logits: Callable[[Array], Array]
+
+    def __call__(self, x: Array, keys: Keys) -> Array:
+        return self.logits(x)
 
 
 @dataclass(frozen=True)
 class _Gradient:
     logits: Callable[[Array, Keys], Array]
 
-    def __call__(self, loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+    def __call__(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
         def total(x):
             scores = self.logits(x, keys)
-            losses = loss(scores, target)
+            losses = loss(scores, labels)
             return jnp.sum(losses), (losses, scores)
 
         gradient, (losses, scores) = jax.grad(total, has_aux=True)(x)
@@ -100,14 +121,14 @@ class _Gradient:
 
 
 class Oracle(NamedTuple):
-    """All that an attacker may ask. The gradient need not be that of the logits.
+    """Logits, and a gradient that need not belong to them.
 
-    An attack asks in the dtype of its images; answers in another one are cast. Shapes are checked at every query, also
-    within `jax.jit`.
+    An attack asks in the dtype of its images; answers in another dtype are cast. Shapes are checked at every query,
+    also within `jax.jit`.
 
     Attributes:
       logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
-      grad: ``(loss, x, target, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
+      grad: ``(loss, x, labels, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
         gradient of the summed loss with respect to x.
     """
 
@@ -116,21 +137,29 @@ class Oracle(NamedTuple):
 
 
 class Attack(Protocol):
-    """``(oracle, x, target, key) -> x_adv``, within the threat model's ball and [0, 1].
+    """``(oracle, x, labels, key, start=None) -> x_adv``, within the threat model's ball and [0, 1].
 
     The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
-    in their own dtype. The target is labels [B] of any integer type, from 0 to K - 1, or for some attacks pairs
+    in their own dtype. The labels are [B] of any integer type, from 0 to K - 1, or for some attacks pairs
     (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
-    The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
-    [0, 1] by more than 1e-6, labels that are no classes, logits that are not [B, K] with K >= 2 or, on the images
-    themselves, not finite. Values are not known within `jax.jit`: there an image outside [0, 1] comes back as NaN, and
-    one without a class or without finite logits unchanged. Outside of it an attack is compiled as a whole, at the
-    first of all calls with the same program and shapes.
+    The start is images [B, H, W, C] within the ball, from which the attack begins in place of its own (random) start.
+    An attack of several restarts uses it for the first; attacks made of attacks hand it to each. What comes back is
+    never worse than the start: misclassified if that was, else of no lower loss. (Exceptions: `PGD` without `best_of`
+    returns its last iterate, and `Noise` takes no start.)
 
-    An attack may declare more of itself: `threat`, its threat model, which evaluations compare with theirs;
-    `uses_gradients`, by which they tell white-box attacks from black-box ones; `gradient_queries`, the most that it
-    asks for per image. Nothing is concluded from what an attack does not declare, or declares as None.
+    The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
+    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are no classes, logits that are
+    not [B, K] with K >= 2 or, on the images themselves, not finite. Values are not known within `jax.jit`: there an
+    image outside [0, 1] comes back as NaN, and one without a class or without finite logits unchanged; a start is
+    projected. Outside of it an attack is compiled as a whole, at the first of all calls with the same program and
+    shapes.
+
+    An attack may declare more: `threat`, its threat model, which evaluations compare with theirs; `uses_gradients`,
+    which tells white-box attacks from black-box ones; `gradient_queries`, the number of gradients per image, at most.
+    Nothing is concluded from an undeclared trait, or from None.
     """
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array: ...
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 Start = Callable[[Keys, Array, Threat], Array]
-"""``(keys, x, threat) -> x_0``; the attack projects what it returns."""
+"""``(keys, x, threat) -> x_0``; the attack projects the result."""
 
 
 def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
@@ -28,7 +28,7 @@ def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
 
 
 def gaussian_start(keys: Keys, x: Array, threat: Threat) -> Array:
-    """x + 0.001 N(0, 1), the start of TRADES, which has no gradient at x itself."""
+    """x + 0.001 N(0, 1): the start of TRADES, because its loss has no gradient at x itself."""
     return x + 0.001 * keys.draw(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))
 
 
@@ -46,9 +46,9 @@ class PGD:
       steps: per restart; each costs one gradient query.
       step_size: length of a step, in the unit of x ([0, 1]); None for ``2.5 epsilon / steps`` [Madry et al. 2018].
       restarts: number of random starts.
-      loss: maximised, ``(logits, target) -> [B]``.
-      start: where a restart begins.
-      best_of: return, per image, a misclassified iterate if there was one (judged where the target is
+      loss: maximised, ``(logits, labels) -> [B]``.
+      start: where a restart begins, unless images are given to start from.
+      best_of: return, per image, a misclassified iterate if there was one (judged where the labels is
         labels), and among equals the one of highest loss, x itself if none was better; costs one more query
         per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
     """
@@ -72,51 +72,57 @@ class PGD:
 
     @property
     def gradient_queries(self) -> int:
-        """See `Attack`."""
+        """Number of gradients per image, at most."""
         return self.steps * self.restarts
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images.
 
         Args:
-          oracle: of the predictor.
+          oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
-          target: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
+          labels: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.
+          start: images [B, H, W, C] in the ball, where the first restart begins; None for its own start.
 
         Returns:
-          [B, H, W, C], within epsilon of x and within [0, 1].
+          [B, H, W, C], within epsilon of x and within [0, 1]; with best_of never worse than the start.
 
         Raises:
           InputError: see `types.Attack`; whether clean logits are finite is looked at with best_of alone.
         """
-        return carry_out(self._run, oracle, x, target, key, reference=True, asks=self.best_of)
+        checks: Any = {"threat": self.threat, "reference": True, "asks": self.best_of}
+        return carry_out(self._run, oracle, x, labels, key, start, **checks)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, labels, keys, start):
         if not self.best_of:
-            return self._restart(oracle, x, target, keys.fold(0), None)[0]
+            return self._restart(oracle, x, labels, keys.fold(0), None, start)[0]
 
         def restart(best, number):
-            return self._restart(oracle, x, target, keys.fold(number), best)[1], None
+            own = keys.fold(number)
+            first = None if start is None else jnp.where(number == 0, start, self.start(own, x, self.threat))
+            return self._restart(oracle, x, labels, own, best, first)[1], None
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(self.restarts))
+        best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
         return lax.scan(restart, best, jnp.arange(self.restarts))[0].x
 
-    def _restart(self, oracle, x, target, keys, best):
+    def _restart(self, oracle, x, labels, keys, best, start):
         """The last iterate, and the best so far; None stays None."""
-        threat, step_size = self.threat, self.step_size
+        threat, step_size, queries = self.threat, self.step_size, keys.fold(Purpose.QUERY)
         if step_size is None:
             step_size = 2.5 * threat.epsilon / self.steps
 
         def step(carry, number):
             x_adv, best = carry
-            losses, logits, gradient = oracle.grad(self.loss, x_adv, target, keys.fold(number))
-            best = best and best.update(x_adv, losses, logits, target)
+            losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, queries.fold(number))
+            if best is not None:
+                best = best.update(x_adv, losses, logits, labels)
             return (threat.project(x_adv + step_size * threat.steepest(gradient), x), best), None
 
-        start = threat.project(self.start(keys, x, threat), x)
-        (x_adv, best), _ = lax.scan(step, (start, best), 1 + jnp.arange(self.steps))
+        begin = threat.project(self.start(keys, x, threat) if start is None else start, x)
+        (x_adv, best), _ = lax.scan(step, (begin, best), 1 + jnp.arange(self.steps))
         if best is None:
             return x_adv, None
-        logits = oracle.logits(x_adv, keys.fold(self.steps + 1))
-        return x_adv, best.update(x_adv, self.loss(logits, target), logits, target)
+        return x_adv, best.query(oracle, self.loss, x_adv, labels, queries.fold(self.steps + 1))

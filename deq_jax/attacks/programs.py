@@ -52,7 +52,7 @@ def _program(function: Callable[..., PyTree], *args: PyTree) -> Callable[..., Py
 
     traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     if any(isinstance(constant, jax.core.Tracer) for constant in traced.consts):
-        return function  # part of another trace, whose own compilation it belongs to
+        return function  # part of another trace, which compiles it
     with_arguments = jax.make_jaxpr(partial(jax.core.eval_jaxpr, traced.jaxpr))(traced.consts, *leaves)
     run = jax.jit(lambda consts, *leaves: jax.core.eval_jaxpr(with_arguments.jaxpr, [], *consts, *leaves))
     text = run.lower(traced.consts, *leaves).as_text()

@@ -15,12 +15,12 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 
 @dataclass(frozen=True)
 class SPSA:
-    """``x <- project(x + step_size steepest(estimate))`` from x on; asks for logits only.
+    """``x <- project(x + step_size steepest(estimate))`` from x or a start on; asks for logits only.
 
     The estimate is the mean over random sign vectors v of ``(loss(x + probe v) - loss(x - probe v)) v``, the
     points clipped to [0, 1].
@@ -31,7 +31,7 @@ class SPSA:
       samples: sign vectors per step.
       step_size: length of a step, in the unit of x.
       probe: distance of the points from x in every pixel.
-      loss: maximised, ``(logits, target) -> [B]``.
+      loss: maximised, ``(logits, labels) -> [B]``.
 
     References: Uesato et al. 2018, algorithm 1.
     Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
@@ -53,33 +53,34 @@ class SPSA:
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
         require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
+    def _run(self, oracle, x, labels, keys, start):
         def ascend(number, carry):
             x_adv, best = carry
             own = keys.fold(number)
-            estimate = self._estimate(oracle, x_adv, target, own.fold(0))
+            estimate = self._estimate(oracle, x_adv, labels, own.fold(Purpose.ATTACK))
             x_adv = self.threat.project(x_adv + self.step_size * self.threat.steepest(estimate), x)
-            logits = oracle.logits(x_adv, own.fold(1))
-            tried = best.update(x_adv, self.loss(logits, target), logits, target)
+            tried = best.query(oracle, self.loss, x_adv, labels, own.fold(Purpose.QUERY))
             return x_adv, best.where(best.fooled, tried)
 
         def step(carry, number):
             return lax.cond(jnp.all(carry[1].fooled), lambda number, carry: carry, ascend, number, carry), None
 
-        best = Best.clean(oracle, self.loss, x, target, keys.fold(0))
-        return lax.scan(step, (x, best), 1 + jnp.arange(self.steps))[0][1].x
+        best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
+        return lax.scan(step, (x if start is None else start, best), 1 + jnp.arange(self.steps))[0][1].x
 
-    def _estimate(self, oracle: Oracle, x: Array, target: Array, keys: Keys) -> Array:
+    def _estimate(self, oracle: Oracle, x: Array, labels: Array, keys: Keys) -> Array:
         def add(total, number):
             own = keys.fold(number // 2)  # the same direction and, of a random predictor, the same draw
             side = 1 - 2 * (number % 2)
             direction = side * own.draw(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
-            logits = oracle.logits(jnp.clip(x + self.probe * direction, 0, 1), own)
-            losses = self.loss(logits, target).astype(x.dtype)
+            logits = oracle.logits(jnp.clip(x + self.probe * direction, 0, 1), own.fold(Purpose.QUERY))
+            losses = self.loss(logits, labels).astype(x.dtype)
             return total + per_image(losses, x) * direction, None
 
         return lax.scan(add, jnp.zeros_like(x), jnp.arange(2 * self.samples))[0]

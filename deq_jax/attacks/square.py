@@ -15,7 +15,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import L2, Linf, Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10 000, after which the share of pixels that a step changes is halved."""
@@ -27,7 +27,7 @@ class Square:
 
     Attributes:
       threat: norm and radius.
-      queries: of the logits, per image.
+      queries: number of queries of the logits, per image.
       p_init: share of the pixels that the first steps change.
       rescaled: compress the schedule of that share, made for 10 000 queries, to `queries`, as the paper of
         Square does; AutoAttack does not, and is weaker for it.
@@ -46,31 +46,35 @@ class Square:
         require(self.queries >= 1, f"Square: queries must be >= 1, got {self.queries!r}")
         require(0 < self.p_init <= 1, f"Square: p_init must be in (0, 1], got {self.p_init!r}")
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
         """Adversarial images; see `APGD.__call__`. Of a pair (label, class aimed at) only the label counts.
 
-        An image is left alone once it is misclassified.
+        An image is left alone once it is misclassified. A start takes the place of the first random pattern.
         """
-        return carry_out(self._run, oracle, x, target, key)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, target, keys):
-        labels = labels_of(target)
-        start, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
+    def _run(self, oracle, x, labels, keys, start):
+        labels = labels_of(labels)
+        pattern, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 
-        def query(x_adv, own):
-            x_adv = self.threat.project(x_adv, x)
-            logits = oracle.logits(x_adv, own)
+        def query(number, candidate):
+            own = keys.fold(1 + number)
+            x_adv = self.threat.project(candidate(own), x)
+            logits = oracle.logits(x_adv, own.fold(Purpose.QUERY))
             return x_adv, margin(logits, labels), logits, labels
 
         def attempt(number, best):
-            own = keys.fold(2 + number)
-            return best.update(*query(change(own, x, best.x, sides[number], self.threat.epsilon), own))
+            def changed(own):
+                return change(own, x, best.x, sides[number], self.threat.epsilon)
 
-        clean = Best.clean(oracle, margin, x, labels, keys.fold(0))
-        own = keys.fold(1)
+            return best.update(*query(1 + number, changed))
+
+        clean = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
         nothing = clean._replace(loss=jnp.full_like(clean.loss, -jnp.inf))
-        first = nothing.update(*query(start(own, x, self.threat.epsilon), own))
+        first = nothing.update(*query(0, lambda own: pattern(own, x, self.threat.epsilon) if start is None else start))
         found = until_fooled(attempt, clean.where(clean.fooled, first), self.queries - 1)
         return found.where(found.fooled | (found.loss > clean.loss), clean).x
 
@@ -122,7 +126,7 @@ def _tiles(keys: Keys, x: Array, epsilon: float) -> Array:
 
 
 def _bumps(keys: Keys, x: Array, x_adv: Array, side: Array, epsilon: float) -> Array:
-    """x_adv with the perturbation of one window (and what is unused) moved into a bump in another.
+    """x_adv with the perturbation of one window (and the unused part) moved into a bump in another.
 
     References: Andriushchenko et al. 2020, algorithm 3.
     """
@@ -150,7 +154,7 @@ def _bump(row: Array, column: Array, side: int | Array, size: int) -> Array:
 
     Args:
       row, column: [H] and [W], pixel coordinates in the window; outside it the values mean nothing.
-      side: of the window.
+      side: length of the side of the window.
       size: an upper bound of side.
 
     References: Andriushchenko et al. 2020, section 3.4.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 
@@ -12,15 +13,15 @@ from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.attacks.threats import Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 @dataclass(frozen=True)
 class Targeted:
-    """Runs an attack once for each of the wrong classes that are likeliest on the clean image.
+    """Runs an attack once for each of the likeliest wrong classes of the clean image.
 
     Attributes:
-      attack: takes pairs (label, class aimed at) as its target.
+      attack: takes pairs (label, class aimed at) in place of labels.
       classes: how many classes to aim at; all the wrong ones if there are fewer.
     """
 
@@ -32,38 +33,40 @@ class Targeted:
 
     @property
     def threat(self) -> Threat | None:
-        """That of the attack within; see `Attack`."""
+        """The threat model of the attack within."""
         return getattr(self.attack, "threat", None)
 
     @property
     def uses_gradients(self) -> bool | None:
-        """As the attack within does; see `Attack`."""
+        """Whether the attack within uses gradients."""
         return getattr(self.attack, "uses_gradients", None)
 
     @property
     def gradient_queries(self) -> int | None:
-        """Those for all classes; see `Attack`."""
+        """Number of gradients per image for all classes, at most."""
         queries = getattr(self.attack, "gradient_queries", None)
         return None if queries is None else queries * self.classes
 
-    def __call__(self, oracle: Oracle, x: Array, target: Array, key: int | Array | Keys) -> Array:
-        """Adversarial images; see `APGD.__call__`. The target is labels [B].
+    def __call__(
+        self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
+    ) -> Array:
+        """Adversarial images; see `APGD.__call__`. The labels are [B].
 
-        Images that one class has fooled are left alone by the next.
+        Images that one class has fooled are left alone by the next. The attempt at each class begins at the start.
         """
-        return carry_out(self._run, oracle, x, target, key, pairs=False)
+        return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 
-    def _run(self, oracle, x, target, keys):
-        wrong = _wrong_classes(oracle.logits(x, keys.fold(0)), target)
+    def _run(self, oracle, x, labels, keys, start):
+        attack, clean = self.attack if start is None else partial(self.attack, start=start), keys.fold(Purpose.QUERY)
+        wrong = _wrong_classes(oracle.logits(x, clean), labels)
 
         def attempt(number, best):
-            pairs = jnp.stack([target, wrong[:, number]], axis=1)
+            pairs = jnp.stack([labels, wrong[:, number]], axis=1)
             own = keys.fold(1 + number)
-            x_adv = self.attack(oracle, x, pairs, own.fold(0))
-            logits = oracle.logits(x_adv, own.fold(1))
-            return best.update(x_adv, margin(logits, target), logits, target)
+            x_adv = attack(oracle, x, pairs, own.fold(Purpose.ATTACK))
+            return best.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
 
-        best = Best.clean(oracle, margin, x, target, keys.fold(0))
+        best = Best.clean(oracle, margin, x, labels, clean, start)
         return until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
 
 

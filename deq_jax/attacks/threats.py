@@ -1,7 +1,7 @@
 """Threat models: the geometry of a ball around an image, within the box [0, 1].
 
-A threat model is all that an attack needs to know about a norm: its lengths, the projection onto its
-ball, its direction of steepest ascent, and the shortest way to a hyperplane.
+A threat model tells an attack everything about a norm: lengths, the projection onto the ball, the
+direction of steepest ascent, and the shortest way to a hyperplane.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.types import Array, Keys, Purpose
 
 
 class Threat(Protocol):
@@ -51,7 +51,15 @@ class Threat(Protocol):
 
 @dataclass(frozen=True)
 class Linf:
-    """``max |delta| <= epsilon``."""
+    """``max |delta| <= epsilon``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import Linf
+      >>> x = jnp.zeros((1, 1, 1, 2))
+      >>> Linf(0.25).project(x + jnp.array([0.125, 0.5]), x).tolist()
+      [[[[0.125, 0.25]]]]
+    """
 
     epsilon: float
 
@@ -61,27 +69,27 @@ class Linf:
         require(self.epsilon <= 1, f"Linf: epsilon is in the unit of x, [0, 1], got {self.epsilon!r}; {unit}")
 
     def length(self, delta: Array) -> Array:
-        """See `Threat.length`."""
+        """Largest absolute entry of each perturbation, [B]."""
         return jnp.max(jnp.abs(_flat(delta)), axis=1)
 
     def dual_length(self, gradient: Array) -> Array:
-        """The ℓ1 norm; see `Threat.dual_length`."""
+        """The ℓ1 norm of each gradient, [B]."""
         return jnp.sum(jnp.abs(_flat(gradient)), axis=1)
 
     def project(self, x_adv: Array, x: Array) -> Array:
-        """See `Threat.project`."""
+        """Clips x_adv to the cube around x, then to [0, 1]."""
         return jnp.clip(jnp.clip(x_adv, x - self.epsilon, x + self.epsilon), 0, 1)
 
     def steepest(self, gradient: Array) -> Array:
-        """The gradient's sign; see `Threat.steepest`."""
+        """The sign of the gradient."""
         return jnp.sign(_finite(gradient))
 
     def random(self, keys: Keys, x: Array) -> Array:
-        """Uniform in the cube; see `Threat.random`."""
+        """Uniform in the cube."""
         return self.epsilon * keys.draw(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, -1, 1))
 
     def random_direction(self, keys: Keys, x: Array) -> Array:
-        """Uniform in the cube, stretched to its surface; see `Threat.random_direction`."""
+        """Uniform in the cube, stretched to its surface."""
         noise = Linf(1.0).random(keys, x)
         return noise / per_image(self.length(noise), x)
 
@@ -94,7 +102,14 @@ class Linf:
 
 @dataclass(frozen=True)
 class L2:
-    """``sqrt(sum delta^2) <= epsilon``."""
+    """``sqrt(sum delta^2) <= epsilon``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import L2
+      >>> L2(1.0).length(jnp.array([[[[3.0, 4.0]]]])).tolist()
+      [5.0]
+    """
 
     epsilon: float
 
@@ -102,33 +117,33 @@ class L2:
         require(self.epsilon >= 0, f"L2: epsilon must be >= 0, got {self.epsilon!r}")
 
     def length(self, delta: Array) -> Array:
-        """See `Threat.length`."""
+        """Euclidean length of each perturbation, [B]."""
         return jnp.linalg.norm(_flat(delta), axis=1)
 
     def dual_length(self, gradient: Array) -> Array:
-        """The ℓ2 norm; see `Threat.dual_length`."""
+        """The ℓ2 norm of each gradient, [B]."""
         return self.length(gradient)
 
     def project(self, x_adv: Array, x: Array) -> Array:
-        """See `Threat.project`."""
+        """Shortens the perturbation to epsilon, then clips to [0, 1]."""
         delta = x_adv - x
         shrink = jnp.minimum(1, self.epsilon / jnp.maximum(self.length(delta), 1e-12))
         return jnp.clip(x + delta * per_image(shrink, x), 0, 1)
 
     def steepest(self, gradient: Array) -> Array:
-        """The normalised gradient; see `Threat.steepest`."""
+        """The normalised gradient."""
         gradient = _finite(gradient)
         scaled = gradient / per_image(jnp.maximum(Linf(0).length(gradient), 1e-30), gradient)  # no underflow
         return scaled / per_image(jnp.maximum(self.length(scaled), 1e-12), gradient)
 
     def random(self, keys: Keys, x: Array) -> Array:
         """A direction times the root of a uniform number that makes all volumes alike; see `Threat.random`."""
-        uniform = keys.fold(1).draw(lambda key: jax.random.uniform(key, (), x.dtype))
+        uniform = keys.fold(Purpose.RADIUS).draw(lambda key: jax.random.uniform(key, (), x.dtype))
         size = math.prod(x.shape[1:])
-        return self.epsilon * per_image(uniform ** (1 / size), x) * self.random_direction(keys.fold(0), x)
+        return self.epsilon * per_image(uniform ** (1 / size), x) * self.random_direction(keys, x)
 
     def random_direction(self, keys: Keys, x: Array) -> Array:
-        """Uniform on the sphere; see `Threat.random_direction`."""
+        """Uniform on the sphere."""
         noise = keys.draw(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))
         return noise / per_image(self.length(noise), x)
 
@@ -154,7 +169,7 @@ def _finite(gradient: Array) -> Array:
 
 
 def _ascent(x: Array, normal: Array, level: Array) -> tuple[Array, Array, Array]:
-    """Which way each pixel moves to change ``<normal, x>`` by level, at what rate, how far it can."""
+    """Direction, rate and room of each pixel's move that changes ``<normal, x>`` by level."""
     normal = _finite(normal)
     sign = jnp.sign(normal) * per_image(jnp.sign(level), x)
     return sign, jnp.abs(normal), jnp.where(sign > 0, 1 - x, x)

@@ -1,9 +1,10 @@
-"""The mathematics of equilibria: solvers, readouts, gradients and losses. It knows no image, classifier or file."""
+"""The mathematics of equilibria: solvers, readouts, gradients and losses. No images, classifiers or files."""
 
 from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import (
     AtState,
+    Backprop,
     Implicit,
     Neumann,
     Phantom,
@@ -19,11 +20,25 @@ from deq_jax.core.losses import LowEntropy, cross_entropy, dlr, entropy, kl, log
 from deq_jax.core.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
 from deq_jax.core.solve import solve
 from deq_jax.core.solvers import Anderson, Broyden, FixedPoint
-from deq_jax.core.types import Cell, Gradient, Injection, Keys, Loss, Optimizer, Readout, Solution, Solver, prng_key
+from deq_jax.core.types import (
+    Cell,
+    Gradient,
+    Injection,
+    Keys,
+    Loss,
+    Memory,
+    Optimizer,
+    Purpose,
+    Readout,
+    Solution,
+    Solver,
+    prng_key,
+)
 
 __all__ = [
     "Anderson",
     "AtState",
+    "Backprop",
     "Broyden",
     "Cell",
     "EnsembleState",
@@ -38,10 +53,12 @@ __all__ = [
     "LastState",
     "Loss",
     "LowEntropy",
+    "Memory",
     "Neumann",
     "Optimizer",
     "Phantom",
     "PhantomUpTo",
+    "Purpose",
     "RandomIntermediateState",
     "Readout",
     "Solution",

@@ -15,12 +15,12 @@ BOX_TOLERANCE = 1e-6  # beyond 0 and 1, for rounding
 
 
 def clip_to_box(x: AnyArray, where: str) -> AnyArray:
-    """Images in [0, 1]: what rounding has put outside is clipped, what lies farther out is refused.
+    """Images in [0, 1]: rounding errors are clipped, values farther outside are refused.
 
-    Undoing a normalisation in float32 leaves pixels at -3e-8 or 1.0000001; images in other units are farther out.
+    Undoing a normalisation in float32 gives pixels such as -3e-8 or 1.0000001; images in other units are farther out.
 
     Args:
-      x: images, floating, of any shape, of numpy or jax. Traced ones are clipped without a check of their values.
+      x: images, floating, any shape, numpy or jax. Traced images are clipped without a check of their values.
       where: begins the message of an error.
 
     Returns:

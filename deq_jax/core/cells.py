@@ -1,4 +1,4 @@
-"""What a cell promises, checked wherever it is applied: f(z; u) is a state like z, and samples come in one batch."""
+"""The contract of a cell, checked wherever it is applied: f(z; u) is a state like z, and samples form one batch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def apply(cell: Cell, params: Params, z: PyTree, u: PyTree) -> PyTree:
 
     Args:
       cell: ``(params, z, u) -> z``.
-      params: of the cell.
+      params: parameters of the cell.
       z: state, floating leaves [B, ...].
       u: injection, leaves [B, ...].
 
     Raises:
-      InputError: a leaf of z or u is not of this kind, or f(z; u) has not the structure and the shapes of z.
+      InputError: a leaf of z or u is of another kind, or f(z; u) lacks the structure or the shapes of z.
     """
     if batch_size(z, u) == 0:
         return z
@@ -53,7 +53,7 @@ def batch_size(z: PyTree, u: PyTree = None) -> int:
 
 
 def flat_cell(cell: Cell, params: Params, z0: PyTree) -> tuple[Callable, Array, Callable[[Array], PyTree]]:
-    """What a solver works on: ``f(z, u)`` over flat states, z0 as a flat state [B, N], and the way back."""
+    """The input of a solver: ``f(z, u)`` over flat states, z0 as a flat state [B, N], and the way back."""
     unravel = _unraveler(z0)
     return lambda z, u: ravel(apply(cell, params, unravel(z), u)), ravel(z0), unravel
 

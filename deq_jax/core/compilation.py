@@ -1,4 +1,4 @@
-"""Functions that keep what they have compiled, so that calls outside `jax.jit` are fast as well."""
+"""Functions that keep their compiled programs, so that calls outside `jax.jit` are also fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def compiled(*static: str) -> Callable[[Function], Function]:
     A callable that is not hashable, or made anew for every call, is compiled at every call.
 
     Args:
-      static: names of the arguments that are no arrays. They are compared by value, and must be pure.
+      static: names of the arguments that are not arrays. They are compared by value, and must be pure.
     """
 
     def decorate(function: Function) -> Function:

@@ -1,12 +1,12 @@
-"""Mistakes of whoever gave an input, told in one line."""
+"""User errors, reported in one line."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """An input that whoever gave it can mend: one line with what was wrong, expected, and where.
+    """An error that the user can fix: one line that says what was wrong, what was expected, and where.
 
-    The command lines print it without a traceback and leave with exit code 2.
+    The command lines print it without a traceback and exit with 2.
     """
 
 

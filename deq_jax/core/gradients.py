@@ -50,7 +50,7 @@ class Phantom:
 
     @property
     def applications(self) -> int:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return self.steps + 1
 
     @compiled("self", "cell")
@@ -65,7 +65,7 @@ class Phantom:
 
 @dataclass(frozen=True)
 class PhantomUpTo:
-    """`Phantom` whose number of steps and damping may be traced, so that all are compiled as one.
+    """`Phantom` with a traced number of steps and damping: all settings share one compiled program.
 
     Attributes:
       max_steps: largest number of damped steps; those beyond `steps` are skipped at run time.
@@ -79,7 +79,7 @@ class PhantomUpTo:
 
     @property
     def applications(self) -> int | Array:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return self.steps + 1
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
@@ -112,7 +112,7 @@ class AtState:
 
     @property
     def applications(self) -> int:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return 0
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
@@ -134,11 +134,44 @@ class Unrolled:
 
     @property
     def applications(self) -> int:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return self.steps
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         return Phantom(self.steps - 1, damping=1.0)(cell, params, u, z)
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Backpropagation through the solver's own steps, converged or not, and through those that follow it.
+
+    The exact derivative of the computed prediction, where the other estimators give that of an equilibrium which the
+    solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver differentiably.
+
+    Attributes:
+      then: the estimator whose value this has: `Phantom` and `Unrolled` are differentiated as they are computed,
+        `Implicit` and `Neumann` count as the one application of the cell that they make.
+
+    Example:
+      >>> from deq_jax import Backprop, Broyden, Dynamics
+      >>> dynamics = Dynamics(Broyden(8), gradient=Backprop())
+    """
+
+    then: Gradient = Phantom()
+
+    def __post_init__(self):
+        require(not isinstance(self.then, Backprop), "Backprop: then must be another estimator, got Backprop")
+
+    @property
+    def applications(self) -> int | Array:
+        """See `types.Gradient`."""
+        return self.then.applications
+
+    def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        if isinstance(self.then, AtState):
+            return z
+        advance = Phantom(0) if has_adjoint(self.then) else self.then
+        return advance(cell, params, u, z)
 
 
 @dataclass(frozen=True)
@@ -148,16 +181,27 @@ class Implicit:
     Where g is not finite, neither is the gradient.
 
     Attributes:
-      solver: of the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
+      solver: solves the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
 
     References: Bai et al. 2019, theorem 1.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax import Broyden, Implicit, deq
+      >>> def cell(a, z, u):
+      ...     return a * z + u
+      >>> def equilibrium(a):  # 1 / (1 - a), with derivative 1 / (1 - a)^2
+      ...     one = jnp.ones((1, 1))
+      ...     return deq(cell, a, one, 0 * one, solver=Broyden(8), gradient=Implicit())[0].sum()
+      >>> round(float(jax.grad(equilibrium)(0.5)), 3)
+      4.0
     """
 
     solver: Solver = Broyden(7)
 
     @property
     def applications(self) -> int:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return 1
 
     @compiled("self", "cell")
@@ -201,7 +245,7 @@ class Neumann:
 
     @property
     def applications(self) -> int:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return 1
 
     @compiled("self", "cell")
@@ -220,12 +264,12 @@ class Neumann:
 
 
 def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: PyTree, cotangent: PyTree) -> Array:
-    """How far an estimator's adjoint state w is from solving its equation, per sample, whatever the scale.
+    """Relative residual of an estimator's adjoint equation, per sample, at any scale.
 
     Args:
       gradient: `Implicit`, `Neumann`, or `AtState` of one of them; see `has_adjoint`.
       cell: ``(params, z, u) -> z``.
-      params: of the cell.
+      params: parameters of the cell.
       u: injection, leaves [B, ...].
       z: solved state, leaves [B, ...].
       cotangent: g, the gradient of a loss with respect to the state, leaves [B, ...].
@@ -245,7 +289,7 @@ def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: Py
 
 
 def has_adjoint(gradient: Any) -> bool:
-    """Whether an estimator's backward pass has an adjoint state, as that of `Implicit` and `Neumann` has."""
+    """Whether an estimator's backward pass has an adjoint state, like `Implicit` and `Neumann`."""
     return hasattr(_innermost(gradient), "adjoint")
 
 
@@ -255,7 +299,7 @@ def _innermost(gradient: Any) -> Any:
 
 @jax.custom_vjp
 def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
-    """The value, whose cotangent goes to the proxy instead. Where nothing is differentiated the proxy costs nothing."""
+    """The value; its cotangent goes to the proxy instead. If nothing is differentiated, the proxy costs nothing."""
     return value
 
 
@@ -269,7 +313,7 @@ class _Adjoint(Protocol):
 
 
 class _Point(NamedTuple):
-    """Where a cell is linearised."""
+    """The point at which a cell is linearised."""
 
     params: Params
     u: PyTree
@@ -297,7 +341,7 @@ class _Jacobian:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _apply_with_adjoint(cell: Cell, method: _Adjoint, params: Params, u: PyTree, z: PyTree) -> PyTree:
-    """f(z), whose cotangent is first replaced by the method's adjoint state."""
+    """f(z); its cotangent is first replaced by the method's adjoint state."""
     return cell(params, z, u)
 
 

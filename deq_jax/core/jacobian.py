@@ -15,8 +15,6 @@ from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Cell, Keys, Params, PyTree
 
-PROBES = 29  # purpose of a forward pass's randomness, beside dropout and readout
-
 SETTLED = 0.02  # relative change of a spectral radius that has settled
 
 SQUARINGS = 20
@@ -45,7 +43,7 @@ def jacobian_norm(cell: Cell, params: Params, u: PyTree, z: PyTree, probes: PyTr
 
     Args:
       cell: ``(params, z, u) -> z``.
-      params: of the cell; differentiable.
+      params: parameters of the cell; differentiable.
       u: injection, leaves [B, ...]; differentiable.
       z: state at which J is taken, leaves [B, ...]; carries no gradient.
       probes: leaves [count, B, ...], standard normal.
@@ -78,20 +76,30 @@ def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree,
     """Estimates the largest eigenvalue modulus of J, per sample, by Arnoldi's method on J^T.
 
     A third of the steps is power iteration, which vanishes where J is nilpotent. Then J is projected on the vectors
-    w, J^T w, (J^T)^2 w, .. and the radius is that of the small matrix, which is exact once they span all that J makes
-    of w. For 100 Gaussian matrices of size 64 the median relative error after 10, 20, 30 steps was
-    10 %, 0.6 %, 0.04 %, and the largest one of those that had settled 20 %, 7 %, 2 % (size 256: 18 %, 4 %, 0.9 % and
+    w, J^T w, (J^T)^2 w, .., and the radius of the small matrix is taken. It is exact once they span an invariant
+    subspace. For 100 Gaussian matrices of size 64 the median relative error after 10, 20, 30 steps was
+    10 %, 0.6 %, 0.04 %, and the largest settled one 20 %, 7 %, 2 % (size 256: 18 %, 4 %, 0.9 % and
     31 %, 12 %, 5 %).
 
     Args:
       cell: ``(params, z, u) -> z``.
-      params: of the cell.
+      params: parameters of the cell.
       u: injection, leaves [B, ...].
       z: state at which J is taken, leaves [B, ...].
       v: start vector, leaves [B, ...], not zero.
       steps: number of vector-Jacobian products, at least 2.
 
     References: Arnoldi 1951; Saad 2011, section 6.2.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import spectral_radius
+      >>> def cell(params, z, u):
+      ...     return z @ params + u
+      >>> z = jnp.ones((1, 2))
+      >>> found = spectral_radius(cell, jnp.diag(jnp.array([0.5, 0.2])), z, z, z, steps=6)
+      >>> round(float(found.radius[0]), 3)
+      0.5
     """
     require(steps >= 2, f"spectral_radius: steps must be >= 2, got {steps!r}")
     if batch_size(z, u) == 0:
@@ -112,12 +120,12 @@ def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree,
 
 
 def _projection(multiply: Callable[[Array], Array], w: Array, size: int) -> Array:
-    """A linear map in an orthonormal basis of w, its image, that one's image, ..: [B, size, size] (Arnoldi)."""
+    """A linear map in an orthonormal basis of w, its image, the image of that, ..: [B, size, size] (Arnoldi)."""
 
     def step(basis: Array, number: Array) -> tuple[Array, Array]:
         image = w = multiply(basis[number])
         column = jnp.zeros(basis.shape[:2], basis.dtype)
-        for _ in range(2):  # once more, for what rounding has left
+        for _ in range(2):  # twice, against rounding
             part = jnp.einsum("kbn,bn->kb", basis, w, precision=lax.Precision.HIGHEST)
             w -= jnp.einsum("kb,kbn->bn", part, basis, precision=lax.Precision.HIGHEST)
             column += part
@@ -133,7 +141,7 @@ def _projection(multiply: Callable[[Array], Array], w: Array, size: int) -> Arra
 def _normalised(w: Array, noise: Array | float = 0.0) -> tuple[Array, Array]:
     """``w / ||w||`` and ``||w||`` of vectors [B, N]; both are 0 where the norm is not above the noise."""
     largest = jnp.max(jnp.abs(w), axis=1, keepdims=True)
-    w = w / jnp.where(largest == 0, 1, largest)  # whose squares are in range
+    w = w / jnp.where(largest == 0, 1, largest)  # now the squares are in range
     norm = jnp.linalg.norm(w, axis=1)
     vanishes = norm * largest[:, 0] <= noise
     w = jnp.where(vanishes[:, None], 0, w / jnp.where(norm == 0, 1, norm)[:, None])

@@ -5,8 +5,11 @@ from __future__ import annotations
 from jax import lax
 
 from deq_jax.core.compilation import compiled
+from deq_jax.core.errors import InputError
+from deq_jax.core.gradients import Backprop
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.solve import solve
+from deq_jax.core.solvers import differentiable
 from deq_jax.core.types import Cell, Gradient, Keys, Params, PyTree, Readout, Solution, Solver
 
 
@@ -27,9 +30,19 @@ def deq(
     It is compiled once for equal cells, choices and shapes. A function made anew for every call, such as a lambda in a
     loop, is compiled at every call outside `jax.jit`.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Broyden, Implicit, deq
+      >>> def cell(params, z, u):
+      ...     return params * jnp.tanh(z) + u
+      >>> u = jnp.ones((2, 3))
+      >>> z, solution = deq(cell, 0.5, u, jnp.zeros_like(u), solver=Broyden(8), gradient=Implicit())
+      >>> z.shape, solution.states.shape, bool((solution.residuals[-1] < 1e-3).all())
+      ((2, 3), (8, 2, 3), True)
+
     Args:
       cell: ``(params, z, u) -> z``, samples independent; pure. It must not close over traced values.
-      params: of the cell; differentiable.
+      params: parameters of the cell; differentiable.
       u: injection, leaves [B, ...]; differentiable.
       z0: start of the solver, leaves [B, ...]; carries no gradient.
       solver: which trajectory; None for none (the readout is z0).
@@ -41,9 +54,15 @@ def deq(
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
 
     Raises:
-      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`. `Backprop` has no
+        solver.
     """
     constant = lax.stop_gradient
+    if isinstance(gradient, Backprop):
+        if solver is None:
+            raise InputError("deq: Backprop differentiates a solver's steps, got solver=None; expected Unrolled")
+        solution = solve(differentiable(solver), cell, params, constant(z0), u)
+        return gradient(cell, params, u, readout(solution, keys)), constant(solution)
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))
     state = readout(solution, keys)
     return gradient(cell, params, u, constant(state)), solution

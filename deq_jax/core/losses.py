@@ -1,13 +1,4 @@
-"""Adaptive attacks on defences: surrogates that give the gradient of a defended classifier.
-
-A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`.
-`BPDA` is for anyone's wrapper around a classifier, the others are for input entropy reduction (`EntropyReduced`);
-success stays judged on the defended predictor (`attacks.combine.surrogate`).
-Their oracles draw from the keys of a query, so that a random defence is attacked through
-`attacks.combine.expectation`. Square and SPSA need no surrogate.
-
-References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on test-time defences).
-"""
+"""Losses of logits, one number per example: larger is worse for the classifier. Attacks maximise them."""
 
 from __future__ import annotations
 
@@ -23,11 +14,11 @@ from deq_jax.core.types import Array
 
 @dataclass(frozen=True)
 class LowEntropy:
-    """Loss that wants a confident mistake, which a defence that lowers the entropy makes only more certain:
+    """Aims for confident mistakes, which an entropy-lowering defence only reinforces:
     ``log softmax(logits)[wrong] - weight * entropy``.
 
     Attributes:
-      weight: of the entropy in nats, >= 0.
+      weight: weight of the entropy in nats, >= 0.
     """
 
     weight: float = 1.0
@@ -35,43 +26,43 @@ class LowEntropy:
     def __post_init__(self):
         require(self.weight >= 0, f"LowEntropy: weight must be >= 0, got {self.weight!r}")
 
-    def __call__(self, logits: Array, target: Array) -> Array:
+    def __call__(self, logits: Array, labels: Array) -> Array:
         """Per-example loss [B].
 
         Args:
           logits: [B, K].
-          target: [B, 2] int, (label, class aimed at), as `attacks.Targeted` gives it; or labels [B], to aim at the
+          labels: [B, 2] int, (label, class aimed at), as `attacks.Targeted` gives it; or labels [B], to aim at the
             class that is the likeliest wrong one at this query.
         """
-        wrong = jnp.argmax(without(logits, target), axis=-1) if target.ndim == 1 else target[:, 1]
+        wrong = jnp.argmax(without(logits, labels), axis=-1) if labels.ndim == 1 else labels[:, 1]
         return -cross_entropy(logits, wrong) - self.weight * entropy(logits)
 
 
-def logit_difference(logits: Array, target: Array) -> Array:
+def logit_difference(logits: Array, labels: Array) -> Array:
     """Logit of the class aimed at minus the label's, [B].
 
     Args:
       logits: [B, K].
-      target: [B, 2] int, (label, class aimed at).
+      labels: [B, 2] int, (label, class aimed at).
     """
-    picked = jnp.take_along_axis(logits, class_numbers(target, pairs=True), axis=-1)
+    picked = jnp.take_along_axis(logits, class_numbers(labels, pairs=True), axis=-1)
     return picked[:, 1] - picked[:, 0]
 
 
-def targeted_dlr(logits: Array, target: Array) -> Array:
+def targeted_dlr(logits: Array, labels: Array) -> Array:
     """Targeted difference of logits ratio ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, [B].
 
     Args:
       logits: [B, K]. With fewer than 4 classes it is the `logit_difference`: of 2 logits every ratio is constant, of 3
         that for the least likely class.
-      target: [B, 2] int, (label y, class t aimed at).
+      labels: [B, 2] int, (label y, class t aimed at).
 
     References: Croce & Hein 2020a, eq. 7.
     """
     if logits.shape[-1] < 4:
-        return logit_difference(logits, target)
+        return logit_difference(logits, labels)
     top = lax.top_k(logits, 4)[0]
-    return logit_difference(logits, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return logit_difference(logits, labels) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -104,7 +95,14 @@ def kl(logits: Array, reference_logits: Array) -> Array:
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017)."""
+    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import margin
+      >>> margin(jnp.array([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]]), jnp.array([0, 1])).tolist()
+      [-2.0, 2.0]
+    """
     return jnp.max(without(logits, labels), axis=-1) - _pick(logits, labels)
 
 
@@ -122,24 +120,24 @@ def dlr(logits: Array, labels: Array) -> Array:
 
 
 def entropy(logits: Array, labels: Array | None = None) -> Array:
-    """Entropy of softmax(logits) in nats, [B]. The labels are not used: it is a loss without target."""
+    """Entropy of softmax(logits) in nats, [B]. The labels are not used: it is a loss that needs none."""
     log_p = jax.nn.log_softmax(logits)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
-def class_numbers(target: Array, *, pairs: bool = False) -> Array:
+def class_numbers(labels: Array, *, pairs: bool = False) -> Array:
     """Labels [B], or pairs (label, class aimed at) [B, 2], as int32: narrower types cannot hold all classes.
 
     Raises:
-      InputError: the target is something else.
+      InputError: the labels are something else.
     """
-    integer, shape = jnp.issubdtype(target.dtype, jnp.integer), jnp.shape(target)
+    integer, shape = jnp.issubdtype(labels.dtype, jnp.integer), jnp.shape(labels)
     fits = integer and (shape[1:] == (2,) if pairs else len(shape) == 1)
     expected = "pairs (label, class aimed at) [B, 2], as Targeted gives them" if pairs else "integer labels [B]"
     way = "a loss of pairs is logit_difference, of one-hot rows take rows.argmax(axis=1)"
     way = "" if pairs or len(shape) == 1 else f"; {way}"
-    require(fits, f"loss: expected {expected}, got {target.dtype} {shape}{way}")
-    return jnp.asarray(target, jnp.int32)
+    require(fits, f"loss: expected {expected}, got {labels.dtype} {shape}{way}")
+    return jnp.asarray(labels, jnp.int32)
 
 
 def _pick(values: Array, labels: Array) -> Array:

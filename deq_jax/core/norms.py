@@ -1,8 +1,8 @@
-"""Lengths and residuals of flat states, whatever their scale and however narrow their dtype."""
+"""Lengths and residuals of flat states, at any scale and in any dtype."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,20 +13,42 @@ from deq_jax.core.types import Array, PyTree
 RESIDUAL_FLOOR = 1e-9  # in units of f(z0); keeps an equilibrium at 0 within reach
 
 
+class Measured(NamedTuple):
+    """The memory of a solver that keeps no unit, with the unit in which its residuals are measured.
+
+    Attributes:
+      z, fz: see `Memory`.
+      unit: [B, 1], see `unit_of`.
+      own: the solver's memory.
+    """
+
+    z: Array
+    fz: Array
+    unit: Array
+    own: Any
+
+
+def measured(solver: Any, memory: Any) -> Any:
+    """A solver's memory with a unit; that of f(z0), if it is the memory at the start."""
+    if hasattr(memory, "unit"):
+        return memory
+    return Measured(memory.z, memory.fz, unit_of(solver, memory.fz), memory)
+
+
 def unit_of(solver: Any, fz: Array) -> Array:
     """The unit of each sample's inner products, [B, 1]: the power of two next to the largest entry of f(z0).
 
-    Squares of tiny or huge states leave the range of their dtype; in this unit they do not. Scaling by a power of
+    Squares of tiny or huge states are out of the range of their dtype; in this unit they are not. Scaling by a power of
     two rounds nothing. The unit is 1 where f(z0) is 0 or not finite.
     """
     largest = jnp.max(jnp.abs(lax.stop_gradient(wide(fz))), axis=1, keepdims=True, initial=0)
-    if solver.batch_joint:
+    if getattr(solver, "batch_joint", False):
         largest = jnp.broadcast_to(jnp.max(largest), largest.shape)
     return power_of_two(largest)
 
 
 def relative_distance(a: PyTree, b: PyTree) -> Array:
-    """``||a - b|| / ||b||`` per sample, [B], whatever the scale of b; 0 where a is b.
+    """``||a - b|| / ||b||`` per sample, [B], at any scale of b; 0 where a is b.
 
     Args:
       a, b: leaves [B, ...].
@@ -39,10 +61,10 @@ def relative_distance(a: PyTree, b: PyTree) -> Array:
 
 def residual_of(solver: Any, memory: Any) -> Array:
     """Relative residuals [B]."""
-    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic, whose gradient at 0 would be NaN
+    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic; its gradient at 0 would be NaN
     difference, scale = in_unit(memory, fz - z), in_unit(memory, fz)
     difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]
-    if solver.batch_joint:
+    if getattr(solver, "batch_joint", False):
         difference, scale = (jnp.broadcast_to(jnp.sum(norm), norm.shape) for norm in (difference, scale))
     return jnp.sqrt(difference) / (jnp.sqrt(scale) + RESIDUAL_FLOOR)
 

@@ -1,4 +1,4 @@
-"""Readouts: which state of the neural dynamics represents the input.
+"""Readouts: they choose the state of the neural dynamics that represents the input.
 
 ``readout(solution, keys=None) -> state [B, ...]``. Without keys a readout is deterministic.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys, PyTree, Solution, prng_key
+from deq_jax.core.types import Array, Keys, PyTree, Solution
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,27 @@ class FinalState:
 
 @dataclass(frozen=True)
 class IntermediateState:
-    """The state z_t after exactly `t` solver steps, 1 <= t <= T (the early state of Yang et al. 2022)."""
+    """The state z_t after exactly t solver steps (the early state of Yang et al. 2022).
 
-    t: int
+    Attributes:
+      state: t, counts the solver's steps from 1 to T.
+    """
+
+    state: int
 
     def __post_init__(self):
-        require(self.t >= 1, f"IntermediateState: t counts from 1, got {self.t!r}")
+        require(self.state >= 1, f"IntermediateState: state counts from 1, got {self.state!r}")
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         steps = len(solution.residuals)
-        require(self.t <= steps, f"IntermediateState: t must be at most the solver's {steps} steps, got {self.t}")
-        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+        within = self.state <= steps
+        require(within, f"IntermediateState: state must be at most the solver's {steps} steps, got {self.state}")
+        return jax.tree.map(lambda states: states[self.state - 1], solution.states)
 
 
 @dataclass(frozen=True)
 class LastState:
-    """The state z_T after the last step, whatever its residual."""
+    """The state z_T after the last step, even if its residual is not the lowest."""
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         _require_states("LastState", solution)
@@ -75,7 +80,7 @@ class RandomIntermediateState:
         def draw(key: Array) -> Array:
             return jax.random.randint(key, (), self.first - 1, steps)
 
-        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(prng_key(keys.shared)))
+        last = keys.draw(draw) if self.per_sample else jnp.full(batch, draw(keys.common()))
         if self.best_so_far:
             residuals = jnp.where(jnp.isnan(solution.residuals), jnp.inf, solution.residuals)
             last = jnp.argmin(jnp.where(jnp.arange(steps)[:, None] <= last, residuals, jnp.inf), axis=0)

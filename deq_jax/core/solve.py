@@ -11,7 +11,7 @@ from jax import lax
 
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
-from deq_jax.core.norms import residual_of, wide
+from deq_jax.core.norms import Measured, measured, residual_of, wide
 from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver
 
 
@@ -31,21 +31,33 @@ def solve(
 
     Args:
       solver: which trajectory; None for none: the solution is z0 and T is 0.
-      cell: ``(params, z, u) -> z``; pure. What is compiled is kept for equal cells; see `gradients.deq`.
-      params: of the cell.
+      cell: ``(params, z, u) -> z``; pure. It is compiled once for equal cells; see `deq`.
+      params: parameters of the cell.
       z0: start, leaves [B, ...]. Not read where `memory` is given.
       u: injection, leaves [B, ...].
-      memory: of an earlier solution, to go on from there.
+      memory: memory of an earlier solution, to continue from it.
 
     Returns:
-      `Solution` with T = solver.steps; see there for shapes. Failure to converge is told by its
-      residuals, never by an exception. A sample whose every residual is NaN keeps its start as z.
+      `Solution` with T = solver.steps; see there for shapes. Failure to converge shows in the residuals;
+      there is no exception. If all residuals of a sample are NaN, z is its start.
 
     Raises:
-      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`.
+      InputError: z0 or u is not such a batch, or the cell does not return such a state; see `cells.apply`.
 
     Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
     each sample's own (the reference stops and chooses by the norm of the whole batch).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import FixedPoint, solve
+      >>> def cell(params, z, u):
+      ...     return params * z + u
+      >>> u = jnp.ones((2, 3))
+      >>> first = solve(FixedPoint(2), cell, 0.5, jnp.zeros_like(u), u)
+      >>> first.states[:, 0, 0].tolist()
+      [1.0, 1.5]
+      >>> solve(FixedPoint(2), cell, 0.5, first.z, u, memory=first.memory).states[:, 0, 0].tolist()
+      [1.75, 1.875]
     """
     f, flat, unravel = flat_cell(cell, params, z0)
     if solver is None:
@@ -54,8 +66,7 @@ def solve(
         return Solution(z0, empty, jnp.zeros((0, batch), wide(flat).dtype), jnp.zeros(batch, jnp.int32), None)
 
     first_evaluation = 1 if memory is None else 0
-    if memory is None:
-        memory = solver.init(f, flat, u)
+    memory = begin(solver, f, flat, u) if memory is None else measured(solver, memory)
 
     def step(carry, _):
         memory, best, lowest = carry
@@ -71,13 +82,25 @@ def solve(
     return Solution(unravel(best), jax.vmap(unravel)(states), residuals, evaluations, memory)
 
 
+def begin(solver: Solver, f: Callable, z: Array, u: PyTree) -> Any:
+    """The memory of a solver at its start z [B, N], ready for `advance` and `repeat`.
+
+    Args:
+      solver: any; see `types.Solver`.
+      f: over flat states; see `cells.flat_cell`.
+      z: start, [B, N].
+      u: injection, leaves [B, ...].
+    """
+    return measured(solver, solver.init(f, z, u))
+
+
 def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
     """One step in which converged samples stay where they are; f is not evaluated once all have converged.
 
     Args:
       solver: whose step.
       f: over flat states; see `cells.flat_cell`.
-      memory: of the solver.
+      memory: of `begin` or an earlier step.
       u: injection, leaves [B, ...].
 
     Returns:
@@ -88,23 +111,30 @@ def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, A
     def unless_all_converged(z: Array, u: PyTree) -> Array:
         return lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
 
-    memory = solver.update(unless_all_converged, memory, u, active)
+    memory = _updated(solver, unless_all_converged, memory, u, active)
     return memory, residual_of(solver, memory), active
 
 
 def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
     """The last step once more, for another function: the warm start after the injection has changed.
 
-    The iterate is the same, but f(z; u) is evaluated anew, also where a sample had converged, and what the
-    step taught (Broyden's secant pair, Anderson's residual) is that of the new function.
+    The iterate is the same. f(z; u) is evaluated again, also if a sample had converged, and the step's lesson
+    (Broyden's secant pair, Anderson's residual) now comes from the new function.
 
     Args:
-      solver: whose step.
-      f: over flat states; see `cells.flat_cell`.
+      solver: the solver that takes the step.
+      f: the cell over flat states; see `cells.flat_cell`.
       before: the memory before that step.
       u: the new injection, leaves [B, ...].
     """
-    return solver.update(f, before, u, _active(solver, before))
+    return _updated(solver, f, before, u, _active(solver, before))
+
+
+def _updated(solver: Solver, f: Callable, memory: Any, u: PyTree, active: Array) -> Any:
+    if not isinstance(memory, Measured):
+        return solver.update(f, memory, u, active)
+    own = solver.update(f, memory.own, u, active)
+    return Measured(own.z, own.fz, memory.unit, own)
 
 
 def _active(solver: Solver, memory: Any) -> Array:

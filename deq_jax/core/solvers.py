@@ -1,13 +1,12 @@
-"""Fixed-point solvers: what is tried next is the solver's, the loop is `solve`'s.
+"""Fixed-point solvers. A solver chooses the next iterate; `solve` runs the loop.
 
 A solver is a frozen object with two pure functions over flat states ``[B, N]``:
 
     memory = solver.init(f, z0, u)                  # evaluates f(z0)
     memory = solver.update(f, memory, u, active)    # one new iterate, one evaluation of f
 
-where ``f(z, u)`` is the cell with its parameters. Every memory has the fields ``z`` (the last iterate),
-``fz`` (``f(z)``), so that T steps cost T + 1 evaluations, and ``unit`` (see `unit_of`). A sample that is not
-`active` has converged: it must stay where it is.
+where ``f(z, u)`` is the cell with its parameters; `types.Solver` has the whole contract, and a solver of one's own.
+The memories of those in this file also have a ``unit`` (see `unit_of`).
 
 Nothing depends on the scale of a problem: inner products are taken in units of f(z0), in at least float32.
 
@@ -20,7 +19,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -37,22 +37,23 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What all solvers share.
+    """Settings of all solvers.
 
     Attributes:
       steps: T, number of iterates.
-      tolerance: relative residual below which a sample has converged and is left as it is; at least
+      tolerance: relative residual below which a sample has converged and no longer moves; at least
         the rounding unit of its numbers.
-      batch_joint: judge residuals by the norm over the whole batch, as the papers' code does; for
-        comparison with it only, since an image's prediction then depends on its batch.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it
+        only, since an image's prediction then depends on its batch.
     """
 
+    steps: int = field(kw_only=False)
     tolerance: float = 1e-3
     batch_joint: bool = False
 
     def __post_init__(self):
-        name, steps = type(self).__name__, getattr(self, "steps", None)
-        require(_positive_int(steps), f"{name}: steps must be a positive integer, got {steps!r}")
+        name = type(self).__name__
+        require(_positive_int(self.steps), f"{name}: steps must be a positive integer, got {self.steps!r}")
         require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
 
 
@@ -72,7 +73,6 @@ class FixedPoint(_Settings):
       damping: weight of f(z), in (0, 1].
     """
 
-    steps: int
     damping: float = 1.0
 
     def __post_init__(self):
@@ -94,8 +94,8 @@ class FixedPoint(_Settings):
 
 
 class AndersonMemory(NamedTuple):
-    """Of the last points z_i the residuals r_i = f(z_i) - z_i and where they point, z_i + beta r_i, in ``[m, B, N]``
-    rings, and the residuals' Gram matrix. Residuals are kept in the sample's unit.
+    """Residuals r_i = f(z_i) - z_i and targets z_i + beta r_i of the last points z_i, in ``[m, B, N]`` rings, and the
+    Gram matrix of the residuals. Residuals are kept in the sample's unit.
     """
 
     z: Array
@@ -115,8 +115,7 @@ class Anderson(_Settings):
     Attributes:
       steps: T.
       history_size: number of points kept, at least 2.
-      ridge: by which share the diagonal entries of the residuals' Gram matrix are enlarged; at least what its
-        rounding needs.
+      ridge: relative increase of the diagonal of the residuals' Gram matrix; at least its rounding error.
       beta: mixing.
       absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
         since the iterates then depend on the scale of the problem.
@@ -126,7 +125,6 @@ class Anderson(_Settings):
     start makes `history_size` plain steps first.
     """
 
-    steps: int
     history_size: int = 6
     ridge: float = 1e-5
     beta: float = 1.0
@@ -197,21 +195,20 @@ class Broyden(_Settings):
     """Broyden's good method on g(z) = f(z) - z, inverse form, full steps, from B = -I.
 
     With full steps ``s_{n+1} = -B_n g(z_n)`` the rank-one correction of the inverse Jacobian is a factor,
-    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so that the steps are all that need be kept, and a product with
+    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so only the steps need to be kept, and a product with
     B costs one inner product and one addition for each of them.
 
     Attributes:
       steps: T.
       history_size: number of factors kept, the newest; None keeps all T. Memory per sample is
         ``history_size + 1`` states.
-      history_dtype: in which they are kept, e.g. ``jax.numpy.bfloat16``; None: as the states.
+      history_dtype: dtype of the kept steps, e.g. ``jax.numpy.bfloat16``; None: as the states.
 
     References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
     ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where
     jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
     """
 
-    steps: int
     history_size: int | None = None
     history_dtype: Any = None
 
@@ -258,6 +255,11 @@ class Broyden(_Settings):
         """How many pairs of consecutive steps the memory holds, the next step included."""
         return jnp.minimum(memory.taken, len(memory.steps) - 1)
 
+    def reverse_mode(self) -> Broyden:
+        """The same solver, with loops of static length; see `Solver`."""
+        kind: Any = type(self)
+        return _with_static_loops(kind)(**vars(self))
+
     def _multiply(self, steps: Array, memory: BroydenMemory, g: Array) -> Array:
         count = self.count(memory)
 
@@ -272,16 +274,19 @@ class Broyden(_Settings):
         return memory.steps.at[memory.taken % len(memory.steps)].set(step)
 
 
-def differentiable(solver: Solver) -> Solver:
-    """The same solver, with loops of static length, so that its own steps can be differentiated backwards."""
-    return _DifferentiableBroyden(**vars(solver)) if type(solver) is Broyden else solver
+def differentiable(solver: Any) -> Solver:
+    """The same solver in a form whose own steps can be differentiated backwards; see `Solver`."""
+    return solver.reverse_mode() if hasattr(solver, "reverse_mode") else solver
 
 
-class _DifferentiableBroyden(Broyden):
-    """Loops over all places for pairs: those not filled change nothing."""
+@cache
+def _with_static_loops(kind: Any) -> type[Broyden]:
+    """The class, with loops over all places for pairs: those not filled do nothing."""
 
     def count(self, memory: BroydenMemory) -> int:
         return len(memory.steps) - 1
+
+    return type(kind.__name__, (kind,), {"count": count, "reverse_mode": lambda self: self})
 
 
 def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:

@@ -9,6 +9,7 @@ object with value equality: a `Solver` (which trajectory), a `Readout` (which st
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -32,7 +33,7 @@ Cell = Callable[[Params, PyTree, PyTree], PyTree]
 """``(params, z, u) -> f(z; u)``; every leaf of z and u has a leading batch axis, samples independent."""
 
 Loss = Callable[[Array, Array], Array]
-"""``(logits [B, K], target [B] or [B, K]) -> [B]``; larger is worse for the classifier."""
+"""``(logits [B, K], labels) -> [B]``; larger is worse for the classifier. See `attacks.Attack` for the labels."""
 
 
 def prng_key(seed: Any) -> Array:
@@ -95,15 +96,62 @@ class Solution(NamedTuple):
     memory: Any
 
 
+class Purpose(IntEnum):
+    """What a key is for: ``keys.fold(Purpose.READOUT)``. Every purpose has one number here, no two have the same.
+
+    Keys are folded with counters too (steps, restarts, draws) and with the numbers of images. Those stay below 2^30.
+    Where one of them meets a purpose, the purpose lies above, so that no key serves two draws.
+
+    A training step has keys for
+
+    * ATTACK, what an attack draws, also as one of several (`AutoAttack`, `Targeted`);
+    * NATURAL and ADVERSARIAL, the forward passes of an objective;
+    * AUGMENTATION;
+    * PENALTY, whether the step is penalised (drawn on the host).
+
+    A forward pass has its own keys for the encoder, and from them keys for
+
+    * READOUT, a random state;
+    * PROBES of the Jacobian's norm or spectral radius;
+    * MODULE, what Flax modules draw with ``make_rng("dropout")``;
+    * DECODER, the same of the decoder.
+
+    An attack has keys for its restarts and steps, and from them keys for
+
+    * QUERY, what a random predictor draws when it is asked;
+    * RADIUS, the length of a start in ℓ2, beside its direction.
+
+    DEPLOYED is what a random predictor draws when it is measured, which attacks never see. BATCH is a draw that is
+    common to all images of the batch; see `Keys.common`.
+    """
+
+    ATTACK = 0
+    NATURAL = 1
+    ADVERSARIAL = 2
+    AUGMENTATION = 17
+    PENALTY = 29
+    DEPLOYED = 1 << 30
+    BATCH = DEPLOYED + 1
+    READOUT = DEPLOYED + 2
+    PROBES = DEPLOYED + 3
+    MODULE = DEPLOYED + 4
+    DECODER = DEPLOYED + 5
+    QUERY = DEPLOYED + 6
+    RADIUS = DEPLOYED + 7
+
+
 class Keys(NamedTuple):
     """The randomness of a batch: one shared key, and which image each row of the batch is.
 
     What is drawn for an image depends on the key and on the image's number alone, so neither the
-    batch size, nor padding, nor the number of devices changes a result.
+    batch size, nor padding, nor the number of devices changes a result. For example::
+
+        keys = Keys.of(0, batch_size=32)
+        noise = keys.fold(Purpose.ATTACK).draw(lambda key: jax.random.normal(key, (8, 8, 1)))  # [32, 8, 8, 1]
 
     Attributes:
-      shared: a PRNG key, for draws that are common to the batch.
-      images: ``[B]`` int32, number of each image.
+      shared: a PRNG key. Other keys are folded from it, so nothing is drawn from it; see `common`.
+      images: ``[B]`` int32, number of each image, below 2^30.
     """
 
     shared: Array
@@ -119,21 +167,82 @@ class Keys(NamedTuple):
         """
         return key if isinstance(key, Keys) else cls(prng_key(key), jnp.arange(batch_size, dtype=jnp.int32))
 
-    def fold(self, number: int | Array) -> Keys:
-        """Fresh keys for the purpose (a step, a restart, a pass) with this number."""
+    def fold(self, number: Purpose | int | Array) -> Keys:
+        """Fresh keys for a purpose, or for the step or restart with this number, below 2^30."""
         return self._replace(shared=jax.random.fold_in(prng_key(self.shared), number))
 
     def each(self) -> Array:
         """``[B]`` keys, one per image."""
         return jax.vmap(jax.random.fold_in, (None, 0))(prng_key(self.shared), self.images)
 
+    def common(self) -> Array:
+        """One key, for a draw that is common to the batch."""
+        return self.fold(Purpose.BATCH).shared
+
     def draw(self, sampler: Callable[[Array], Array]) -> Array:
         """``[B, ...]``: `sampler(key)` once per image."""
         return jax.vmap(sampler)(self.each())
 
 
+class Memory(Protocol):
+    """What a solver knows after a step: a pytree with these two arrays, and whatever else the solver keeps.
+
+    Attributes:
+      z: ``[B, N]``, the last iterate.
+      fz: ``[B, N]``, f(z; u), so that T steps cost T + 1 evaluations.
+    """
+
+    @property
+    def z(self) -> Array: ...
+
+    @property
+    def fz(self) -> Array: ...
+
+
 class Solver(Protocol):
-    """Finds a fixed point step by step; see `core.solvers`."""
+    """Finds a fixed point step by step; any frozen dataclass with these two fields and two methods is one.
+
+    For example fixed-point iteration with momentum::
+
+        from dataclasses import dataclass
+        from typing import NamedTuple
+
+        import jax
+        import jax.numpy as jnp
+
+
+        class HeavyBallMemory(NamedTuple):
+            z: jax.Array
+            fz: jax.Array
+            previous: jax.Array
+
+
+        @dataclass(frozen=True)
+        class HeavyBall:
+            steps: int
+            tolerance: float = 1e-3
+            momentum: float = 0.2
+
+            def init(self, f, z, u):
+                return HeavyBallMemory(z, f(z, u), z)
+
+            def update(self, f, memory, u, active):
+                following = memory.fz + self.momentum * (memory.z - memory.previous)
+                z = jnp.where(active[:, None], following, memory.z)
+                return HeavyBallMemory(z, f(z, u), memory.z)
+
+    That is all a solver needs. `solve` counts the steps, measures residuals, stops samples that have converged and
+    keeps the best state. A solver may also have
+
+    * ``batch_joint`` (bool): residuals by the norm over the whole batch, not by each sample's; otherwise False;
+    * ``reverse_mode()``: the same solver in a form that JAX can differentiate in reverse mode, for surrogates such as
+      `ThroughSolver`. It is needed where steps have loops of unknown length; otherwise the solver itself is
+      differentiated.
+
+    Attributes:
+      steps: T, the number of iterates.
+      tolerance: relative residual below which a sample has converged.
+    """
 
     @property
     def steps(self) -> int: ...
@@ -141,9 +250,25 @@ class Solver(Protocol):
     @property
     def tolerance(self) -> float: ...
 
-    def init(self, f: Callable, z: Array, u: PyTree) -> Any: ...
+    def init(self, f: Callable[[Array, PyTree], Array], z: Array, u: PyTree) -> Memory:
+        """The memory at the start.
 
-    def update(self, f: Callable, memory: Any, u: PyTree, active: Array) -> Any: ...
+        Args:
+          f: the cell with its parameters, over flat states: ``f(z [B, N], u) -> [B, N]``.
+          z: the start z_0, [B, N].
+          u: injection, leaves [B, ...].
+        """
+        ...
+
+    def update(self, f: Callable[[Array, PyTree], Array], memory: Any, u: PyTree, active: Array) -> Memory:
+        """The memory after one new iterate and one evaluation of f, of the same shapes and dtypes as before.
+
+        Args:
+          f, u: as in `init`.
+          memory: what `init` or `update` returned.
+          active: [B] bool; a sample that is not active has converged and must stay where it is.
+        """
+        ...
 
 
 class Gradient(Protocol):

@@ -15,7 +15,14 @@ from deq_jax.data.datasets import Images
 
 
 def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The images of training step `step` (from 0): every epoch a new order, its incomplete last batch left out."""
+    """The images of training step `step` (from 0): a new order every epoch, without an incomplete batch.
+
+    Examples:
+      >>> from deq_jax.data import batch_indices
+      >>> first, second, third = (batch_indices(5, batch_size=2, seed=0, step=step) for step in range(3))
+      >>> len({*first.tolist(), *second.tolist()})  # one epoch: two batches, one image is dropped
+      4
+    """
     epoch, position = divmod(step, size // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(size)
     return order[position * batch_size : (position + 1) * batch_size]
@@ -37,7 +44,14 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batches(data: Images, batch_size: int) -> list[EvaluationBatch]:
-    """Every image exactly once, in batches of one size, the last one padded."""
+    """Every image exactly once, in batches of one size, the last one padded.
+
+    Examples:
+      >>> from deq_jax.data import Digits, evaluation_batches
+      >>> batches = evaluation_batches(Digits().load().test, batch_size=100)
+      >>> len(batches), int(batches[-1].is_padding.sum())
+      (4, 40)
+    """
     batches = []
     for start in range(0, len(data.y), batch_size):
         number = np.arange(start, start + batch_size, dtype=np.int32)
@@ -48,7 +62,7 @@ def evaluation_batches(data: Images, batch_size: int) -> list[EvaluationBatch]:
 
 
 def to_unit(x: Array) -> Array:
-    """uint8 images as float32 in [0, 1]; floating images as they are, in float32."""
+    """uint8 images as float32 in [0, 1]; floating images in float32."""
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
 
 

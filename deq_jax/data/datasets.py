@@ -18,7 +18,7 @@ from deq_jax.core.errors import InputError, require
 
 SPLIT_SEED = 0
 
-COLOURS = (1, 3)  # channels that images have, where a shape must tell which axis they are
+COLOURS = (1, 3)  # usual numbers of channels, by which a shape tells the axis
 
 
 class Images(NamedTuple):
@@ -46,10 +46,15 @@ class Dataset(Protocol):
 class Digits:
     """1,797 handwritten digits of 8x8 pixels, shipped with the package.
 
-    Split once and for all: 1,149 for training, 288 for validation, 360 for testing.
+    Always split alike: 1,149 for training, 288 for validation, 360 for testing.
 
     References: Alpaydin & Kaynak 1998, Optical Recognition of Handwritten Digits (UCI, CC BY 4.0), the
     test part that scikit-learn distributes.
+
+    Examples:
+      >>> from deq_jax.data import Digits
+      >>> Digits().load().train.x.shape
+      (1149, 8, 8, 1)
     """
 
     def load(self) -> Splits:
@@ -68,7 +73,7 @@ class Npz:
     are [N] integers from 0 on.
 
     Attributes:
-      path: of the npz file.
+      path: the npz file.
       validation: share of the training images that is held out.
       channels: "last" for [N, H, W, C]; "first" for [N, C, H, W], as PyTorch has them; None: last, but a shape that
         looks like channels first, such as [N, 3, 32, 32], is refused.
@@ -174,7 +179,14 @@ def _first_line(error: Exception) -> str:
 
 
 def hold_out(data: Images, count: int) -> tuple[Images, Images]:
-    """Splits off `count` images, always the same ones for the same number of images."""
+    """Splits off `count` images, always the same ones for the same number of images.
+
+    Examples:
+      >>> from deq_jax.data import Digits, hold_out
+      >>> rest, held_out = hold_out(Digits().load().train, 100)
+      >>> len(rest.y), len(held_out.y)
+      (1049, 100)
+    """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
     return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
 

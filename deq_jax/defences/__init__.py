@@ -1,4 +1,4 @@
-"""What is wrapped around a trained classifier: input entropy reduction, and raw states."""
+"""Defences around a trained classifier: input entropy reduction, and raw states."""
 
 from deq_jax.defences.carries import Carry, FullCarry, ReferenceCarry
 from deq_jax.defences.entropy import (

@@ -1,4 +1,4 @@
-"""What a solver carries on with when the function changes between two blocks of its steps."""
+"""Carries: the state and memory from which a solver continues when its function changes between two blocks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from deq_jax.core.types import Array, PyTree, Solver
 
 
 class Carry(Protocol):
-    """What goes on from one block to the next."""
+    """Passes state and memory from one block to the next."""
 
     def adapt(self, solver: Solver) -> Solver:
-        """The solver that continues from what is carried."""
+        """The solver that continues from the carried memory."""
 
     def choose(self, states: Array, residuals: Array) -> Array:
         """The state [B, N], of the block's states [every, B, N], that the next block starts from."""
@@ -33,19 +33,19 @@ class FullCarry:
     """The last state and all of the solver's memory; its last step is corrected for the new function.
 
     For Broyden: ``dg <- g_new(z) - g_old(z_previous)``, the last secant pair is computed again, and the next step
-    is ``-B g_new(z)``. With no updates of the input, the dynamics are those of the undefended solver.
+    is ``-B g_new(z)``. Without updates of the input, the dynamics equal the undefended ones.
     """
 
     def adapt(self, solver: Solver) -> Solver:
-        """See `Carry.adapt`."""
+        """The same solver."""
         return solver
 
     def choose(self, states: Array, residuals: Array) -> Array:
-        """See `Carry.choose`."""
+        """The last state of the block."""
         return states[-1]
 
     def resume(self, solver: Solver, f: Callable, before: Any, z: Array, u: PyTree) -> Any:
-        """See `Carry.resume`."""
+        """The memory before the last step, with that step repeated for the new injection."""
         return repeat(solver, f, before, u)
 
 
@@ -58,16 +58,16 @@ class ReferenceCarry:
     """
 
     def adapt(self, solver: Solver) -> Solver:
-        """See `Carry.adapt`."""
+        """Broyden's method that starts every block from an empty memory."""
         require(isinstance(solver, Broyden), f"ReferenceCarry: the solver must be Broyden, got {solver!r}")
         return _RestartedBroyden(**vars(solver))
 
     def choose(self, states: Array, residuals: Array) -> Array:
-        """See `Carry.choose`."""
+        """The state of lowest residual of the block."""
         return lowest_residual(states, residuals)
 
     def resume(self, solver: Broyden, f: Callable, before: _PairMemory, z: Array, u: PyTree) -> _PairMemory:
-        """See `Carry.resume`."""
+        """An empty memory at z, with the next step that the old memory gives."""
         memory = repeat(solver, lambda last, u: last + (f(z, u) - z), before, u)
         empty = jnp.zeros_like(memory.u)
         fz = z + (memory.fz - memory.z)
@@ -87,7 +87,7 @@ class _PairMemory(NamedTuple):
 
 
 class _RestartedBroyden(Broyden):
-    """Broyden's method in its textbook form, whose pairs hold for any step, such as one kept from another B."""
+    """Broyden's method in its textbook form: its pairs hold for any step, such as one kept from another B."""
 
     def init(self, f: Callable, z: Array, u: PyTree) -> Any:
         fz, pairs = f(z, u), jnp.zeros((self.steps, *z.shape), z.dtype)

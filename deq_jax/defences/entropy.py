@@ -1,7 +1,7 @@
-"""Input entropy reduction: a DEQ whose input is updated while its equilibrium is being solved.
+"""Input entropy reduction: the input of a DEQ is updated while its equilibrium is being solved.
 
-Between blocks of solver steps the input moves, within a small ball around what was given, so that the entropy of
-the current prediction falls. The solver then goes on for the new injection.
+Between blocks of solver steps the input moves, within a small ball around the given input, so that the entropy of
+the current prediction falls. The solver then continues for the new injection.
 
 References: Yang et al. 2023, section 4.2. This is an adaptive test-time defence: Croce et al. 2022 found none of
 nine such defences to beat its static base once attacked adaptively; `surrogates.adaptive` has those attacks.
@@ -24,8 +24,8 @@ from deq_jax.core.errors import require
 from deq_jax.core.gradients import straight_through
 from deq_jax.core.losses import entropy
 from deq_jax.core.readouts import LastState
-from deq_jax.core.solve import advance
-from deq_jax.core.types import Array, Keys, PyTree, Readout, Solution, Solver
+from deq_jax.core.solve import advance, begin
+from deq_jax.core.types import Array, Keys, Purpose, PyTree, Readout, Solution, Solver
 from deq_jax.defences.carries import Carry, FullCarry, lowest_residual
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.classifiers import Equilibrium
@@ -69,7 +69,7 @@ class EntropyGradient:
 
     @property
     def applications(self) -> int:
-        """See `Direction.applications`."""
+        """Number of cell applications in an update; a vector-Jacobian product counts as one."""
         return 2
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
@@ -87,7 +87,7 @@ class RandomDirection:
 
     @property
     def applications(self) -> int:
-        """See `Direction.applications`."""
+        """Number of cell applications in an update; a vector-Jacobian product counts as one."""
         return 1
 
     def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
@@ -104,7 +104,7 @@ class EntropyReduced:
     """An equilibrium classifier with input entropy reduction: logits = decoder(z_T), in evaluation mode only.
 
     After every block of `every` solver steps the input makes `steps` updates, each followed by a projection onto the
-    ball around the given input and onto [0, 1]; those of the last block change the purified input, not z_T. Solver,
+    ball around the given input and onto [0, 1]. The last updates change the purified input, not z_T. Solver,
     parameters and T are the base's; its readout is not used. The logits' gradient is the one the base's estimator
     has at the state and the purified input, passed on to the given input as if that were the purified one.
 
@@ -112,15 +112,22 @@ class EntropyReduced:
       base: the undefended classifier.
       every: T_f, solver steps between two purifications; divides T.
       steps: R, updates of the input in each.
-      step_size: of an update, in the unit of x ([0, 1]).
+      step_size: size of an update, in the unit of x ([0, 1]).
       epsilon: ℓ∞ radius, in the same unit, of the ball around the given input.
-      direction: of an update.
-      carry: what the next block starts from.
+      direction: direction of an update.
+      carry: the state and memory from which the next block starts.
       readout: which of the regulated states is classified, without a further application of the cell.
 
     References: Yang et al. 2023, section 4.2.
 
     Differs from the reference: the solver's memory is kept (see `carries`).
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium
+      >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+      >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+      >>> EntropyReduced(model, step_size=0.025, epsilon=0.1).blocks
+      4
     """
 
     base: Equilibrium
@@ -170,7 +177,7 @@ class EntropyReduced:
         """Classifies images; see `Equilibrium.__call__`.
 
         Returns:
-          `Prediction` whose solution holds the regulated dynamics; see `Purified`.
+          `Prediction`; its solution holds the regulated dynamics, see `Purified`.
 
         Raises:
           InputError: in training mode.
@@ -178,7 +185,7 @@ class EntropyReduced:
         require(not train, "EntropyReduced: the defence is for inference, got train=True; train its base")
         base = self.base
         found = reduce_entropy(self, *lax.stop_gradient((variables, x)), keys)
-        state = self.readout(found.solution, keys)
+        state = self.read(found.solution, keys)
         u = base.encode(variables, straight_through(found.x, x))
         estimate = base.dynamics.gradient(base.apply_cell, variables["params"]["cell"], u, state)
         logits = base.decode(variables, straight_through(state, estimate))
@@ -188,21 +195,25 @@ class EntropyReduced:
         """The logits [B, K] of states z; see `Equilibrium.decode`."""
         return self.base.decode(variables, z)
 
+    def read(self, solution: Solution, keys: Keys | None) -> PyTree:
+        """The regulated state that is classified."""
+        return self.readout(solution, None if keys is None else keys.fold(Purpose.READOUT))
+
     def project(self, x_hat: Array, x: Array) -> Array:
         """Onto the ball around x, then onto [0, 1]."""
         return jnp.clip(jnp.clip(x_hat, x - self.epsilon, x + self.epsilon), 0, 1)
 
 
 class Purified(NamedTuple):
-    """What input entropy reduction did.
+    """The result of input entropy reduction.
 
     Attributes:
       x: ``[B, H, W, C]``, the purified input.
       inputs: ``[blocks, B, H, W, C]``, the input with which each block was solved; the first is the given one.
       entropies: ``[blocks, R + 1, B]`` in nats: of softmax(decoder(f(z; x))) before each update and after the last.
-      solution: states, leaves ``[T, B, ...]``, and residuals ``[T, B]`` of the regulated dynamics. A residual is
-        that of the input of its block. `evaluations` counts applications of the cell, those in updates included,
-        where a vector-Jacobian product counts as one, too.
+      solution: states, leaves ``[T, B, ...]``, and residuals ``[T, B]`` of the regulated dynamics. A residual belongs
+        to the input of its block. `evaluations` counts cell applications, including those in updates; a vector-Jacobian
+        product counts as one.
     """
 
     x: Array
@@ -218,8 +229,8 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     Differentiable where solver and direction are; blocks and updates are computed again in the backward pass.
 
     Args:
-      defence: what is done.
-      variables: of its base.
+      defence: its settings.
+      variables: variables of its base.
       x: the given images.
       keys: for a random direction.
     """
@@ -244,7 +255,7 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
         values = jnp.concatenate([values, entropy(decode(unravel(memory.fz)))[None]])
         return (purified, u, memory), (x_hat, values, states, residuals, active)
 
-    carry = x, u, solver.init(f, z0, u)
+    carry = x, u, begin(solver, f, z0, u)
     (x_hat, _, memory), (inputs, values, *trace) = lax.scan(block, carry, jnp.arange(defence.blocks))
     states, residuals, active = (part.reshape(solver.steps, *part.shape[2:]) for part in trace)
     purification = defence.steps * defence.direction.applications + 1

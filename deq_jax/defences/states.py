@@ -14,12 +14,20 @@ from deq_jax.models.classifiers import Equilibrium, require_deq
 def deployed(classifier: Classifier, readout: Readout) -> Equilibrium | EntropyReduced:
     """The predictor that classifies a raw state: early (`IntermediateState`) or ensemble (`EnsembleState`).
 
-    Its logits are the decoder's of that very state; its gradient is that of the classifier's estimator
+    It decodes exactly that state. Its gradient comes from the classifier's estimator
     there. The undefended predictor is the classifier itself. With input entropy reduction it is a state of the
     regulated dynamics.
 
     Raises:
-      InputError: the classifier is no DEQ with a solver.
+      InputError: the classifier is not a DEQ with a solver.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Equilibrium, IntermediateState
+      >>> from deq_jax.defences import deployed
+      >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+      >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+      >>> deployed(model, IntermediateState(3)).dynamics.gradient
+      AtState(gradient=Phantom(steps=5, damping=0.5))
     """
     if isinstance(classifier, EntropyReduced):
         return replace(classifier, readout=readout)

@@ -1,5 +1,6 @@
 """What a classifier does under attack: the worst case of many trials for each image, with red flags."""
 
+from deq_jax.evaluation.assess import assess
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.files import write_evaluation
@@ -30,9 +31,10 @@ from deq_jax.evaluation.plan import (
     with_surrogates,
     with_transfers,
 )
+from deq_jax.evaluation.predictor import Predictor
 from deq_jax.evaluation.record import EvaluationRecord, PredictionCost, Provenance, TrialRecord, read_record
-from deq_jax.evaluation.red_flags import Flag, red_flags
-from deq_jax.evaluation.results import Attempt, Cost, Probe, WorstCase
+from deq_jax.evaluation.red_flags import red_flags
+from deq_jax.evaluation.results import Attempt, Cost, Flag, Probe, WorstCase
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.verdicts import exact_interval
@@ -52,6 +54,7 @@ __all__ = [
     "Moment",
     "Outcomes",
     "PredictionCost",
+    "Predictor",
     "Probe",
     "Provenance",
     "Row",
@@ -62,6 +65,7 @@ __all__ = [
     "Trial",
     "TrialRecord",
     "WorstCase",
+    "assess",
     "auto_attack_trials",
     "choose_early_state",
     "correctness",

@@ -1,6 +1,6 @@
-"""The worst case over many trials for each image, on disk batch by batch, so that it can be resumed at any moment.
+"""The worst case over many trials for each image, kept batch by batch, so that it can be resumed at any moment.
 
-Each batch of each trial is a file, written whole or not at all; what is written is never computed again. What
+Each batch of each trial is kept whole or not at all, in a folder as a file; what is kept is never computed again. What
 an evaluation consists of is in `evaluation.plan`.
 """
 
@@ -20,11 +20,10 @@ import numpy as np
 
 from deq_jax.attacks.inputs import check_oracle
 from deq_jax.attacks.oracles import Attack
-from deq_jax.attacks.pgd import PGD
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.readouts import IntermediateState
-from deq_jax.core.types import Array, Keys, prng_key
+from deq_jax.core.types import Array, Keys, Purpose, prng_key
 from deq_jax.data.batches import EvaluationBatch, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
@@ -43,14 +42,15 @@ from deq_jax.evaluation.measure import (
 from deq_jax.evaluation.moments import Moment, Watch
 from deq_jax.evaluation.plan import REFERENCE, EarlyState, EvalConfig, Trial
 from deq_jax.evaluation.probes import several_answers, timed_answers
-from deq_jax.evaluation.red_flags import ZERO_GRADIENTS, is_white_box
+from deq_jax.evaluation.red_flags import ZERO_GRADIENTS, is_white_box, red_flags
 from deq_jax.evaluation.results import Attempt, Cost, Probe, WorstCase, worst_of
-from deq_jax.evaluation.transfers import Transfer, check_radius, is_within, read_trial
+from deq_jax.evaluation.store import Store
+from deq_jax.evaluation.transfers import Transfer, check_radius, is_within
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
-from deq_jax.parallel.processes import agreed, from_primary, is_primary
+from deq_jax.parallel.processes import agreed, is_primary
 from deq_jax.storage.environment import decisive_settings
-from deq_jax.storage.files import digest, make_folder, read_json, read_npz, write_json, write_npz
+from deq_jax.storage.files import digest, make_folder, read_json, write_json
 from deq_jax.storage.trees import first_difference, to_tree
 from deq_jax.surrogates.base import Direct, Surrogate, judged
 
@@ -62,20 +62,21 @@ def worst_case(
     classifier: Classifier,
     variables: Variables,
     images: Images,
-    out: Path,
+    out: Path | None = None,
     *,
     validation: Images | None = None,
     about: dict[str, Any] | None = None,
     report: Report = lambda moment: None,
 ) -> WorstCase:
-    """Attacks the deployed predictor with all trials, or goes on where `out` was left.
+    """Attacks the deployed predictor with all trials, or resumes what `out` holds of the same evaluation.
 
     Args:
       config: what is done.
       classifier: as trained.
       variables: of the classifier.
       images: to be attacked.
-      out: folder of the results: manifest.json, and trials/NAME/batch-NNNN.npz for each trial and "clean".
+      out: folder of the results: manifest.json, and trials/NAME/batch-NNNN.npz for each trial and "clean". None keeps
+        all of it in memory.
       validation: held-out training images, on which an early state is chosen.
       about: further JSON data that must be the same when an evaluation is resumed.
       report: called before what takes long, and after every batch.
@@ -97,23 +98,26 @@ def worst_case(
     versions = {name: version(name) for name in ("deq_jax", "jax")}
     _check_reference(config, digest(variables))
     known = {**(about or {}), "config": to_tree(config), **digests, **versions, "settings": decisive_settings()}
-    _claim(out, {"class": "evaluation", **known})
-    predictor, early_state = _predictor(config, classifier, variables, validation, out, report)
-    run = _Run(config, classifier, predictor, variables, images, x, out, report)
-    return replace(run.all(), early_state=early_state)
+    if out is not None:
+        _claim(out, {"class": "evaluation", **known})
+    store = Store(out)
+    predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
+    run = _Run(config, classifier, predictor, variables, images, x, store, report)
+    found = replace(run.all(), early_state=early_state)
+    return replace(found, red_flags=tuple(red_flags(found)) if found.attempts else ())
 
 
 class _Run:
     """One evaluation: what it asks of the devices, unless it is on disk already."""
 
-    def __init__(self, config, trained, predictor, variables, images, x, out, report):
+    def __init__(self, config, trained, predictor, variables, images, x, store, report):
         self.config: EvalConfig = config
         self.trained: Classifier = trained
         self.predictor: Classifier = predictor
         self.variables: Variables = variables
         self.images: Images = images
         self.x: np.ndarray = x
-        self.out: Path = out
+        self.store: Store = store
         self.report: Report = report
         self.stages = ["clean", *(trial.name for trial in (*config.trials, *config.extra_trials))]
         self.attackers: dict[tuple[Attack | Transfer, bool], Callable] = {}
@@ -147,7 +151,7 @@ class _Run:
         self, trial: Trial, rows: np.ndarray, clean: Measured, before: np.ndarray, start: np.ndarray | None = None
     ) -> Attempt:
         attacked, inside = np.zeros(len(self.x), bool), np.ones(len(self.x), bool)
-        read = partial(read_trial, self.out / "trials" / trial.name, self.x)
+        read = partial(self.store.x_adv, trial.name, self.x)
         if len(rows) == 0:
             self.report(self._watch(trial.name, rows, before).now())
             return Attempt(self.x.copy, clean, attacked, inside, 0.0)
@@ -175,12 +179,12 @@ class _Run:
         parts: list[dict[str, np.ndarray]] = []
         compiled = False
         for number, start in enumerate(range(0, len(rows), self.config.batch_size)):
-            path = self.out / "trials" / name / f"batch-{number:04d}.npz"
+            part = f"trials/{name}/batch-{number:04d}"
             own = rows[start : start + self.config.batch_size]
-            if not (compiled or path.exists()):
+            if not (compiled or part in self.store):
                 self.report(watch.begins())
                 compiled = True
-            parts.append(_stored(path, partial(self._batch, run, own)))
+            parts.append(self.store.get(part, partial(self._batch, run, own)))
             correct[own] &= is_correct(from_columns(parts[-1]), self.images.y[own]).deployed
             watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(parts[-1]["seconds"])))
             self.report(watch.now())
@@ -217,7 +221,7 @@ class _Run:
         """[B] bool, whether the surrogate's gradient at the images is 0 or NaN, so that attacks stand still."""
         x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
         oracle = judged(surrogate, self.predictor, variables, self.config.draws)
-        gradient = oracle.grad(cross_entropy, x, batch.y, keys)[2]
+        gradient = oracle.grad(cross_entropy, x, batch.y, keys.fold(Purpose.QUERY))[2]
         return jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))
 
     def _stuck(self, still: np.ndarray) -> np.ndarray:
@@ -254,7 +258,7 @@ class _Run:
         ) -> dict[str, Any]:
             (variables, surrogate), (batch, start) = state, parts
             attacked = partial(attack_batch, seed=self.config.seed, surrogate=surrogate, draws=self.config.draws)
-            begun = attack if start is None else replace(cast(PGD, attack), start=lambda *_: start)
+            begun = attack if start is None else partial(attack, start=start)
             x_adv, measured = attacked(self.predictor, variables, begun, batch)
             return {"x_adv": x_adv, "measured": measured}
 
@@ -269,23 +273,12 @@ class _Run:
         query = self.predictor, self.variables, self.x, config.draws is not None
         timed = partial(timed_answers, *query, batch_size=config.batch_size, seed=config.seed)
         self.report(Moment("checks", 1.0, "checks: the deployed predictor is asked in several ways, and timed", True))
-        probe = _stored(self.out / "probe.npz", partial(several_answers, *query))
-        return Probe(**probe), Cost(**_stored(self.out / "cost.npz", timed))
+        probe = self.store.get("probe", partial(several_answers, *query))
+        return Probe(**probe), Cost(**self.store.get("cost", timed))
 
     def _draw_from(self, keys: Keys) -> Keys | None:
         """What the deployed predictor draws from; nothing unless it is random."""
         return None if self.config.draws is None else keys
-
-
-def _stored(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What the file holds; where there is none it is computed and written. All processes see the same folder."""
-    if from_primary(np.array(path.exists())):
-        return read_npz(path)
-    arrays = compute()
-    if is_primary():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(path, arrays)
-    return arrays
 
 
 def _check_trials(config: EvalConfig, classifier: Classifier, variables: Variables, images: Images) -> None:
@@ -315,7 +308,7 @@ def _predictor(
     classifier: Classifier,
     variables: Variables,
     validation: Images | None,
-    out: Path,
+    store: Store,
     report: Report,
 ) -> tuple[Classifier, list[float] | None]:
     """What is deployed, and the accuracies by which an early state was chosen."""
@@ -334,7 +327,7 @@ def _predictor(
     def accuracies() -> dict[str, np.ndarray]:
         return {"accuracy": np.array(choose(source, variables, validation, early.attack, report=tell))}
 
-    accuracy = _stored(out / "early_state.npz", accuracies)["accuracy"]
+    accuracy = store.get("early_state", accuracies)["accuracy"]
     return deployed(source, IntermediateState(1 + int(np.argmax(accuracy)))), accuracy.tolist()
 
 

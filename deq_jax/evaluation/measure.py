@@ -17,15 +17,13 @@ from deq_jax.core.gradients import adjoint_residual, has_adjoint
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, spectral_radius
 from deq_jax.core.losses import cross_entropy, entropy, margin
 from deq_jax.core.readouts import EnsembleState
-from deq_jax.core.types import AnyArray, Array, Keys, PyTree, prng_key
+from deq_jax.core.types import AnyArray, Array, Keys, Purpose, PyTree, prng_key
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
 from deq_jax.surrogates.base import Direct, Surrogate, judged
-
-DEPLOYED = 1 << 30  # the keys that a random predictor draws from are folded with it; attacks never see those
 
 RADIUS_STEPS = 30
 
@@ -86,17 +84,19 @@ class Outcomes(NamedTuple):
     adjoint_residual: AnyArray = None
 
 
-def measure(classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys | None = None) -> Measured:
+def measure(
+    classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys | None = None
+) -> Measured:
     """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
 
     A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
     one draws from the keys, and is deterministic without them.
     """
-    prediction = classifier(variables, x, keys=None if keys is None else keys.fold(DEPLOYED))
+    prediction = classifier(variables, x, keys=None if keys is None else keys.fold(Purpose.DEPLOYED))
     unknown, solution = jnp.full(x.shape[0], jnp.nan), prediction.solution
 
     def row(logits: Array, residual: Array) -> Row:
-        return Row(jnp.argmax(logits, axis=-1), margin(logits, y), entropy(logits), residual)
+        return Row(jnp.argmax(logits, axis=-1), margin(logits, labels), entropy(logits), residual)
 
     if solution is None or not len(solution.residuals):  # without a solver there are no states
         return Rows(None, None, row(prediction.logits, unknown))
@@ -119,18 +119,18 @@ def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys:
     if solution is None or not len(solution.residuals) or not isinstance(classifier, Equilibrium):
         return SpectralRadius(jnp.full(len(x), jnp.nan), jnp.zeros(len(x), bool))
     params, u, z = variables["params"]["cell"], classifier.encode(variables, x), solution.z
-    start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys, z, 1))
+    start = jax.tree.map(lambda leaf: leaf[0], gaussian_probes(keys.fold(Purpose.PROBES), z, 1))
     return spectral_radius(classifier.apply_cell, params, u, z, start, RADIUS_STEPS)
 
 
-def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, y: Array) -> Array | None:
+def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, labels: Array) -> Array | None:
     """How well the classifier's own gradient estimator solves the adjoint equation of its cross-entropy, [B].
 
     Args:
       classifier: as trained.
       variables: of the classifier.
       x: images [B, H, W, C] in [0, 1].
-      y: labels [B].
+      labels: [B].
 
     Returns:
       Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ whose estimator has an adjoint
@@ -141,7 +141,7 @@ def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, y:
     solution: Any = classifier(variables, x).solution
     z, params, u = classifier.dynamics.readout(solution), variables["params"]["cell"], classifier.encode(variables, x)
     fz = classifier.apply_cell(params, z, u)
-    g = jax.grad(lambda z: jnp.sum(cross_entropy(classifier.decode(variables, z), y)))(fz)
+    g = jax.grad(lambda z: jnp.sum(cross_entropy(classifier.decode(variables, z), labels)))(fz)
     return adjoint_residual(classifier.dynamics.gradient, classifier.apply_cell, params, u, z, g)
 
 
@@ -162,7 +162,7 @@ def attack_batch(
     Args:
       classifier: as deployed; success is judged on it.
       variables: of the classifier.
-      attack: called with labels as its target.
+      attack: called with labels.
       batch: images of this device.
       seed: of the attack's randomness.
       surrogate: gives the gradients; None for the classifier's own.
@@ -223,12 +223,12 @@ def evaluator(
     return run_all
 
 
-def is_correct(measured: Measured, y: AnyArray) -> Correct:
+def is_correct(measured: Measured, labels: AnyArray) -> Correct:
     """Whether each image is classified correctly, bool. Logits that are not finite never count as fooled."""
 
     def of(row: Row) -> AnyArray:
-        labels = y if row.label.ndim == 1 else y[:, None]
-        return (row.label == labels) | ~np.isfinite(row.margin)
+        true = labels if row.label.ndim == 1 else labels[:, None]
+        return (row.label == true) | ~np.isfinite(row.margin)
 
     states, ensemble, deployed = measured
     return Rows(None if states is None else of(states), None if ensemble is None else of(ensemble), of(deployed))
@@ -253,9 +253,10 @@ def correctness(outcomes: Outcomes) -> tuple[Correct, Correct | None]:
 def named(rows: Rows[T]) -> dict[str, T]:
     """The rows by their names, each without an axis of states: z_1 .. z_T, ensemble, deployed.
 
-    Example:
-      >>> list(named(measure(classifier, variables, x, y)))
-      ['z_1', 'z_2', 'z_3', 'ensemble', 'deployed']
+    >>> import numpy as np
+    >>> from deq_jax.evaluation import Rows, named
+    >>> list(named(Rows(np.ones((4, 3)), np.ones(4), np.ones(4))))
+    ['z_1', 'z_2', 'z_3', 'ensemble', 'deployed']
     """
     found: dict[str, T] = {}
     if rows.states is not None:

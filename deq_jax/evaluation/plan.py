@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,11 +37,11 @@ class Trial:
 
     Attributes:
       name: of its row and of its folder of results.
-      attack: called with labels as its target; or images to be transferred.
+      attack: called with labels; or images to be transferred.
       surrogate: gives the gradients. Trials of one attack whose surrogates differ in numbers only are compiled once.
       suite: name of a further row, for the worst case over all trials that share it; None for none.
       from_worst: start from the worst image that the trials before have found, rather than where the attack itself
-        would; for `PGD`. It breaks what they broke, and so says nothing of its own gradients.
+        would; for attacks that take a start. It breaks what they broke, and so says nothing of its own gradients.
     """
 
     name: str
@@ -50,11 +51,15 @@ class Trial:
     from_worst: bool = False
 
     def __post_init__(self):
-        can_start = isinstance(self.attack, PGD) or not self.from_worst
-        require(can_start, f"Trial: from_worst is for PGD, got {self.attack!r}")
+        can_start = not self.from_worst or _takes_start(self.attack)
+        require(can_start, f"Trial: from_worst is for attacks that take a start, got {self.attack!r}")
         valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
         rule = f"letters, digits and . _ + -, and not one of {', '.join(RESERVED)}"
         require(bool(valid), f"Trial: a name consists of {rule}, got {self.name!r}")
+
+
+def _takes_start(attack: Attack | Transfer) -> bool:
+    return not isinstance(attack, Transfer | Noise) and "start" in inspect.signature(attack).parameters
 
 
 @dataclass(frozen=True)

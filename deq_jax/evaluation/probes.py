@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.core.types import Array, Keys, prng_key
+from deq_jax.core.types import Array, Keys, Purpose, prng_key
 from deq_jax.models.base import Classifier, Variables
 
 TIMED = 5  # predictions that are timed
@@ -22,7 +22,7 @@ def several_answers(predictor: Classifier, variables: Variables, x: np.ndarray, 
 
     @jax.jit
     def ask(variables: Variables, x: Array, number: Array, seed: int) -> Array:
-        keys = Keys(prng_key(seed), number)
+        keys = Keys(prng_key(seed), number).fold(Purpose.DEPLOYED)
         return predictor(variables, x, keys=keys if random else None).logits
 
     x, number = x[:PROBED], np.arange(len(x[:PROBED]), dtype=np.int32)
@@ -47,7 +47,8 @@ def timed_answers(
         return logits, unknown if solution is None else solution.evaluations.astype(float)
 
     number = np.resize(np.arange(len(x), dtype=np.int32), batch_size)
-    query = x[number], Keys(prng_key(seed), jnp.asarray(number)) if random else None
+    keys = Keys(prng_key(seed), jnp.asarray(number)).fold(Purpose.DEPLOYED)
+    query = x[number], keys if random else None
     _, evaluations = predict(variables, *query)
     seconds = []
     for _ in range(TIMED):

@@ -103,10 +103,10 @@ class EvaluationRecord:
       evaluation: config tree of the evaluation.
       provenance: where the classifier comes from; None for one that comes from no workdir.
 
-    Example:
-      >>> record = EvaluationRecord.of(result)
-      >>> EvaluationRecord.from_json(record.to_json()) == record
-      True
+    Example::
+
+        record = EvaluationRecord.of(worst_case(config, classifier, variables, images))
+        assert EvaluationRecord.from_json(record.to_json()) == record
     """
 
     images: int

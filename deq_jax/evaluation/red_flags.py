@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from deq_jax.evaluation.plan import Trial
-from deq_jax.evaluation.results import Probe, WorstCase
+from deq_jax.evaluation.results import Flag, Probe, WorstCase
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.surrogates.adaptive import OnBase
 
@@ -26,30 +26,6 @@ PLATEAU = 0.005
 ZERO_GRADIENTS = 0.01
 
 ROUNDING = 0.01  # of the largest logit
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A check of an evaluation.
-
-    Attributes:
-      name: what is checked.
-      raised: whether the number cannot be trusted; None where what is needed was not run.
-      value: of what is compared with the threshold; None where it was not run.
-      threshold: above which the flag is raised.
-      explanation: what it would mean.
-    """
-
-    name: str
-    raised: bool | None
-    value: float | None
-    threshold: float
-    explanation: str
-
-    @classmethod
-    def of(cls, name: str, value: float | None, threshold: float, explanation: str) -> Flag:
-        """Raised if the value exceeds the threshold."""
-        return cls(name, None if value is None else bool(value > threshold), value, threshold, explanation)
 
 
 def red_flags(result: WorstCase) -> list[Flag]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple, cast
 
@@ -18,7 +18,7 @@ class Attempt(NamedTuple):
     """What a trial found. Images that it left alone stand for themselves.
 
     Attributes:
-      read: () -> x_adv, from disk: an evaluation of many trials has more images than memory.
+      read: () -> x_adv, where there is a folder from disk: an evaluation of many trials has more images than memory.
       measured: of x_adv.
       attacked: [N] bool, whether the image was attacked.
       inside: [N] bool, whether x_adv lies within the threat model's ball.
@@ -60,6 +60,30 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Flag:
+    """A check of an evaluation.
+
+    Attributes:
+      name: what is checked.
+      raised: whether the number cannot be trusted; None where what is needed was not run.
+      value: of what is compared with the threshold; None where it was not run.
+      threshold: above which the flag is raised.
+      explanation: what it would mean.
+    """
+
+    name: str
+    raised: bool | None
+    value: float | None
+    threshold: float
+    explanation: str = field(repr=False)
+
+    @classmethod
+    def of(cls, name: str, value: float | None, threshold: float, explanation: str) -> Flag:
+        """Raised if the value exceeds the threshold."""
+        return cls(name, None if value is None else bool(value > threshold), value, threshold, explanation)
+
+
+@dataclass(frozen=True)
 class WorstCase:
     """What all trials found.
 
@@ -78,6 +102,7 @@ class WorstCase:
       early_state: accuracy under attack of z_1 .. z_T on held-out images, if the predictor was chosen by it.
       radius_settled: [N] bool, whether the estimate of the spectral radius has settled.
       adjoint_residual: [N], of the trained classifier's gradient estimator; None where it has no adjoint state.
+      red_flags: all checks of the evaluation, raised or not; none without trials.
     """
 
     config: EvalConfig
@@ -93,6 +118,17 @@ class WorstCase:
     early_state: list[float] | None = None
     radius_settled: np.ndarray | None = None
     adjoint_residual: np.ndarray | None = None
+    red_flags: tuple[Flag, ...] = ()
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of the clean images that the deployed predictor classifies correctly."""
+        return float(np.mean(self._clean().deployed))
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        """That of the worst case of each image; None without trials. Not to be trusted while a red flag is raised."""
+        return float(np.mean(self.robust()["union"].deployed)) if self.attempts else None
 
     @property
     def outcomes(self) -> Outcomes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,8 +69,13 @@ def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def read_trial(path: Path, x: np.ndarray) -> np.ndarray:
     """The images [N, H, W, C] in a trial's folder; those of x that it left alone stand for themselves."""
+    return with_batches(x, _read_batches(path))
+
+
+def with_batches(x: np.ndarray, batches: Sequence[tuple[Any, dict[str, np.ndarray]]]) -> np.ndarray:
+    """The images x [N, H, W, C], where a trial's batches have others in their place; each has a name for errors."""
     x_adv = x.copy()
-    for file, arrays in _read_batches(path):
+    for file, arrays in batches:
         known = {"x_adv", "number"} <= set(arrays) and arrays["number"].max(initial=0) < len(x)
         known = known and arrays["x_adv"].shape[1:] == x.shape[1:]
         require(known, f"{file}: expected x_adv of images of shape {x.shape[1:]}, numbered below {len(x)}")

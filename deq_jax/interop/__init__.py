@@ -1,4 +1,4 @@
-"""Networks of PyTorch: state dicts, and the published names of MDEQ's parameters."""
+"""PyTorch networks: state dicts, and the published names of MDEQ's parameters."""
 
 from deq_jax.interop.checkpoints import export_checkpoint, import_checkpoint, mdeq_shapes
 from deq_jax.interop.mdeq_names import from_torch, to_torch, torch_shapes

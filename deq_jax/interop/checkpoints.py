@@ -26,13 +26,13 @@ from deq_jax.training.config import TrainConfig
 from deq_jax.training.step import TrainState, optimizer_of
 from deq_jax.training.workdir import checkpoints_of, read_config
 
-STEPS = 1_000_000  # of a training whose data are not read: more than any warm-up
+STEPS = 1_000_000  # of a run without data: more than any warm-up
 
 
 def import_checkpoint(
     checkpoint: str | Path, config: TrainConfig, workdir: str | Path, report: Callable[[str], None] = lambda text: None
 ) -> TrainState:
-    """Writes the workdir of a training that starts from a PyTorch checkpoint.
+    """Writes the workdir of a run that starts from a PyTorch checkpoint.
 
     Args:
       checkpoint: see `read_state_dict`.
@@ -45,7 +45,7 @@ def import_checkpoint(
 
     Raises:
       InputError: for another classifier, a checkpoint that cannot be read or does not fit, or a workdir that
-        holds a training; nothing is written then.
+        holds a run; nothing is written then.
     """
     workdir = Path(workdir)
     names, tree = torch_shapes(mdeq_shapes(config)), to_tree(config)
@@ -69,10 +69,10 @@ def import_checkpoint(
 
 
 def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True) -> int:
-    """Writes a training's variables under their PyTorch names; the dataset is not read.
+    """Writes the variables of a run under their PyTorch names; the dataset is not read.
 
     Args:
-      workdir: of the training of an MDEQ.
+      workdir: folder of a training run of an MDEQ.
       out: new file, ``.npz`` or ``.safetensors``.
       best: the best checkpoint, or else the latest.
 
@@ -95,7 +95,7 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True
 
 
 def _channels(arrays: dict[str, np.ndarray]) -> int | None:
-    """How many channels the images have for which a network was made; None if it does not tell."""
+    """Number of channels of a network's images; None if it does not tell."""
     stem = arrays.get(STEM)
     return stem.shape[1] if stem is not None and stem.ndim == 4 else None
 
@@ -112,10 +112,10 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
 
     Args:
       config: its dataset is not read.
-      channels: of the images; None for those of the config's normalisation, and for three without one.
+      channels: number of channels of the images; None for the config's normalisation, or three without one.
 
     Raises:
-      InputError: if the classifier is no MDEQ, or its parts do not fit together.
+      InputError: the classifier is not an MDEQ, or its parts do not fit together.
     """
     classifier = config.classifier
     encoder = classifier.encoder if isinstance(classifier, Equilibrium) else None
@@ -149,7 +149,7 @@ def _as_float32(path: tuple, array: np.ndarray) -> np.ndarray:
 
 
 def _initial_state(config: TrainConfig, variables: Variables) -> TrainState:
-    """As before the first step of a training; the optimiser's state does not depend on the number of steps."""
+    """The state before the first training step; the optimiser's state does not depend on the number of steps."""
     params = variables["params"]
     optimizer = optimizer_of(config, STEPS)
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))

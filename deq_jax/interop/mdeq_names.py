@@ -65,7 +65,7 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
 
 
 def to_torch(variables: Variables) -> dict[str, np.ndarray]:
-    """The way back: arrays under their torch names, without the counters of seen batches."""
+    """Arrays under their torch names, without the counters of seen batches: the inverse of `from_torch`."""
     names = _torch_names(variables)
     return {names[path]: _to_torch(path, np.asarray(leaf)) for path, leaf in flatten_dict(variables).items()}
 
@@ -84,7 +84,7 @@ def torch_modules(branches: int) -> dict[str, str]:
     """Name of each of our modules in PyTorch.
 
     Args:
-      branches: of the MDEQ.
+      branches: number of branches of the MDEQ.
 
     Returns:
       ``{"part/module/...": "torch.module..."}``.

@@ -28,7 +28,7 @@ DEPTH = 3  # of entries within entries
 
 
 class StateDict(NamedTuple):
-    """What was read of a network.
+    """The entries that were read of a network.
 
     Attributes:
       arrays: by name, without a prefix.

@@ -8,7 +8,7 @@ from deq_jax.models.mdeq import Mdeq, MdeqCell, MdeqDecoder, MdeqEncoder, mdeq, 
 from deq_jax.models.normalized import Normalized, normalized
 from deq_jax.models.penalty import JacobianRegularization
 from deq_jax.models.resnets import ResNet18, WideResNet
-from deq_jax.models.small import SmallCell, SmallCNN, SmallDecoder, SmallEncoder
+from deq_jax.models.small import SmallCell, SmallCNN, SmallDecoder, SmallEncoder, small_cnn, small_deq
 
 __all__ = [
     "BatchNorm",
@@ -39,4 +39,6 @@ __all__ = [
     "mdeq_xl",
     "normalized",
     "require_deq",
+    "small_cnn",
+    "small_deq",
 ]

@@ -1,4 +1,4 @@
-"""What every classifier is, and what it returns."""
+"""The roles of classifiers, and the record that they return."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Variables = dict[str, PyTree]  # {"params": ..., "batch_stats": ...}
 
 
 class Prediction(NamedTuple):
-    """What a classifier returns.
+    """The output of a classifier.
 
     Attributes:
       logits: ``[B, K]``.
       batch_stats: BatchNorm running statistics, updated in training mode.
-      solution: of the equilibrium, whose `evaluations` count those of the gradient estimator, too; None for an explicit
+      solution: the equilibrium; its `evaluations` also count the gradient estimator; None for an explicit
         network.
       penalty: ``[B]``, to be added to the loss of each image in training; 0 where nothing is penalised.
     """

@@ -19,12 +19,10 @@ from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import Phantom
 from deq_jax.core.layer import deq
 from deq_jax.core.readouts import FinalState, RandomIntermediateState
-from deq_jax.core.types import Array, Cell, Gradient, Injection, Keys, PyTree, Readout, Solver, prng_key
+from deq_jax.core.types import Array, Cell, Gradient, Injection, Keys, Purpose, PyTree, Readout, Solver, prng_key
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.layers import dropout_by_image
 from deq_jax.models.penalty import JacobianRegularization
-
-MODULE, DECODER = 37, 41  # purposes of a forward pass's randomness, beside dropout, readout and probes
 
 COLLECTIONS = ("params", "batch_stats")
 
@@ -108,14 +106,14 @@ class Equilibrium:
           x: images [B, H, W, C] in [0, 1].
           train: normalise by the batch's statistics, update the running ones, draw dropout masks.
           keys: randomness for dropout and random readouts, drawn for each image by its number; None: deterministic.
-            Flax's ``nn.Dropout`` draws so, too; what else a module draws with ``make_rng("dropout")`` is drawn for the
-            batch.
-          axis_name: mapped axis over whose devices the batch is spread (for batch statistics).
+            Flax's ``nn.Dropout`` also draws for each image; other draws of ``make_rng("dropout")`` are for the batch.
+          axis_name: mapped axis of the devices that share the batch (for batch statistics).
         """
         u, encoder_stats = self._encode(variables, x, train, keys, axis_name)
         jacobian = self.jacobian if train else None
         dynamics = self.dynamics if jacobian is None else _jittered(self.dynamics, jacobian)
         params = variables["params"]["cell"]
+        drawn = None if keys is None else keys.fold(Purpose.READOUT)
         z, solution = deq(
             self.apply_cell,
             params,
@@ -124,9 +122,9 @@ class Equilibrium:
             solver=dynamics.solver,
             readout=dynamics.readout,
             gradient=dynamics.gradient,
-            keys=keys,
+            keys=drawn,
         )
-        logits, decoder_stats = self._decode(variables, z, train, keys and keys.fold(DECODER), axis_name)
+        logits, decoder_stats = self._decode(variables, z, train, keys and keys.fold(Purpose.DECODER), axis_name)
         batch_stats = variables["batch_stats"] | {"encoder": encoder_stats, "decoder": decoder_stats}
         evaluations = solution.evaluations + dynamics.gradient.applications
         prediction = Prediction(logits, batch_stats, solution._replace(evaluations=evaluations))
@@ -134,7 +132,7 @@ class Equilibrium:
             return prediction
         if keys is None:
             raise InputError("Equilibrium: a penalty in training mode needs keys, for its probes")
-        solved = dynamics.readout(solution, keys)
+        solved = dynamics.readout(solution, drawn)
         return prediction._replace(penalty=jacobian.penalty(self.apply_cell, params, u, solved, keys))
 
     @property
@@ -143,7 +141,15 @@ class Equilibrium:
         return _ModuleCell(self.cell, self.dynamics.compute_dtype, self.dynamics.rematerialize)
 
     def with_dynamics(self, **changes: Any) -> Equilibrium:
-        """The same network run in another way: ``with_dynamics(readout=EnsembleState())``; see `Dynamics`."""
+        """The same network run in another way; see `Dynamics`.
+
+        Examples:
+          >>> from deq_jax import Broyden, Dynamics, EnsembleState, Equilibrium
+          >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+          >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(Broyden(8)))
+          >>> model.with_dynamics(readout=EnsembleState()).dynamics.readout
+          EnsembleState()
+        """
         return replace(self, dynamics=replace(self.dynamics, **changes))
 
     def encode(self, variables: Variables, x: Array) -> Injection:
@@ -260,7 +266,7 @@ def _apply(
         return jax.tree.map(lambda leaf: leaf[:0], output), variables["batch_stats"]
     inputs = (x, train, keys, axis_name) if takes_keys else (x, train, axis_name)
     mutable = ["batch_stats"] if train else []
-    rngs = {} if keys is None else {"dropout": keys.fold(MODULE).shared}
+    rngs = {} if keys is None else {"dropout": keys.fold(Purpose.MODULE).shared}
     try:
         with dropout_by_image(keys):
             output, updated = module.apply(variables, *inputs, mutable=mutable, rngs=rngs)

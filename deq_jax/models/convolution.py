@@ -1,8 +1,8 @@
-"""Convolution whose gradients are fast inside loops on the CPU.
+"""Convolution with gradients that are fast inside loops on the CPU.
 
 There XLA recognises the gradients of a convolution as convolutions only at the top level of a program; inside a
 loop, where every solver and attack step lives, they fall onto a naive kernel that is 10 to 100 times slower.
-`conv_general_dilated` has gradients that are fast there, and leaves GPU and TPU to XLA's own.
+`conv_general_dilated` has gradients that are fast there; on GPU and TPU it uses XLA's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    """2D convolution whose gradients are fast inside loops on the CPU.
+    """2D convolution with gradients that are fast inside loops on the CPU.
 
     Args:
       x: [B, H, W, I].

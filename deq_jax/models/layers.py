@@ -100,7 +100,7 @@ class BatchNorm(nn.Module):
         Args:
           x: [B, ..., C].
           train: use the statistics of the batch and update the running ones.
-          axis_name: mapped axis over whose devices the batch is spread.
+          axis_name: mapped axis of the devices that share the batch.
         """
         like_features = x.shape[-1:], PARAM_DTYPE
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, *like_features)
@@ -136,7 +136,7 @@ def dropout_by_image(keys: Keys | None) -> AbstractContextManager[Any]:
     So neither the batch nor the number of devices changes a mask. A mask that the batch shares stays as Flax draws it.
 
     Args:
-      keys: of the batch; None where nothing is drawn.
+      keys: keys of the batch; None if nothing is drawn.
     """
     if keys is None:
         return nullcontext()

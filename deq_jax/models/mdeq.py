@@ -1,7 +1,7 @@
 """The multiscale deep equilibrium model (MDEQ): a state of several resolutions, fused in every step.
 
 Branch i of the state has ``channels[i]`` channels at 1 / 2^i of the image's resolution. `mdeq_large` is of the
-size of a ResNet-18, `mdeq_xl` of that of a WRN-34-10.
+size of a ResNet-18, `mdeq_xl` the size of a WRN-34-10.
 
 References: Bai et al. 2020 (Multiscale deep equilibrium models); Salimans & Kingma 2016 (weight normalisation).
 """
@@ -56,9 +56,9 @@ def mdeq(
 
     Args:
       num_classes: K.
-      channels: of each branch, finest first; multiples of 8.
+      channels: number in each branch, finest first; multiples of 8.
       head_channels: width of each branch's bottleneck in the head.
-      final_channels: of the features that are averaged and classified.
+      final_channels: number of features that are averaged and classified.
       expansion: channels inside the cell's blocks, as a multiple.
       dropout: rate of the variational dropout inside the cell.
 
@@ -77,7 +77,15 @@ def mdeq(
 
 
 def mdeq_large(num_classes: int = 10, dropout: float = 0.22) -> Mdeq:
-    """MDEQ-LARGE: 11,097,438 parameters with 10 classes; 61,440 state entries per 32x32 image."""
+    """MDEQ-LARGE: 11,097,438 parameters with 10 classes; 61,440 state entries per 32x32 image.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Equilibrium
+      >>> from deq_jax.models import mdeq_large
+      >>> model = Equilibrium(*mdeq_large(num_classes=100), dynamics=Dynamics(Broyden(8)))
+      >>> model.decoder.num_classes
+      100
+    """
     return mdeq(num_classes, (32, 64, 128, 256), (14, 28, 56, 112), 1680, dropout=dropout)
 
 
@@ -195,7 +203,7 @@ class Upsample(nn.Module):
         batch, height, width, channels = y.shape
         y = jnp.broadcast_to(
             y[:, :, None, :, None], (batch, height, self.factor, width, self.factor, channels)
-        )  # a broadcast, whose gradient is a sum and not a scatter
+        )  # a broadcast: its gradient is a sum, not a scatter
         return y.reshape(batch, height * self.factor, width * self.factor, channels)
 
 

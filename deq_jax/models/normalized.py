@@ -1,4 +1,4 @@
-"""Classifiers whose images are normalised by a mean and a deviation per channel, as most published networks need it."""
+"""Classifiers with normalised inputs: a mean and a deviation per channel, as most published networks need it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,25 @@ Network = TypeVar("Network", Equilibrium, Explicit)
 
 
 def normalized(classifier: Network, mean: Sequence[float], std: Sequence[float]) -> Network:
-    """The classifier whose network is given (x - mean) / std, while its own images x stay in [0, 1].
+    """The classifier with a network that sees (x - mean) / std, while its own images x stay in [0, 1].
 
     Attacks, defences and solvers see the whole as one classifier of images in [0, 1], differentiable through the
-    normalisation. Its variables are those of the classifier, so that converted checkpoints fit.
+    normalisation. It has the same variables as the classifier, so converted checkpoints fit.
 
     Args:
-      classifier: `Equilibrium`, whose encoder is wrapped, or `Explicit`, whose module is.
-      mean: of each channel, of images in [0, 1]; for instance 0.4914, 0.4822, 0.4465.
-      std: of each channel, of the same images; positive.
+      classifier: `Equilibrium` (the encoder is wrapped) or `Explicit` (the module is wrapped).
+      mean: one for each channel, of images in [0, 1]; for instance 0.4914, 0.4822, 0.4465.
+      std: one for each channel, of the same images; positive.
 
     Raises:
       InputError: mean and std do not fit each other or images in [0, 1], or the classifier is normalised already.
+
+    Examples:
+      >>> from deq_jax import Explicit
+      >>> from deq_jax.models import ResNet18, normalized
+      >>> network = normalized(Explicit(ResNet18(10)), (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
+      >>> network.module.mean
+      (0.4914, 0.4822, 0.4465)
     """
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     fit = 0 < len(mean) == len(std)
@@ -52,7 +59,7 @@ class Normalized(nn.Module):
 
     Attributes:
       module: an encoder, or an explicit network: ``(x, ...) -> output``.
-      mean, std: of each channel.
+      mean, std: one for each channel.
     """
 
     module: nn.Module

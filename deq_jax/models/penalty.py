@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from deq_jax.core.errors import require
-from deq_jax.core.jacobian import PROBES, gaussian_probes, jacobian_norm
-from deq_jax.core.types import Array, Cell, Keys, Params, PyTree
+from deq_jax.core.jacobian import gaussian_probes, jacobian_norm
+from deq_jax.core.types import Array, Cell, Keys, Params, Purpose, PyTree
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class JacobianRegularization:
 
     def is_drawn(self, seed: int, step: int, epoch: int) -> bool:
         """Whether training step `step`, in epoch `epoch` (both from 0), is penalised."""
-        return epoch < self.epochs and np.random.default_rng((seed, step, PROBES)).random() < self.probability
+        return epoch < self.epochs and np.random.default_rng((seed, step, Purpose.PENALTY)).random() < self.probability
 
     def penalty(self, cell: Cell, params: Params, u: PyTree, z: PyTree, keys: Keys) -> Array:
         """The penalty of each image, [B]; see `jacobian_norm`."""
-        probes = gaussian_probes(keys.fold(PROBES), z, self.probes)
+        probes = gaussian_probes(keys.fold(Purpose.PROBES), z, self.probes)
         return self.weight * jacobian_norm(cell, params, u, z, probes)

@@ -6,15 +6,17 @@ import flax.linen as nn
 
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Injection, Keys
+from deq_jax.models.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.models.layers import BatchNorm, GroupNorm, conv_layer, dropout_mask
+from deq_jax.models.penalty import JacobianRegularization
 
 
 class SmallEncoder(nn.Module):
     """Image -> injection, and the dropout masks of this forward.
 
     Attributes:
-      channels: of the state.
-      strides: of the first convolution; the state's resolution is the image's divided by it.
+      channels: number of channels of the state.
+      strides: stride of the first convolution; it divides the resolution of the image.
       dropout: rate of the variational dropout inside the cell.
     """
 
@@ -38,9 +40,9 @@ class SmallCell(nn.Module):
     """One residual block with group normalisation: the cell f(z; u).
 
     Attributes:
-      channels: of the state.
+      channels: number of channels of the state.
       expansion: channels inside the block, as a multiple.
-      groups: of the normalisations.
+      groups: number of groups of the normalisations.
     """
 
     channels: int
@@ -91,3 +93,48 @@ class SmallCNN(nn.Module):
         for _ in range(self.depth):
             z = SmallCell(self.channels, self.expansion, self.groups)(z, u)
         return SmallDecoder(self.num_classes)(z, train, axis_name)
+
+
+def small_deq(
+    classes: int,
+    channels: int,
+    dynamics: Dynamics,
+    *,
+    strides: int = 1,
+    expansion: int = 2,
+    groups: int = 4,
+    dropout: float = 0.0,
+    jacobian: JacobianRegularization | None = None,
+) -> Equilibrium:
+    """A small convolutional DEQ for small images, such as 8 x 8 digits.
+
+    Args:
+      classes: K.
+      channels: of the state; divisible by `groups`.
+      dynamics: how the equilibrium is found, read out and differentiated.
+      strides: of the first convolution; the state's resolution is the image's divided by it.
+      expansion: channels inside the cell, as a multiple.
+      groups: of the cell's normalisations.
+      dropout: rate of the variational dropout inside the cell.
+      jacobian: see `Equilibrium`.
+
+    Example::
+
+        dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
+    """
+    modules = SmallEncoder(channels, strides, dropout), SmallCell(channels, expansion, groups), SmallDecoder(classes)
+    return Equilibrium(*modules, dynamics, jacobian)
+
+
+def small_cnn(
+    classes: int,
+    channels: int,
+    *,
+    strides: int = 1,
+    expansion: int = 2,
+    groups: int = 4,
+    depth: int = 1,
+    dropout: float = 0.0,
+) -> Explicit:
+    """The explicit baseline of `small_deq`; with `depth` = 1 it has exactly the same parameters. See there."""
+    return Explicit(SmallCNN(classes, channels, strides, expansion, groups, depth, dropout))

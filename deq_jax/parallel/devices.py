@@ -19,7 +19,7 @@ def replicate_and_split(function: Callable, *, joint: bool) -> Callable:
     """``function(state, batch)`` on the devices of all processes, compiled.
 
     Args:
-      function: of a replicated `state` and this device's part of the batch; it may reduce over `AXIS`.
+      function: called with a replicated `state` and this device's part of the batch; it may reduce over `AXIS`.
       joint: whether the result is the same on all devices (it is returned once), or one per image
         (its leaves ``[b, ...]`` are joined again to ``[B, ...]``, in every process).
 

@@ -1,7 +1,7 @@
-"""Several processes: they find each other, agree on failures and stops, and leave writing to one of them.
+"""Several processes: they find each other, agree on failures and stops, and let one of them write.
 
-Every process runs the same program. The functions below are collective: where one process calls them, all
-must. With a single process none of them communicates.
+Every process runs the same program. The functions below are collective: if one process calls them, all must. With a
+single process none of them communicates.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jax.experimental import multihost_utils
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.types import PyTree
 
-CONNECT_SECONDS = 120  # in which all processes of a job must have started
+CONNECT_SECONDS = 120  # within which all processes of a job must have started
 
-LEAVE_SECONDS = 30  # that a process which ends alone waits for the others
+LEAVE_SECONDS = 30  # for which a process that ends alone waits for the others
 
 
 def connect(
@@ -43,10 +43,10 @@ def connect(
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached; None for the variable JAX_COORDINATOR_ADDRESS.
-      processes: their number.
+      processes: number of processes.
       process: index of this one, from 0.
-      seconds: in which all must have started; afterwards the process leaves with one line and exit code 2, since
-        JAX would abort it.
+      seconds: time within which all must have started. After that the process exits with one line and code 2,
+        because JAX would abort it.
 
     Raises:
       InputError: for arguments that do not go together.
@@ -77,7 +77,7 @@ def is_primary() -> bool:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What is inside succeeds in all processes, or fails in all of them.
+    """The body succeeds in all processes, or fails in all of them.
 
     Nothing inside may wait for other processes.
 
@@ -148,7 +148,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def after(self, step: int) -> int | None:
-        """The signal that asks to stop after this step, None to go on; to be asked after every step."""
+        """The signal that asks to stop after this step, or None to continue; call it after every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             return signal.SIGTERM
         return self._number
@@ -165,7 +165,7 @@ def _in_slurm_step() -> bool:
 
 
 def _on_tpu() -> bool:
-    """Whether this is a TPU VM, whose meta data name the other hosts of its slice, if it has any."""
+    """Whether this is a TPU VM; its meta data name the other hosts of its slice, if there are any."""
     has_library = importlib.util.find_spec("libtpu") is not None
     return has_library and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from deq_jax.core.types import PyTree
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
 
+QUIET = 1.0  # seconds
+
 
 class Checkpoints:
-    """The checkpoints in one folder. A save is atomic: what a killed process leaves is never read.
+    """The checkpoints in one folder. A save is atomic: the remains of a killed process are never read.
 
-    With several processes, each that has one reads and writes on its own: only one of them may save.
+    With several processes, each one reads and writes on its own, and only one of them may save.
 
     Args:
       folder: created when first saved to.
@@ -85,26 +89,45 @@ class Checkpoints:
     def _read(self) -> ocp.args.Composite:
         step = self.latest_step()
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-        # After a failed restore tensorstore still answers reads that orbax no longer waits for.
-        report = sys.unraisablehook
-        sys.unraisablehook = lambda problem: None if _is_late_read(problem) else report(problem)
         try:
-            restored = self._manager.restore(step, args=items)
+            with _without_late_reads():
+                return self._manager.restore(step, args=items)
         except Exception as error:  # orbax, tensorstore and json each have their own
             reason = str(error).strip().splitlines()[0][:200]
-            advice = "move it away to go on from an earlier one"
+            advice = "move it away to continue from an earlier one"
             message = f"checkpoint {self.folder / str(step)} cannot be read; {advice} ({reason})"
             raise InputError(message) from None
+
+
+@contextmanager
+def _without_late_reads() -> Iterator[None]:
+    """Keeps quiet about reads that tensorstore answers when orbax no longer waits for them, because another one failed.
+
+    Python reports these in its hook for exceptions that nobody can catch. After a failure they come for a fraction of a
+    second; the hook is put back once there was none for `QUIET` seconds.
+    """
+    report, latest = sys.unraisablehook, time.monotonic()
+
+    def hook(problem: Any) -> None:
+        nonlocal latest
+        if isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed":
+            latest = time.monotonic()
+        else:
+            report(problem)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        latest = time.monotonic()
+        while time.monotonic() < latest + QUIET:
+            time.sleep(QUIET / 10)
+        raise
+    finally:
         sys.unraisablehook = report
-        return restored
 
 
 def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """The leaves and their names, such as ``params/cell/kernel``."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _is_late_read(problem: Any) -> bool:
-    """Whether tensorstore answers a read for which orbax has stopped waiting, because another one failed."""
-    return isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"

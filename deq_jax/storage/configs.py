@@ -27,12 +27,12 @@ def load_config(
     """The object returned by ``get_config(*arguments)`` in the Python file at `path`.
 
     Args:
-      path: of the file.
+      path: the file.
       kind: class of the object.
-      *arguments: of get_config.
+      *arguments: arguments of get_config.
 
     Raises:
-      InputError: if there is no such file, it cannot be run, or it returns something else.
+      InputError: the file does not exist, cannot be run, or returns something else.
     """
     path = Path(path)
     require(path.is_file(), f"{path}: no such config file")
@@ -76,7 +76,7 @@ def _advice(error: Exception) -> str:
 
 
 def _module_name(path: Path) -> str:
-    """As Python would import it from the current folder, so that evaluation finds what the file defines."""
+    """Name under which Python would import it from the current folder, so that evaluation finds its definitions."""
     path, folder = path.resolve().with_suffix(""), Path.cwd().resolve()
     return ".".join(path.relative_to(folder).parts) if path.is_relative_to(folder) else path.name
 

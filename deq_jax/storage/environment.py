@@ -1,4 +1,4 @@
-"""The surroundings of a process: numbers depend on them, though no config names them."""
+"""The environment of a process: numbers depend on it, though no config names it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from deq_jax.core.errors import require
 
-# A run that went on under another value of these would be another run.
+# A run that continued under another value of these would be another run.
 DECISIVE = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable")
 
 SETTINGS = (*DECISIVE, "jax_default_prng_impl")
@@ -46,11 +46,11 @@ def decisive_settings() -> dict[str, Any]:
 
 
 def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The environments of a run that goes on at `step` in this process.
+    """The environments of a run that continues at `step` in this process.
 
     Args:
-      records: of the run so far, each an `environment` and the first ``step`` (from 0) that was taken in it.
-      step: first step to be taken; what is recorded from there on was never kept.
+      records: records of the run so far, each an `environment` and its first ``step`` (from 0).
+      step: first step to be taken; later records are dropped.
 
     Returns:
       The records with this process's environment, if it is another one; and what differs from the last one.
@@ -69,7 +69,7 @@ def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """What is not the same in two environments, by name; an entry that only one of them has is left out."""
+    """Differences of two environments, by name; entries that only one of them has do not count."""
     pairs = {
         name: (old[part][name], value)
         for part, values in new.items()

@@ -31,7 +31,7 @@ ROOMS = {
     "transfers": "evaluation",
     "trials": "evaluation",
 }
-"""Modules of the flat layout of before, and the room whose face has their names now."""
+"""Modules of the older flat layout, and the rooms that show their names now."""
 
 NAMES = {
     "deq_jax.adaptive.LowEntropy": "deq_jax.core.LowEntropy",
@@ -41,15 +41,23 @@ NAMES = {
 }
 """Names that did not go where the rest of their module went."""
 
+FIELDS = {
+    "deq_jax.core.IntermediateState": {"t": "state"},
+    "deq_jax.surrogates.SimultaneousAdjoint": {"step": "state"},
+}
+"""Of each class, under its name of this version: fields that had another name."""
+
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
-    """One object or function of a config tree, without what is below it, under the names of this version.
+    """One object or function of a config tree, not the objects below it, under the names of this version.
 
     Args:
       tree: as `trees.to_tree` wrote it in this version or an older one.
     """
     for key in {"class", "name"} & tree.keys():
         tree = tree | {key: _renamed(tree[key])}
+    fields = FIELDS.get(tree.get("class", ""), {})
+    tree = {fields.get(name, name): value for name, value in tree.items()}
     if tree.get("class") == "deq_jax.attacks.PGD" and "epsilon" in tree:  # in ℓ∞, the only norm that it had
         ball = {"class": "deq_jax.attacks.Linf", "epsilon": tree["epsilon"]}
         others = {name: value for name, value in tree.items() if name != "epsilon"}

@@ -1,4 +1,4 @@
-"""Whose gradient attacks a DEQ or a defence, while success is measured on what is deployed."""
+"""Surrogates: the gradients that attack a DEQ or a defence. Success is measured on the deployed predictor."""
 
 from deq_jax.surrogates.adaptive import (
     BPDA,

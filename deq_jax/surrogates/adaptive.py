@@ -2,9 +2,9 @@
 
 A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``, as in `deq_jax.surrogates`.
 `BPDA` is for anyone's wrapper around a classifier, the others are for input entropy reduction (`EntropyReduced`);
-success stays judged on the defended predictor (`attacks.combine.surrogate`).
-Their oracles draw from the keys of a query, so that a random defence is attacked through
-`attacks.combine.expectation`. Square and SPSA need no surrogate.
+success is still measured on the defended predictor (`attacks.gradient_from`).
+Their oracles draw from the keys of a query, so a random defence is attacked through
+`attacks.expectation`. Square and SPSA need no surrogate.
 
 References: Athalye et al. 2018 (BPDA); Croce et al. 2022 (adaptive attacks on test-time defences).
 """
@@ -38,11 +38,11 @@ def identity(x: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BPDA:
-    """The gradient of a predictor ``classifier(g(x))`` with a proxy's derivative in place of that of g.
+    """The gradient of a predictor ``classifier(g(x))``, where the derivative of a proxy replaces the derivative of g.
 
-    The logits are the predictor's own. The predictor is a frozen dataclass, one field of which is the classifier, and
-    which calls that one as any `Classifier` and asks nothing else of it. So g need not be named: what the classifier
-    is given is g(x). It may be random.
+    The logits are the predictor's own. The predictor is a frozen dataclass with the classifier in one field. It calls
+    that one as any `Classifier`, and asks nothing else of it. So g need not be named: the classifier's input is g(x).
+    It may be random.
 
     Attributes:
       proxy: ``x [B, H, W, C] -> [B, ...]``, differentiable, of the shape of g(x); a named function or a frozen
@@ -114,7 +114,7 @@ class BPDAIdentity:
 class BPDAHead:
     """Forward the defence, backward through decoder(gradient(f, z; x)), with the regulated state z held constant.
 
-    By default that is decoder(f(z; x)). The logits and their gradient are those of this expression.
+    By default that is decoder(f(z; x)). Logits and gradient both come from this expression.
 
     Attributes:
       gradient: estimator that leads on from the state.
@@ -127,7 +127,7 @@ class BPDAHead:
 
         def logits(x: Array, keys: Keys) -> Array:
             found = _purified(defence, variables, x, keys)
-            return self._lead_on(defence, variables, x, found.x, defence.readout(found.solution, keys))
+            return self._lead_on(defence, variables, x, found.x, defence.read(found.solution, keys))
 
         return oracle_of(logits)
 
@@ -170,8 +170,8 @@ class EndToEnd:
     the image. Projections have their own derivatives. Costs several times the defence itself.
 
     Attributes:
-      temperature: of the smooth sign; small is nearer to the sign, and its gradient rarer.
-      smooth: take the smooth sign in the forward pass, too.
+      temperature: softness of the smooth sign. A small one is nearer to the sign, but its gradient vanishes more often.
+      smooth: also take the smooth sign in the forward pass.
     """
 
     temperature: float = field(default=1.0, metadata={"static": True})
@@ -210,7 +210,7 @@ class SmoothSign:
 
     Attributes:
       temperature: relative to each image's mean magnitude.
-      smooth: return the smooth one, too.
+      smooth: also return the smooth sign.
     """
 
     temperature: float
@@ -242,10 +242,10 @@ class PathAverage:
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
         path = partial(self.source.path, defended(classifier), variables)
 
-        def grad(loss: Loss, x: Array, target: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
             def total(x):
                 logits = path(x, keys)
-                losses = jnp.mean(jax.vmap(loss, (0, None))(logits, target), axis=0)
+                losses = jnp.mean(jax.vmap(loss, (0, None))(logits, labels), axis=0)
                 return jnp.sum(losses), (losses, jnp.mean(logits, axis=0))
 
             gradient, (losses, logits) = jax.grad(total, has_aux=True)(x)
@@ -260,7 +260,7 @@ class OnBase:
     """Any surrogate of the undefended classifier: attacks that are transferred to the defended one.
 
     Attributes:
-      surrogate: ``(base, variables) -> Oracle``, such as those of `deq_jax.surrogates`.
+      surrogate: ``(base, variables) -> Oracle``, any surrogate of an undefended classifier.
     """
 
     surrogate: Callable[[Any, Variables], Oracle]
@@ -270,20 +270,20 @@ class OnBase:
 
 
 def _with_differentiable_solver(defence: EntropyReduced) -> EntropyReduced:
-    """The same defence, whose solver's steps can be differentiated."""
+    """The same defence with a solver that can be differentiated."""
     return replace(defence, base=defence.base.with_dynamics(solver=differentiable(defence.solver)))
 
 
 def _regulated(defence: EntropyReduced, variables: Variables) -> Oracle:
-    """The defence's logits, differentiated as they are computed."""
+    """The defence's logits, differentiated through their actual computation."""
 
     def logits(x: Array, keys: Keys) -> Array:
         found = reduce_entropy(defence, variables, x, keys)
-        return defence.decode(variables, defence.readout(found.solution, keys))
+        return defence.decode(variables, defence.read(found.solution, keys))
 
     return oracle_of(logits)
 
 
 def _purified(defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Purified:
-    """What the defence does to x, held constant."""
+    """The result of the defence for x, held constant."""
     return reduce_entropy(defence, *lax.stop_gradient((variables, x)), keys)

@@ -1,9 +1,9 @@
-"""Surrogates: whose gradient attacks a DEQ, while success stays judged on the deployed predictor.
+"""Surrogates: they give the gradient that attacks a DEQ. Success is measured on the deployed predictor.
 
 A surrogate is a frozen object called as ``surrogate(classifier, variables) -> Oracle``. Its numbers are
 leaves of a pytree: a compiled function that takes a surrogate as an argument serves every state, number of
-steps and damping. The oracle's logits are those of the surrogate's own forward pass; `judged` puts the
-deployed predictor in their place.
+steps and damping. The oracle's logits come from the surrogate's own forward pass; `judged` replaces
+them by the deployed predictor's.
 """
 
 from __future__ import annotations
@@ -47,8 +47,18 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
     Args:
       surrogate: gives the gradients.
       classifier: as deployed.
-      variables: of the classifier.
-      draws: of a random classifier, over which every answer is the mean (EOT); None for a deterministic one.
+      variables: variables of the classifier.
+      draws: number of draws of a random classifier; every answer is their mean (EOT). None for a deterministic one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Explicit, Keys
+      >>> from deq_jax.models import SmallCNN
+      >>> from deq_jax.surrogates import Direct, judged
+      >>> model, x = Explicit(SmallCNN(num_classes=3, channels=4)), jnp.ones((2, 4, 4, 1))
+      >>> oracle = judged(Direct(), model, model.init(0, x))
+      >>> oracle.logits(x, Keys.of(0, 2)).shape
+      (2, 3)
     """
     judge = classifier_oracle(classifier, variables, random=draws is not None)
     oracle = judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)
@@ -58,7 +68,7 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Direct:
-    """The predictor's own gradient; of explicit networks, too."""
+    """The predictor's own gradient; also for explicit networks."""
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
         return classifier_oracle(classifier, variables)
@@ -70,7 +80,7 @@ class WithGradient:
     """The predictor with another gradient estimator, such as `Implicit(Broyden(30))`.
 
     Attributes:
-      gradient: takes the place of that of the dynamics; a static field: each one is compiled.
+      gradient: replaces the estimator of the dynamics; a static field, so each one is compiled.
     """
 
     gradient: Gradient = field(metadata={"static": True})

@@ -20,11 +20,11 @@ from deq_jax.attacks.oracles import Oracle, oracle_of
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
-from deq_jax.core.gradients import AtState, Phantom, PhantomUpTo
+from deq_jax.core.gradients import Backprop, PhantomUpTo
 from deq_jax.core.readouts import FinalState
-from deq_jax.core.solve import advance, solve
-from deq_jax.core.solvers import Broyden, differentiable
-from deq_jax.core.types import Array, Cell, Injection, Keys, Loss, Params, PyTree, Solution
+from deq_jax.core.solve import advance
+from deq_jax.core.solvers import Broyden
+from deq_jax.core.types import Array, Cell, Keys, Loss, Params, PyTree, Solution
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium, require_deq, zero_state
 from deq_jax.surrogates.base import classifier_oracle
@@ -40,7 +40,7 @@ def simultaneous_adjoint(
     ``u_n^T df(z_n; .)`` to the exact gradient. Each step costs a cell evaluation and a vector-Jacobian product.
 
     Args:
-      solver: of the states; a sample that has converged stays where it is, while its adjoint goes on.
+      solver: solver of the states. A converged sample no longer moves, while its adjoint continues.
       cell, params, u, z0: as in `deq`.
       cotangent: ``z -> dL/dz`` of the loss at a state, leaves [B, ...].
 
@@ -75,30 +75,17 @@ Number = Any  # a Python number, checked when the surrogate is built, or a scala
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ThroughSolver:
-    """The gradient of what is computed: the solver's own steps are differentiated, converged or not.
+    """The gradient of the actual computation: the solver's own steps are differentiated, converged or not.
 
     Where the equilibrium is not reached within the solver's steps, estimators of its gradient, exact ones included,
     can miss how the prediction depends on the image. Costs a backward pass through all steps.
     """
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = require_deq(classifier)
-        params, readout = variables["params"]["cell"], model.dynamics.readout
-
-        def logits(x: Array, keys: Keys) -> Array:
-            u = model.encode(variables, x)
-            solution = solve(differentiable(solver), model.apply_cell, params, zero_state(u), u)
-            return model.decode(variables, self._lead_on(model, params, u, readout(solution)))
-
-        return oracle_of(logits)
-
-    def _lead_on(self, model: Equilibrium, params: PyTree, u: Injection, z: PyTree) -> PyTree:
-        """The value of the model's estimator, differentiated as it is computed."""
+        model, _ = require_deq(classifier)
         gradient = model.dynamics.gradient
-        if isinstance(gradient, AtState):
-            return z
-        advance = gradient if isinstance(gradient, Phantom) else Phantom(0)
-        return advance(model.apply_cell, params, u, z)
+        through = gradient if isinstance(gradient, Backprop) else Backprop(gradient)
+        return classifier_oracle(model.with_dynamics(gradient=through), variables)
 
 
 @jax.tree_util.register_dataclass
@@ -171,50 +158,50 @@ class MeanOverStates:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SimultaneousAdjoint:
-    """Our reconstruction of the simultaneous adjoint, whose code was never published.
+    """Our reconstruction of the simultaneous adjoint; its code was never published.
 
     Adjoint states u_n run along with the solver's iterates z_n and share its quasi-Newton matrices; see
-    `gradients.simultaneous_adjoint`. The loss is that of the decoded z_n, its gradient
+    `simultaneous_adjoint`. The loss is taken at the decoded z_n, its gradient is
     ``u_n^T df(z_n; x)/dx``, which tends to the exact one as the steps grow.
 
     Attributes:
-      step: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
+      state: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
 
     References: Yang et al. 2022, section 4.1 (a reconstruction from its description).
     """
 
-    step: Number
+    state: Number
 
     def __post_init__(self):
-        _check_count("SimultaneousAdjoint: step", self.step, 1, np.inf)
+        _check_count("SimultaneousAdjoint: state", self.state, 1, np.inf)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
         model, solver = require_deq(classifier)
         require(isinstance(solver, Broyden), f"SimultaneousAdjoint: the solver must be Broyden, got {solver!r}")
-        _check_count("SimultaneousAdjoint: step", self.step, 1, solver.steps)
+        _check_count("SimultaneousAdjoint: state", self.state, 1, solver.steps)
         return Oracle(partial(self._logits, model, variables), partial(self._grad, model, variables))
 
     def _logits(self, model: Equilibrium, variables: Variables, x: Array, keys: Keys) -> Array:
         solution: Any = model(variables, x).solution
-        return model.decode(variables, _RawState(self.step)(solution))
+        return model.decode(variables, _RawState(self.state)(solution))
 
     @compiled("model", "loss")
     def _grad(
-        self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, target: Array, keys: Keys
+        self, model: Equilibrium, variables: Variables, loss: Loss, x: Array, labels: Array, keys: Keys
     ) -> tuple[Array, Array, Array]:
         solver: Any = model.dynamics.solver
         u, params = model.encode(variables, x), variables["params"]["cell"]
 
         def total(z: PyTree) -> tuple[Array, tuple[Array, Array]]:
             logits = model.decode(variables, z)
-            losses = loss(logits, target)
+            losses = loss(logits, labels)
             return jnp.sum(losses), (losses, logits)
 
         def cotangent(z: PyTree) -> PyTree:
             return jax.grad(total, has_aux=True)(z)[0]
 
         run = simultaneous_adjoint(solver, model.apply_cell, params, u, zero_state(u), cotangent)
-        z, adjoint = jax.tree.map(lambda leaf: leaf[self.step - 1], run)
+        z, adjoint = jax.tree.map(lambda leaf: leaf[self.state - 1], run)
         _, vjp = jax.vjp(lambda x: model.apply_cell(params, z, model.encode(variables, x)), x)
         return *total(z)[1], vjp(adjoint)[0]
 
@@ -223,10 +210,10 @@ class SimultaneousAdjoint:
 class _RawState:
     """The state z_t, where t may be traced, unlike in `IntermediateState`."""
 
-    t: Number
+    state: Number
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
-        return jax.tree.map(lambda states: states[self.t - 1], solution.states)
+        return jax.tree.map(lambda states: states[self.state - 1], solution.states)
 
 
 def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:
@@ -238,7 +225,7 @@ def _check_damped_steps(surrogate: Intermediate | MeanOverStates) -> None:
 
 
 def _check_count(name: str, value: Number, low: int, high: float) -> None:
-    """Refuses a Python number that is no integer from low to high; arrays and JAX's placeholders pass."""
+    """Refuses a Python number that is not an integer from low to high; arrays and JAX's placeholders pass."""
     if isinstance(value, int | float):
         valid = isinstance(value, int) and low <= value <= high
         expected = f"from {low} to {high}" if high < np.inf else f">= {low}"

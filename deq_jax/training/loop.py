@@ -1,9 +1,10 @@
-"""The training loop: it logs, validates, saves and resumes."""
+"""The training loop: it logs, validates, saves and resumes, in a workdir or in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,61 @@ import numpy as np
 
 from deq_jax.core.errors import require
 from deq_jax.data.batches import batch_indices
+from deq_jax.data.datasets import Splits
 from deq_jax.evaluation.measure import evaluator, spread, summary
+from deq_jax.evaluation.predictor import Predictor
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.parallel.processes import StopRequest, agreed, from_primary, is_primary
-from deq_jax.storage.checkpoints import Checkpoints
-from deq_jax.storage.files import make_folder, write_json
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig
+from deq_jax.training.keeping import Memory, Workdir
 from deq_jax.training.meters import Meter
-from deq_jax.training.metrics import MetricsLog
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
-from deq_jax.training.workdir import (
-    Origin,
-    check_origin,
-    check_same_config,
-    check_same_everywhere,
-    environments_of,
-    read_origin,
-)
+from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
 
 
 class Interrupted(Exception):
-    """The training was asked to stop (SIGINT, SIGTERM) and has saved its state; carries the signal."""
+    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal."""
 
 
 class NonFiniteLoss(Exception):
     """The loss is no longer a finite number; the message names the step and the last good checkpoint."""
 
 
-def train(
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+      config: what was trained.
+      data: the three splits of its dataset.
+      predictor: the classifier with the variables of the best checkpoint, by accuracy under the config's validation
+        attack on held-out training images.
+      state: after the last step.
+      metrics: the lines of metrics.jsonl; with several processes and a workdir, those of process 0 alone.
+    """
+
+    config: TrainConfig
+    data: Splits
+    predictor: Predictor
+    state: TrainState
+    metrics: list[dict[str, Any]]
+
+
+def fit(
     config: TrainConfig,
-    workdir: str | Path,
+    workdir: str | Path | None = None,
     *,
     init_from: str | Path | None = None,
     init_checkpoint: str = "best",
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
-) -> TrainState:
-    """Trains to the end, resuming whatever `workdir` holds of the same training.
+) -> Run:
+    """Trains to the end: in a workdir, resuming whatever it holds of the same training, or in memory.
+
+    Both make the same numbers, those of ``python -m deq_jax.train``. In memory no file is written, and an interrupted
+    run is lost.
 
     The workdir gets ``config.json``, ``environment.json`` (settings and versions), ``metrics.jsonl``, TensorBoard
     events under ``tensorboard/``, and checkpoints under ``checkpoints/latest`` and ``checkpoints/best`` (by accuracy
@@ -65,7 +82,7 @@ def train(
 
     Args:
       config: what to train.
-      workdir: folder of this training.
+      workdir: folder of this training; None for memory.
       init_from: workdir of another run, whose parameters and batch statistics a new run starts from; its config may
         differ in all but the shapes of these. Recorded in ``origin.json`` and not read again.
       init_checkpoint: of `init_from`: best or latest.
@@ -76,6 +93,11 @@ def train(
     With several processes (`parallel.connect`) all call this alike. Process 0 alone reads and writes
     the workdirs, which the others need not see, and calls `report` and `say`; it hands the state to the others.
 
+    Example::
+
+        run = dj.fit(dj.TrainConfig(dj.models.small_cnn(10, 12), dj.Standard(), dj.data.Digits(), epochs=6))
+        print(run.predictor.accuracy(*run.data.test))
+
     Raises:
       InputError: for data, a device count, a workdir or an `init_from` that do not fit, and for a run that was begun
         under settings of JAX that make other numbers.
@@ -83,22 +105,24 @@ def train(
       Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
     """
     start = None if init_from is None else Path(init_from)
-    return _Training(config, Path(workdir), start, init_checkpoint, report, say).run()
+    folder = None if workdir is None else Path(workdir)
+    return _Training(config, folder, start, init_checkpoint, report, say).run()
 
 
 class _Training:
-    """The parts of a running training; `train` is its public face."""
+    """The parts of a running training; `fit` is its public face."""
 
     def __init__(
         self,
         config: TrainConfig,
-        workdir: Path,
+        workdir: Path | None,
         init_from: Path | None,
         init_checkpoint: str,
         report: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
     ):
         self.config, self.workdir, self.report = config, workdir, report
+        self.kept = Memory() if workdir is None or not is_primary() else Workdir(workdir)
         self.say = say if is_primary() else lambda text: None
         self.config_tree = to_tree(config)
         self.state: TrainState
@@ -112,8 +136,11 @@ class _Training:
             if is_primary():
                 self._restore(init_from, init_checkpoint)
         with agreed():
-            if is_primary():
-                self._open_workdir()
+            self.kept.open(
+                self.state, self.meta, is_new=self.saved < 0, has_ended=int(self.state.step) >= self.total_steps
+            )
+        if self.meta["origin"] is not None:
+            self.saved = max(self.saved, 0)
         state, saved = from_primary((self.state, np.int32(self.saved)))
         self.state, self.saved = replicate(state), int(saved)
         self.done = int(self.state.step)
@@ -124,8 +151,7 @@ class _Training:
     def _prepare(self) -> None:
         """Data and the state before the first step."""
         config = self.config
-        if is_primary():
-            check_same_config(config, self.workdir)
+        self.kept.check(config)
         self.data = config.dataset.load()
         self.steps_per_epoch = len(self.data.train.y) // config.batch_size
         size = len(self.data.train.y)
@@ -139,18 +165,15 @@ class _Training:
 
     def _restore(self, init_from: Path | None, init_checkpoint: str) -> None:
         """The state that the workdir holds, or the variables that a new run starts from; nothing is written."""
-        self.latest = Checkpoints(self.workdir / "checkpoints" / "latest", keep=2)
-        self.best = Checkpoints(self.workdir / "checkpoints" / "best", keep=1)
-        latest = self.latest.latest_step()
-        self.environments, changed = environments_of(self.workdir, latest or 0)
-        if latest is not None:
-            self.saved = latest
-            self.state, meta = self.latest.restore(self.state)
+        restored = self.kept.restore(self.state)
+        if restored is not None:
+            self.state, meta = restored
+            self.saved = int(self.state.step)
             self.meta |= meta | {"config": self.config_tree}
-            if init_from is not None:
+            if init_from is not None and self.workdir is not None:
                 check_origin(self.workdir, self._origin(), init_from, init_checkpoint)
-            if latest < self.total_steps:
-                self.say(f"going on after step {latest} of {self.total_steps}")
+            if self.saved < self.total_steps:
+                self.say(f"going on after step {self.saved} of {self.total_steps}")
         elif init_from is not None:
             variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
             self.state = self.state._replace(**variables)
@@ -159,26 +182,13 @@ class _Training:
             if self.config.pretrain_steps:
                 phase = f"{self.config.pretrain_steps} pre-training steps"
                 self.say(f"note: training begins with the {phase} of its config; pretrain_steps=0 leaves them out")
-        if changed:
-            self.say(f"note: numbers may differ from here on: {'; '.join(changed)}")
+        if self.kept.changed:
+            self.say(f"note: numbers may differ from here on: {'; '.join(self.kept.changed)}")
 
     def _origin(self) -> Origin | None:
         return self.meta["origin"] and Origin(**self.meta["origin"])
 
-    def _open_workdir(self) -> None:
-        """What only the process does that writes: it makes the workdir, and what a resumed run reads."""
-        make_folder(self.workdir)
-        write_json(self.workdir / "config.json", self.config_tree)
-        if int(self.state.step) < self.total_steps:
-            write_json(self.workdir / "environment.json", self.environments)
-        if self.meta["origin"] is not None:
-            if self.saved < 0:
-                self.saved = 0
-                self.latest.save(self.saved, self.state, self.meta)
-            write_json(self.workdir / "origin.json", self.meta["origin"])
-        self.log = MetricsLog(self.workdir, int(self.state.step))
-
-    def run(self) -> TrainState:
+    def run(self) -> Run:
         self.steps: dict[TrainConfig, Callable] = {}
         self.meter = Meter(self.config.batch_size, self.meta["interval"])
         self.is_validated = False
@@ -188,9 +198,11 @@ class _Training:
                     self._step()
                     self._after()
         finally:
-            if is_primary():
-                self.log.close()
-        return self.state
+            self.kept.close()
+        with agreed():
+            best, lines = self.kept.best(self.state.variables), self.kept.lines()
+        best = from_primary(best)
+        return Run(self.config, self.data, Predictor(self.config.classifier, best), self.state, lines)
 
     def _step(self) -> None:
         """Starts the next step, compiled for its config: of pre-training, with or without the penalty."""
@@ -227,8 +239,7 @@ class _Training:
             self._validate()
         if saves or stop:
             with agreed():
-                if is_primary():
-                    self._save(self.latest)
+                self.kept.save(self.done, self.state, self._meta())
             self.saved = self.done
         if stop:
             raise Interrupted(stop, self.done)
@@ -247,9 +258,8 @@ class _Training:
         losses = self.meter.wait()
         for step, loss in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(loss):
-                saved = self.workdir.absolute() / "checkpoints" / "latest" / str(self.saved)
-                good = f"last good one: {saved}" if self.saved >= 0 else "no checkpoint yet"
-                raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {good}")
+                where = self.kept.last_good(self.saved)
+                raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {where}")
 
     def _validate(self) -> None:
         if not self.is_validated:
@@ -269,15 +279,14 @@ class _Training:
         warnings = plain_warnings(line["accuracy"], len(self.data.validation.y), classes, residual)
         self._write("validation", line | ({"warnings": warnings} if warnings else {}))
         with agreed():
-            if is_primary() and accuracy > self.meta["best_accuracy"]:
+            if accuracy > self.meta["best_accuracy"]:
                 self.meta["best_accuracy"] = accuracy
-                self._save(self.best)
+                self.kept.save_best(self.done, self.state, self._meta())
 
-    def _save(self, checkpoints: Checkpoints) -> None:
-        checkpoints.save(self.done, self.state, self.meta | {"interval": self.meter.sums})
+    def _meta(self) -> dict[str, Any]:
+        return self.meta | {"interval": self.meter.sums}
 
     def _write(self, split: str, metrics: dict[str, Any]) -> None:
-        if not is_primary():
-            return
-        line = self.log.append(self.done, self.done / self.steps_per_epoch, split, metrics)
-        self.report({**line, "total_steps": self.total_steps})
+        line = self.kept.log(self.done, self.done / self.steps_per_epoch, split, metrics)
+        if is_primary():
+            self.report({**line, "total_steps": self.total_steps})

@@ -11,6 +11,11 @@ from tensorboardX import SummaryWriter
 from deq_jax.storage.files import write_whole
 
 
+def line_of(step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics: of the steps up to this one ("train"), or of the state after it ("validation")."""
+    return {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
 
@@ -26,14 +31,13 @@ class MetricsLog:
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def append(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    def append(self, line: dict[str, Any]) -> dict[str, Any]:
         """Appends a line, hands it to the operating system at once, and returns it; its numbers become events."""
-        line = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{split}/{name}", value, step)
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
         return line
 
     def close(self) -> None:

@@ -11,14 +11,12 @@ from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 
-from deq_jax.attacks.oracles import Attack
+from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy, kl
-from deq_jax.core.types import Array, Keys, PyTree
+from deq_jax.core.types import Array, Keys, Purpose, PyTree
 from deq_jax.models.base import Classifier, Prediction, Variables
-from deq_jax.surrogates.base import classifier_oracle
-
-PERTURB, NATURAL, ADVERSARIAL = range(3)  # purposes of a step's randomness
+from deq_jax.surrogates.base import Surrogate, classifier_oracle, judged
 
 
 class Outcome(NamedTuple):
@@ -36,7 +34,7 @@ class Outcome(NamedTuple):
 class Objective(Protocol):
     """What training minimises."""
 
-    def perturb(self, classifier: Classifier, variables: Variables, x: Array, y: Array, keys: Keys) -> Array:
+    def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         """Images to train on, [B, H, W, C]."""
         ...
 
@@ -46,7 +44,7 @@ class Objective(Protocol):
         variables: Variables,
         x: Array,
         x_adv: Array,
-        y: Array,
+        labels: Array,
         keys: Keys,
         axis_name: str | None,
     ) -> tuple[Array, Outcome]:
@@ -58,13 +56,13 @@ class Objective(Protocol):
 class Standard:
     """Cross-entropy on the images as they are."""
 
-    def perturb(self, classifier, variables, x, y, keys):
+    def perturb(self, classifier, variables, x, labels, keys):
         return x
 
-    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
-        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
-        metrics = {"accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
+    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
+        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
+        loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
+        metrics = {"accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
 
@@ -76,21 +74,24 @@ class PGDAdversarialTraining:
       attack: crafts them.
       random_attack: let random readouts draw a state at every attack step, as in the training passes;
         otherwise the attack sees the full dynamics.
+      surrogate: gives the attack's gradients, e.g. `ThroughSolver()`, which sees the full dynamics; None for the
+        classifier's own gradient estimator.
 
     References: Madry et al. 2018, eq. 2.1.
     """
 
     attack: Attack
     random_attack: bool = True
+    surrogate: Surrogate | None = None
 
-    def perturb(self, classifier, variables, x, y, keys):
-        oracle = classifier_oracle(classifier, variables, random=self.random_attack)
-        return self.attack(oracle, x, y, keys.fold(PERTURB))
+    def perturb(self, classifier, variables, x, labels, keys):
+        oracle = _attacked(self, classifier, variables)
+        return self.attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
 
-    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
-        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(ADVERSARIAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, y) + prediction.penalty)
-        metrics = {"adversarial_accuracy": _accuracy(prediction, y), **_solver_metrics(prediction)}
+    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
+        prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.ADVERSARIAL), axis_name=axis_name)
+        loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
+        metrics = {"adversarial_accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
 
@@ -102,10 +103,11 @@ class Trades:
     statistics are updated in that order.
 
     Attributes:
-      attack: maximises the divergence; its loss must be `kl`, its target is the clean logits.
+      attack: maximises the divergence; its loss must be `kl`, and it gets the clean logits in place of labels.
       beta: weight of the divergence.
       random_attack: as in `PGDAdversarialTraining`.
       tied: draw the same random state and dropout masks in both passes, rather than independent ones.
+      surrogate: as in `PGDAdversarialTraining`.
 
     References: Zhang et al. 2019, eq. 5.
     Differs from the reference: the clean prediction is computed once per step, not at every attack step.
@@ -115,27 +117,28 @@ class Trades:
     beta: float = 6.0
     random_attack: bool = True
     tied: bool = False
+    surrogate: Surrogate | None = None
 
     def __post_init__(self):
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
         loss = getattr(self.attack, "loss", kl)
-        require(loss is kl, "Trades: the attack must maximise losses.kl, since its target is the clean logits")
+        require(loss is kl, "Trades: the attack must maximise losses.kl, since it gets clean logits for labels")
 
-    def perturb(self, classifier, variables, x, y, keys):
-        oracle = classifier_oracle(classifier, variables, random=self.random_attack)
-        clean_logits = oracle.logits(x, keys.fold(NATURAL))
-        return self.attack(oracle, x, clean_logits, keys.fold(PERTURB))
+    def perturb(self, classifier, variables, x, labels, keys):
+        oracle = _attacked(self, classifier, variables)
+        clean_logits = oracle.logits(x, keys.fold(Purpose.NATURAL))
+        return self.attack(oracle, x, clean_logits, keys.fold(Purpose.ATTACK))
 
-    def loss(self, classifier, variables, x, x_adv, y, keys, axis_name):
-        natural = classifier(variables, x, train=True, keys=keys.fold(NATURAL), axis_name=axis_name)
+    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
+        natural = classifier(variables, x, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
         variables = {**variables, "batch_stats": natural.batch_stats}
-        adversarial_keys = keys.fold(NATURAL if self.tied else ADVERSARIAL)
+        adversarial_keys = keys.fold(Purpose.NATURAL if self.tied else Purpose.ADVERSARIAL)
         adversarial = classifier(variables, x_adv, train=True, keys=adversarial_keys, axis_name=axis_name)
-        natural_loss = jnp.mean(cross_entropy(natural.logits, y))
+        natural_loss = jnp.mean(cross_entropy(natural.logits, labels))
         divergence = jnp.mean(kl(adversarial.logits, natural.logits))
         metrics = {
-            "accuracy": _accuracy(natural, y),
-            "adversarial_accuracy": _accuracy(adversarial, y),
+            "accuracy": _accuracy(natural, labels),
+            "adversarial_accuracy": _accuracy(adversarial, labels),
             "natural_loss": natural_loss,
             "divergence": divergence,
             **_solver_metrics(adversarial),
@@ -144,8 +147,15 @@ class Trades:
         return loss, Outcome(adversarial.batch_stats, metrics)
 
 
-def _accuracy(prediction: Prediction, y: Array) -> Array:
-    return jnp.mean(jnp.argmax(prediction.logits, axis=-1) == y)
+def _attacked(objective: PGDAdversarialTraining | Trades, classifier: Classifier, variables: Variables) -> Oracle:
+    """The oracle that the attack of a training step asks."""
+    if objective.surrogate is None:
+        return classifier_oracle(classifier, variables, random=objective.random_attack)
+    return judged(objective.surrogate, classifier, variables)
+
+
+def _accuracy(prediction: Prediction, labels: Array) -> Array:
+    return jnp.mean(jnp.argmax(prediction.logits, axis=-1) == labels)
 
 
 def _solver_metrics(prediction: Prediction) -> dict[str, Array]:

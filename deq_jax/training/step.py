@@ -13,15 +13,13 @@ import optax
 from jax import lax
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.core.types import AnyArray, Array, Keys, Optimizer, PyTree, prng_key
+from deq_jax.core.types import AnyArray, Array, Keys, Optimizer, Purpose, PyTree, prng_key
 from deq_jax.data.batches import to_unit
 from deq_jax.data.datasets import Splits
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import AXIS
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.objectives import Outcome
-
-AUGMENTATION = 17  # purpose of a step's randomness, beside those of the objectives
 
 
 class TrainState(NamedTuple):
@@ -99,7 +97,7 @@ def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: s
     keys = Keys(jax.random.fold_in(prng_key(config.seed), state.step), batch.position)
     x = to_unit(batch.x)
     if config.augmentation is not None:
-        x = config.augmentation(x, keys.fold(AUGMENTATION))
+        x = config.augmentation(x, keys.fold(Purpose.AUGMENTATION))
     classifier, objective = config.classifier, config.objective
     x_adv = lax.stop_gradient(objective.perturb(classifier, state.variables, x, batch.y, keys))
 

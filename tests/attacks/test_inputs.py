@@ -445,6 +445,23 @@ def test_auto_attack_in_l2():
     assert jnp.all(L2(1.0).length(x_adv - X[:2]) <= 0.2 + 1e-6)
 
 
+def test_a_predictor_with_or_without_keys():
+    """A parameter of another name that has a default is none for keys."""
+
+    def noisy(x, keys):
+        return MODEL(x) + keys.draw(lambda key: jax.random.normal(key, (CLASSES,)))
+
+    def cooled(x, temperature=2.0):
+        return MODEL(x) / temperature
+
+    keys = Keys.of(0, BATCH)
+    np.testing.assert_array_equal(oracle_of(lambda x: MODEL(x)).logits(X, keys), MODEL(X))
+    np.testing.assert_array_equal(oracle_of(cooled).logits(X, keys), MODEL(X) / 2)
+    np.testing.assert_array_equal(oracle_of(noisy).logits(X, keys), noisy(X, keys))
+    np.testing.assert_array_equal(oracle_of(lambda x, keys=None: noisy(x, keys)).logits(X, keys), noisy(X, keys))
+    assert oracle_of(cooled) == oracle_of(cooled)
+
+
 def test_auto_attack_arguments():
     with pytest.raises(InputError, match=r"expected epsilon or threat, got both: 0.1 and L2\(epsilon=0.5\)"):
         auto_attack(MODEL, X, Y, 0, 0.1, threat=L2(0.5))

@@ -590,11 +590,3 @@ def test_evaluation_configs_of_the_project(name):
     assert len(names) == (4 if name == "eval_auto_attack" else 8 * 3 * 2 + 1 + 8 + 1 + 2 + 4 + 1)
     assert {"apgd-ce", "apgd-t", "fab-t", "square"} <= set(names)
     assert [trial.from_worst for trial in config.trials[:-1]] == [False] * (len(names) - 1)
-
-
-def test_evaluation_config_of_the_readme():
-    block = re.search(r"```py\n(# my_eval.py.*?)```", Path("README.md").read_text(), re.DOTALL)
-    names: dict = {}
-    exec(block.group(1), names)
-    config = names["get_config"](digits_pgd_at.get_config())
-    assert isinstance(config, EvalConfig) and len(config.trials) == 6

@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from deq_jax import (
     Anderson,
+    Backprop,
     Broyden,
     EnsembleState,
     FinalState,
@@ -96,6 +97,27 @@ def test_linear_closed_form(x64):
         return jnp.sum(z * g)
 
     np.testing.assert_allclose(jax.grad(value)(jnp.ones((1, SIZE))), g @ np.linalg.inv(np.eye(SIZE) - a), rtol=1e-10)
+
+
+def test_backprop_is_the_derivative_of_what_is_computed(x64):
+    """Three steps are far from the equilibrium: the exact gradient there is another one."""
+    few = Broyden(3, tolerance=0)
+    got = gradient_of(Backprop(), few)
+    check_grads(lambda params, u: loss(params, u, few, Backprop()), problem(), order=1, modes=["rev"], rtol=1e-5)
+    assert max(relative_errors(gradient_of(IMPLICIT, few), got)) > 0.01
+
+
+@pytest.mark.parametrize("then", [Phantom(2, 0.5), Unrolled(2), Implicit(), Neumann(), AtState(Phantom(2))])
+def test_backprop_has_the_value_of_the_estimator_it_wraps(x64, then):
+    few = Broyden(3, tolerance=0)
+    np.testing.assert_allclose(loss(*problem(), few, Backprop(then)), loss(*problem(), few, then), rtol=1e-12)
+
+
+def test_backprop_needs_a_solver_and_no_second_backprop():
+    with pytest.raises(InputError, match="got solver=None; expected Unrolled"):
+        loss(*problem(np.float32), None, Backprop())
+    with pytest.raises(InputError, match="then must be another estimator"):
+        Backprop(Backprop())
 
 
 def test_neumann_is_the_sum_that_it_claims(x64):

@@ -16,10 +16,9 @@ from deq_jax import (
     RandomIntermediateState,
     Trades,
 )
-from deq_jax.core import gaussian_probes, jacobian_norm, spectral_radius
+from deq_jax.core import Purpose, gaussian_probes, jacobian_norm, spectral_radius
 from deq_jax.models import JacobianRegularization, SmallCNN
-from deq_jax.training import train
-from deq_jax.training.objectives import ADVERSARIAL, NATURAL
+from deq_jax.training import fit
 from tests.helpers import tiny
 
 MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)) / 3, jnp.float32)
@@ -142,7 +141,7 @@ def test_the_penalty_of_a_training_pass():
     variables = classifier.init(jax.random.key(0), x)
     prediction = classifier(variables, x, train=True, keys=KEYS)
     assert prediction.solution.residuals.shape == (5, 4)
-    states = RandomIntermediateState(first=2)(prediction.solution, KEYS)
+    states = RandomIntermediateState(first=2)(prediction.solution, KEYS.fold(Purpose.READOUT))
     params, u = variables["params"]["cell"], classifier._encode(variables, x, True, KEYS, None)[0]
     expected = PENALTY.penalty(classifier.apply_cell, params, u, states, KEYS)
     np.testing.assert_allclose(prediction.penalty, expected, rtol=1e-4)
@@ -162,7 +161,10 @@ def test_only_final_states_are_jittered():
 
 @pytest.mark.parametrize(
     ("objective", "purposes"),
-    [(PGDAdversarialTraining(tiny.ATTACK), [ADVERSARIAL]), (Trades(tiny.TRADES_ATTACK), [NATURAL, ADVERSARIAL])],
+    [
+        (PGDAdversarialTraining(tiny.ATTACK), [Purpose.ADVERSARIAL]),
+        (Trades(tiny.TRADES_ATTACK), [Purpose.NATURAL, Purpose.ADVERSARIAL]),
+    ],
     ids=["pgd_at", "trades"],
 )
 def test_objectives_add_the_penalties_of_their_passes(objective, purposes):
@@ -175,7 +177,7 @@ def test_objectives_add_the_penalties_of_their_passes(objective, purposes):
         jax.jit(lambda classifier=c: objective.loss(classifier, variables, x, x_adv, y, KEYS, None)[0])()
         for c in (plain, penalised)
     )
-    images = {NATURAL: x, ADVERSARIAL: x_adv}
+    images = {Purpose.NATURAL: x, Purpose.ADVERSARIAL: x_adv}
     penalties = [penalised(variables, images[p], train=True, keys=KEYS.fold(p)).penalty.mean() for p in purposes]
     np.testing.assert_allclose(with_penalty - without, sum(penalties), rtol=1e-2)
 
@@ -230,7 +232,7 @@ def test_a_training_with_penalised_steps(tmp_path):
     penalty = replace(PENALTY, weight=1e4, probability=0.3)
     config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty))
     lines = []
-    train(config, tmp_path / "a", report=lines.append)
+    fit(config, tmp_path / "a", report=lines.append)
     losses = {line["step"] - 1: line["loss"] for line in lines if line["split"] == "train"}
     drawn = {step for step in range(2, 17) if penalty.is_drawn(0, step, 0)}
     assert drawn and {step for step, loss in losses.items() if loss > 50} == drawn

@@ -11,7 +11,7 @@ import pytest
 from configs import digits_cnn_pgd_at, digits_pgd_at
 from deq_jax import EntropyReduced, InputError, Keys
 from deq_jax.attacks import APGD, PGD, SPSA, Linf, Noise, Square, Targeted
-from deq_jax.core import LowEntropy
+from deq_jax.core import LowEntropy, Purpose
 from deq_jax.data import Images
 from deq_jax.defences import RandomDirection, reduce_entropy
 from deq_jax.evaluation import (
@@ -211,7 +211,7 @@ def few(tmp_path_factory):
 
 class TestRandomPredictor:
     def test_it_is_judged_by_a_draw_that_attacks_have_not_seen(self, few):
-        keys = Keys.of(jax.random.key(0), len(X)).fold(1 << 30)
+        keys = Keys.of(jax.random.key(0), len(X)).fold(Purpose.DEPLOYED)
         logits = RANDOM(VARIABLES, few.attempts["direct"].x_adv, keys=keys).logits
         np.testing.assert_array_equal(few.attempts["direct"].measured.deployed.label, np.argmax(logits, axis=1))
 

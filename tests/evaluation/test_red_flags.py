@@ -131,7 +131,7 @@ class Own:
 
     uses_gradients: bool | None = None
 
-    def __call__(self, oracle, x, target, key):
+    def __call__(self, oracle, x, labels, key, start=None):
         return x
 
 

@@ -22,6 +22,7 @@ from deq_jax import (
 )
 from deq_jax.parallel import AXIS, replicate, replicate_and_split
 from deq_jax.storage import from_tree, load_config, to_tree
+from deq_jax.surrogates import ThroughSolver
 from deq_jax.training import Batch, TrainState, train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,7 +34,9 @@ def test_every_combination_is_there():
     mdeqs = product(("cifar10", "cifar100"), ("large", "xl"), ("pgd_at", "trades"), ("", "_random", "_exact"))
     baselines = product(("cifar10", "cifar100"), ("resnet18", "wrn34_10"), ("pgd_at", "trades"), ("",))
     expected = {f"{data}_{size}_{objective}{variant}" for data, size, objective, variant in (*mdeqs, *baselines)}
-    extra = {"cifar10_large_pgd_at_stable", "cifar10_large_trades_stable"}
+    extra = {
+        f"cifar10_large_{objective}_{name}" for objective in ("pgd_at", "trades") for name in ("stable", "through")
+    }
     assert {path.stem for path in PATHS} == expected | extra
 
 
@@ -49,6 +52,7 @@ def test_a_config_is_what_its_name_says(path):
     classes = int(data.removeprefix("cifar"))
     assert config.dataset.name == data
     assert isinstance(config.objective, Trades if "trades" in rest else PGDAdversarialTraining)
+    assert config.objective.surrogate == (ThroughSolver() if rest.endswith("through") else None)
     attack = config.objective.attack
     assert (attack.threat.epsilon, attack.step_size, attack.steps) == (8 / 255, 2 / 255, 10)
     assert (config.batch_size, config.epochs, config.optimizer.learning_rate) == (96, 220, 1e-3)

@@ -1,5 +1,6 @@
 """Checkpoints give back what was saved, or name the first part that does not fit."""
 
+import sys
 from typing import NamedTuple
 
 import jax
@@ -69,6 +70,23 @@ def test_the_first_part_that_does_not_fit_is_named(saved, change, words):
     with pytest.raises(InputError) as raised:
         Checkpoints(saved, keep=1).restore(state._replace(params=change(state.params)))
     assert str(raised.value).startswith(f"checkpoint {saved / '3'} does not fit: ") and words in str(raised.value)
+
+
+def test_a_failed_restore_leaves_no_hook_behind(tmp_path):
+    """Tensorstore answers late reads for a moment after one failed; these are kept quiet, and nothing else is."""
+    state = {f"w{number}": np.random.default_rng(number).normal(size=(100, 100)) for number in range(40)}
+    Checkpoints(tmp_path, keep=1).save(3, state, {})
+    for path in tmp_path.rglob("ocdbt*/d/*"):
+        path.write_bytes(b"damaged")
+    before, seen = sys.unraisablehook, []
+    sys.unraisablehook = mine = seen.append
+    try:
+        with pytest.raises(InputError, match="cannot be read; move it away"):
+            Checkpoints(tmp_path, keep=1).restore(state)
+        assert sys.unraisablehook is mine
+    finally:
+        sys.unraisablehook = before
+    assert seen == []
 
 
 def test_some_parts_alone_are_restored(saved):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from deq_jax import Broyden, RandomIntermediateState, TrainConfig, evaluate, report, train
+from deq_jax import Broyden, IntermediateState, RandomIntermediateState, TrainConfig, evaluate, report, train
 from deq_jax.attacks import PGD, Linf
 from deq_jax.evaluation import EvalConfig
 from deq_jax.reporting import read_evaluations
 from deq_jax.storage import first_difference, from_tree, read_json, to_tree, write_json
+from deq_jax.surrogates import SimultaneousAdjoint
 from deq_jax.training import load_run
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "workdir-0.1.tar.xz"
@@ -67,6 +68,18 @@ def test_its_config_is_the_present_one(folder):
     assert first_difference(old, to_tree(config)) is None
     assert "deq_jax.solvers" in json.dumps(old) and "deq_jax.core.Broyden" in json.dumps(to_tree(config))
     assert {*variables} == {"params", "batch_stats"} and {*variables["params"]} == {"encoder", "cell", "decoder"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"class": "deq_jax.readouts.IntermediateState", "t": 3}, IntermediateState(3)),
+        ({"class": "deq_jax.core.IntermediateState", "t": 3}, IntermediateState(3)),
+        ({"class": "deq_jax.surrogates.SimultaneousAdjoint", "step": 2}, SimultaneousAdjoint(2)),
+    ],
+)
+def test_renamed_fields(old, new):
+    assert from_tree(old) == new and first_difference(old, to_tree(new)) is None
 
 
 def test_its_evaluation_is_read(folder):

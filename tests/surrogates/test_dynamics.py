@@ -279,9 +279,9 @@ def test_surrogates_cross_devices():
         (lambda: Intermediate(1, 1.5), "Intermediate: steps must be an integer"),
         (lambda: Intermediate(1, 5, 0.0), r"Intermediate: damping must be in \(0, 1\], got 0.0"),
         (lambda: MeanOverStates(damping=2), r"MeanOverStates: damping must be in \(0, 1\]"),
-        (lambda: SimultaneousAdjoint(0), "SimultaneousAdjoint: step must be an integer >= 1"),
+        (lambda: SimultaneousAdjoint(0), "SimultaneousAdjoint: state must be an integer >= 1"),
         (lambda: Intermediate(5)(DEQ, variables()), "Intermediate: state must be an integer from 1 to 4, got 5"),
-        (lambda: SimultaneousAdjoint(5)(DEQ, variables()), "SimultaneousAdjoint: step must be an integer from 1 to 4"),
+        (lambda: SimultaneousAdjoint(5)(DEQ, variables()), "SimultaneousAdjoint: state must be an integer from 1 to 4"),
         (lambda: SimultaneousAdjoint(2)(run_as(solver=Anderson(4)), {}), "the solver must be Broyden, got Anderson"),
     ],
 )

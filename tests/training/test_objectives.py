@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
+from deq_jax import Backprop, InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
 from deq_jax.attacks import PGD
-from deq_jax.core import losses
-from deq_jax.surrogates import classifier_oracle
-from deq_jax.training.objectives import ADVERSARIAL, NATURAL, PERTURB
+from deq_jax.core import Purpose, losses
+from deq_jax.surrogates import ThroughSolver, classifier_oracle
 from tests.helpers import tiny
 
 CLASSIFIER = tiny.classifier()
@@ -34,7 +33,7 @@ def test_standard_ignores_the_attack(batch):
     variables, x, _, y = batch
     assert Standard().perturb(CLASSIFIER, variables, x, y, KEYS) is x
     value, outcome = Standard().loss(CLASSIFIER, variables, x, x, y, KEYS, None)
-    prediction = forward(variables, x, NATURAL)
+    prediction = forward(variables, x, Purpose.NATURAL)
     np.testing.assert_allclose(value, losses.cross_entropy(prediction.logits, y).mean(), rtol=1e-5)
     jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, prediction.batch_stats)
     np.testing.assert_allclose(outcome.metrics["accuracy"], np.mean(prediction.logits.argmax(1) == y))
@@ -44,10 +43,10 @@ def test_pgd_at_trains_on_the_attacked_images(batch):
     variables, x, x_adv, y = batch
     objective = PGDAdversarialTraining(tiny.ATTACK)
     crafted = objective.perturb(CLASSIFIER, variables, x, y, KEYS)
-    expected = tiny.ATTACK(classifier_oracle(CLASSIFIER, variables), x, y, KEYS.fold(PERTURB))
+    expected = tiny.ATTACK(classifier_oracle(CLASSIFIER, variables), x, y, KEYS.fold(Purpose.ATTACK))
     np.testing.assert_allclose(crafted, expected, atol=1e-6)
     value, outcome = objective.loss(CLASSIFIER, variables, x, x_adv, y, KEYS, None)
-    prediction = forward(variables, x_adv, ADVERSARIAL)
+    prediction = forward(variables, x_adv, Purpose.ADVERSARIAL)
     np.testing.assert_allclose(value, losses.cross_entropy(prediction.logits, y).mean(), rtol=1e-5)
     jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, prediction.batch_stats)
 
@@ -62,12 +61,22 @@ def test_attacks_draw_random_states_or_see_the_full_dynamics(batch, objective):
     assert not np.allclose(objective.perturb(random, variables, x, y, KEYS), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("objective", [PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)])
+def test_attacks_take_their_gradient_from_the_surrogate(batch, objective):
+    variables, x, _, y = batch
+    through = replace(objective, surrogate=ThroughSolver())
+    own = CLASSIFIER.with_dynamics(gradient=Backprop(CLASSIFIER.dynamics.gradient))
+    crafted = through.perturb(CLASSIFIER, variables, x, y, KEYS)
+    np.testing.assert_allclose(crafted, objective.perturb(own, variables, x, y, KEYS), atol=1e-6)
+    assert not np.allclose(crafted, objective.perturb(CLASSIFIER, variables, x, y, KEYS), atol=1e-3)
+
+
 def test_trades(batch):
     variables, x, x_adv, y = batch
     value, outcome = Trades(tiny.TRADES_ATTACK, beta=6.0).loss(CLASSIFIER, variables, x, x_adv, y, KEYS, None)
-    natural = forward(variables, x, NATURAL)
+    natural = forward(variables, x, Purpose.NATURAL)
     variables = {**variables, "batch_stats": natural.batch_stats}
-    adversarial = forward(variables, x_adv, ADVERSARIAL)
+    adversarial = forward(variables, x_adv, Purpose.ADVERSARIAL)
     p, q = jax.nn.softmax(natural.logits), jax.nn.softmax(adversarial.logits)
     divergence = jnp.sum(p * jnp.log(p / q)) / 8
     expected = losses.cross_entropy(natural.logits, y).mean() + 6 * divergence

@@ -1,0 +1,80 @@
+"""The worst case over trials in one call, in memory or in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from deq_jax.attacks.threats import Threat
+from deq_jax.core.errors import InputError
+from deq_jax.core.types import AnyArray
+from deq_jax.data.datasets import Images
+from deq_jax.evaluation.engine import worst_case
+from deq_jax.evaluation.moments import Moment
+from deq_jax.evaluation.plan import Diagnostics, EvalConfig, Trial
+from deq_jax.evaluation.predictor import Predictor
+from deq_jax.evaluation.results import WorstCase
+
+
+def assess(
+    predictor: Predictor,
+    images: Images | tuple[AnyArray, AnyArray],
+    trials: Sequence[Trial],
+    *,
+    threat: Threat | None = None,
+    diagnostics: Diagnostics | None = None,
+    draws: int | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    skip_broken: bool = True,
+    out: Path | str | None = None,
+    report: Callable[[Moment], None] = lambda moment: None,
+) -> WorstCase:
+    """Attacks a predictor with all trials: the worst case for each image, with red flags.
+
+    Nothing is written without `out`. The whole of what can be evaluated is an `EvalConfig`, for `worst_case`.
+
+    Args:
+      predictor: what is deployed.
+      images: x [N, H, W, C], floating in [0, 1] or uint8, and labels [N].
+      trials: such as ``evaluation.auto_attack_trials(Linf(8 / 255))``.
+      threat: within which adversarial images count; None for the one that the first trial's attack declares.
+      diagnostics: further trials for the red flags, such as ``evaluation.diagnostics(threat)``; without them some
+        flags are not checked.
+      draws, seed, skip_broken: see `EvalConfig`.
+      batch_size: images at a time, at most; over all devices.
+      out: folder that keeps and resumes the evaluation.
+      report: called before what takes long, and after every batch.
+
+    Returns:
+      The worst case; `robust_accuracy`, `clean_accuracy` and `red_flags` are the summary.
+
+    Raises:
+      InputError: no threat is declared or given; see also `EvalConfig` and `worst_case`.
+
+    Example::
+
+        ball = dj.attacks.Linf(0.1)
+        result = dj.assess(run.predictor, run.data.test, dj.evaluation.auto_attack_trials(ball))
+        print(result.robust_accuracy, result.red_flags)
+    """
+    if threat is None:
+        threat = getattr(trials[0].attack, "threat", None) if trials else None
+    if threat is None:
+        raise InputError("assess: expected a threat, such as threat=Linf(8 / 255), since the first trial declares none")
+    data, devices = Images(np.asarray(images[0]), np.asarray(images[1])), jax.device_count()
+    needed = max(-(-len(data.y) // devices), 1) * devices
+    config = EvalConfig(
+        threat,
+        tuple(trials),
+        diagnostics,
+        draws=draws,
+        batch_size=min(batch_size, needed),
+        seed=seed,
+        skip_broken=skip_broken,
+    )
+    folder = None if out is None else Path(out)
+    return worst_case(config, predictor.classifier, predictor.variables, data, folder, report=report)

@@ -1,0 +1,136 @@
+"""What a run keeps: in memory, or in its workdir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from deq_jax.models.base import Variables
+from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.files import make_folder, write_json
+from deq_jax.training.config import TrainConfig
+from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
+from deq_jax.training.step import TrainState
+from deq_jax.training.workdir import check_same_config, environments_of
+
+Meta = dict[str, Any]  # JSON data beside the state: config, best_accuracy, interval, origin
+
+
+class Memory:
+    """Keeps the lines of metrics and the best variables, and writes nothing.
+
+    Also what all processes but the first have, which alone reads and writes the workdir.
+    """
+
+    def __init__(self) -> None:
+        self.changed: list[str] = []
+        self._lines: list[dict[str, Any]] = []
+        self._best: Variables | None = None
+
+    def check(self, config: TrainConfig) -> None:
+        """Raises `InputError` if another config's run is kept here."""
+
+    def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
+        """The latest state, shaped like the given one, and its meta data; None for a new run.
+
+        `changed` then tells how the environment differs from that of the steps before.
+        """
+
+    def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
+        """Called once before the first step, with the state and meta data that it begins with."""
+
+    def log(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Keeps a line of metrics and returns it."""
+        self._lines.append(line_of(step, epoch, split, metrics))
+        return self._lines[-1]
+
+    def save(self, step: int, state: TrainState, meta: Meta) -> None:
+        """Keeps the latest state."""
+
+    def save_best(self, step: int, state: TrainState, meta: Meta) -> None:
+        """Keeps the state of the highest validation accuracy so far."""
+        self._best = jax.tree.map(np.asarray, jax.device_get(state.variables))
+
+    def close(self) -> None:
+        """Called once after the last step."""
+
+    def last_good(self, step: int) -> str:
+        """Where the latest state is, for a message; it is of this step, -1 for none."""
+        return "nothing is saved without a workdir"
+
+    def best(self, template: Variables) -> Variables:
+        """The variables of the highest validation accuracy."""
+        return template if self._best is None else self._best
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines of metrics."""
+        return self._lines
+
+
+class Workdir(Memory):
+    """Keeps a run in a folder: see `loop.fit`.
+
+    Args:
+      path: of the folder, created by `open`.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        self.latest_checkpoints = Checkpoints(path / "checkpoints" / "latest", keep=2)
+        self.best_checkpoints = Checkpoints(path / "checkpoints" / "best", keep=1)
+
+    def check(self, config: TrainConfig) -> None:
+        """See `Memory.check`."""
+        check_same_config(config, self.path)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
+        """See `Memory.restore`."""
+        latest = self.latest_checkpoints.latest_step()
+        self.environments, self.changed = environments_of(self.path, latest or 0)
+        return None if latest is None else self.latest_checkpoints.restore(state)
+
+    def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
+        """See `Memory.open`; makes the workdir, and what a resumed run reads."""
+        make_folder(self.path)
+        write_json(self.path / "config.json", meta["config"])
+        if not has_ended:
+            write_json(self.path / "environment.json", self.environments)
+        if meta["origin"] is not None:
+            if is_new:
+                self.save(0, state, meta)
+            write_json(self.path / "origin.json", meta["origin"])
+        self._log = MetricsLog(self.path, int(state.step))
+
+    def log(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        """See `Memory.log`."""
+        return self._log.append(line_of(step, epoch, split, metrics))
+
+    def save(self, step: int, state: TrainState, meta: Meta) -> None:
+        """See `Memory.save`."""
+        self.latest_checkpoints.save(step, state, meta)
+
+    def save_best(self, step: int, state: TrainState, meta: Meta) -> None:
+        """See `Memory.save_best`."""
+        self.best_checkpoints.save(step, state, meta)
+
+    def close(self) -> None:
+        """See `Memory.close`."""
+        self._log.close()
+
+    def last_good(self, step: int) -> str:
+        """See `Memory.last_good`."""
+        saved = self.path.absolute() / "checkpoints" / "latest" / str(step)
+        return f"last good one: {saved}" if step >= 0 else "no checkpoint yet"
+
+    def best(self, template: Variables) -> Variables:
+        """See `Memory.best`."""
+        found = self.best_checkpoints
+        return template if found.latest_step() is None else found.restore(template, only=list(template))[0]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """See `Memory.lines`."""
+        return read_metrics(self.path / "metrics.jsonl")

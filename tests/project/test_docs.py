@@ -1,0 +1,116 @@
+"""What the README and the pages of docs/ show runs as written, and whatever they point at is there."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import deq_jax
+from configs import digits_pgd_at
+from deq_jax import TrainConfig
+from deq_jax.evaluation import EvalConfig
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/**/*.md"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+BLOCK = re.compile(r"^(<!-- not run: .+ -->\n)?```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"\b(?:configs|benchmarks|deq_jax|docs|notebooks|scripts|tests)/[\w/.-]*\w\.(?:py|ipynb|md|sh|svg)")
+OF_A_READER = {"configs/mine.py"}
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page, language):
+    return [code for _, kind, code in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def prose(page):
+    """A page without its blocks of code."""
+    return BLOCK.sub("", page.read_text())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks(page, "python"):
+        exec(block, names)
+        if "get_config" in names:
+            get_config = names.pop("get_config")
+            of_a_run = bool(inspect.signature(get_config).parameters)
+            config = get_config(digits_pgd_at.get_config()) if of_a_run else get_config()
+            assert isinstance(config, EvalConfig if of_a_run else TrainConfig)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_block_that_is_not_run_says_why(page):
+    found = BLOCK.findall(page.read_text())
+    assert len(found) == page.read_text().count("\n```") / 2
+    for reason, kind, code in found:
+        assert kind in {"bash", "bibtex", "py", "python", "text"}, code
+        assert bool(reason) == (kind == "py"), code
+
+
+def slug(heading):
+    return re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_local_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        inside = page.is_relative_to(ROOT / "docs")
+        assert not inside or other.is_relative_to(ROOT / "docs"), f"{target} is outside of the site"
+        assert not anchor or anchor in map(slug, re.findall(r"^#+ (.+)$", prose(other), re.MULTILINE)), target
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_named_files_tests_and_make_targets_exist(page):
+    text = page.read_text()
+    for path in FILE.findall(text):
+        assert path in OF_A_READER or (ROOT / path).exists(), path
+    for path, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / path).read_text(), test
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target
+
+
+def test_every_page_is_linked_from_another():
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page in TEXTS
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    }
+    assert {page for page in PAGES if page != README} <= linked
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_the_site_has_every_page_and_every_room():
+    shown = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page != README}
+    rooms = {f"api/{face.parent.name}.md" for face in ROOT.glob("deq_jax/**/__init__.py")}
+    assert shown == written | rooms | {"index.md", "contributing.md", "changelog.md"}
+
+
+@pytest.mark.parametrize("room", ["core", "attacks", "models", "data", "defences", "surrogates"])
+def test_examples_in_docstrings_print_what_they_say(room):
+    face = getattr(deq_jax, room)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    things = [getattr(face, name) for name in face.__all__]
+    public = [thing for thing in things if getattr(thing, "__module__", "").startswith("deq_jax.")]
+    examples = [example for thing in public for example in finder.find(thing, globs={}) if example.examples]
+    for example in examples:
+        runner.run(example)
+    assert len(examples) > 0 and runner.failures == 0

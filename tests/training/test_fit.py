@@ -1,0 +1,63 @@
+"""Training in one call: in memory and in a workdir, with the same result."""
+
+import jax
+import numpy as np
+import pytest
+
+import deq_jax as dj
+from deq_jax import InputError
+from deq_jax.training import load_run, read_metrics
+from tests.helpers import tiny
+
+CONFIG = tiny.get_config(epochs=2, log_every=5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "a"
+    return dj.fit(CONFIG), dj.fit(CONFIG, workdir), workdir
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for mine, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_memory_and_a_workdir_give_the_same_bits(runs):
+    memory, disk, workdir = runs
+    same(memory.state, disk.state)
+    same(memory.predictor, disk.predictor)
+    config, best, _ = load_run(workdir)
+    same(disk.predictor.variables, best)
+    assert memory.config == disk.config == config == CONFIG
+
+
+def test_the_lines_of_metrics_are_the_same_but_for_times(runs):
+    memory, disk, workdir = runs
+    assert disk.metrics == read_metrics(workdir / "metrics.jsonl")
+    timings = {"seconds_per_step", "images_per_second", "compile_seconds"}
+    mine, other = (
+        [{name: value for name, value in line.items() if name not in timings} for line in run.metrics]
+        for run in (memory, disk)
+    )
+    assert mine == other and {line["split"] for line in mine} == {"train", "validation"}
+
+
+def test_in_memory_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    linear = dj.models.small_cnn(10, 4, strides=4, expansion=1)
+    run = dj.fit(tiny.get_config(classifier=linear, objective=dj.Standard(), pretrain_steps=0))
+    assert not list(tmp_path.iterdir()) and int(run.state.step) == 17
+    assert len(run.data.test.y) == 360
+    accuracy = run.predictor.accuracy(*run.data.validation)
+    assert accuracy == pytest.approx(run.metrics[-1]["accuracy"])
+
+
+def test_a_finished_workdir_is_read_again(runs):
+    _, disk, workdir = runs
+    again = dj.fit(CONFIG, workdir)
+    same(again.predictor, disk.predictor)
+    assert again.metrics == disk.metrics
+    with pytest.raises(InputError, match="holds a training of another config: seed was 0, now 1"):
+        dj.fit(tiny.get_config(epochs=2, log_every=5, seed=1), workdir)
