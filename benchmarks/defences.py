@@ -161,7 +161,7 @@ def run(planned: Planned) -> None:
     workdir, name, choose, suites = planned
     console.print(f"{workdir.name}: {name}")
     found = evaluate(workdir, lambda config: with_transfers(choose(config), suites.items()), planned.folder)
-    console.print(f"  robust accuracy {100 * found['robust_accuracy']:.1f} %")
+    console.print(f"  robust accuracy {100 * (found.robust_accuracy or 0.0):.1f} %")
     jax.clear_caches()
     gc.collect()
 

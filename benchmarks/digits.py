@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.table import Table
 
 from deq_jax._cli import command_line, console
-from deq_jax.storage import read_json, write_json
+from deq_jax.evaluation import EvaluationFolder, EvaluationRecord, read_record
+from deq_jax.storage import write_json
 
 CONFIGS = [
     "digits_standard",
@@ -44,19 +45,24 @@ def main() -> None:
                 run(config, seed, options.out / f"{config}-{seed}")
         results = {
             config: [
-                read_json(options.out / f"{config}-{seed}" / "evaluation" / "test-pgd" / "evaluation.json")["rows"]
-                for seed in range(options.seeds)
+                read_record(evaluation_of(options.out / f"{config}-{seed}").record) for seed in range(options.seeds)
             ]
             for config in CONFIGS
         }
-        write_json(options.out / "digits.json", results)
+        rows = {config: [record.to_json()["rows"] for record in records] for config, records in results.items()}
+        write_json(options.out / "digits.json", rows)
         for condition in ("clean", "attacked"):
             console.print(table(results, condition))
 
 
+def evaluation_of(workdir: Path) -> EvaluationFolder:
+    """The evaluation by PGD of the run in `workdir`."""
+    return EvaluationFolder(workdir / "evaluation" / "test-pgd")
+
+
 def run(config: str, seed: int, workdir: Path) -> None:
     """Trains and evaluates one model, unless it is finished."""
-    if (workdir / "evaluation" / "test-pgd" / "evaluation.json").exists():
+    if evaluation_of(workdir).record.exists():
         return
     command = [sys.executable, "-m"]
     where = ["--workdir", str(workdir)]
@@ -65,18 +71,20 @@ def run(config: str, seed: int, workdir: Path) -> None:
         subprocess.run([*command, *arguments], check=True)
 
 
-def table(results: dict[str, list[dict]], condition: str) -> Table:
+def table(results: dict[str, list[EvaluationRecord]], condition: str) -> Table:
     """Accuracy in percent, mean and standard deviation over the seeds, of each row of each config."""
-    names = list(results["digits_standard"][0])
+    names = list(results["digits_standard"][0].rows)
     seeds = len(results["digits_standard"])
     grid = Table(title=f"{condition} accuracy (%), mean ± standard deviation over {seeds} seeds")
     grid.add_column("config")
     for name in names:
         grid.add_column(name, justify="right")
-    for config, runs in results.items():
+    for config, records in results.items():
         cells = []
         for name in names:
-            values = [100 * rows[name][condition]["accuracy"] for rows in runs if name in rows]
+            rows = [record.rows[name] for record in records if name in record.rows]
+            means = [row.clean if condition == "clean" else row.attacked for row in rows]
+            values = [100 * mean.accuracy for mean in means if mean is not None]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}" if values else "-")
         grid.add_row(config, *cells)

@@ -28,11 +28,13 @@ from deq_jax.data.batches import to_unit
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.budgets import BUDGETS, default_trials
 from deq_jax.evaluation.engine import worst_case
+from deq_jax.evaluation.files import write_evaluation
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import EarlyState, EvalConfig, Trial, with_transfers
-from deq_jax.evaluation.record import headline, report_of, write_report
+from deq_jax.evaluation.record import EvaluationRecord, Provenance
 from deq_jax.evaluation.terminal import accuracy_table, states_table
 from deq_jax.evaluation.transfers import Transfer
+from deq_jax.evaluation.wording import headline
 from deq_jax.models.base import Classifier
 from deq_jax.parallel.processes import agreed, is_primary
 from deq_jax.storage.configs import load_config, set_fields
@@ -90,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         join(options)
         workdir, choose = Path(options.workdir), partial(choose_config, options)
         out = Path(options.out or workdir / "evaluation" / f"{options.split}-{name_of(options)}")
-        report = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
-        console.print(states_table(report))
-        console.print(accuracy_table(report))
-        console.print(headline(report), style="bold")
+        record = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
+        console.print(states_table(record))
+        console.print(accuracy_table(record))
+        console.print(headline(record), style="bold")
         console.print(f"results: {out}")
 
 
@@ -104,8 +106,8 @@ def evaluate(
     *,
     split: str = "test",
     checkpoint: str = "best",
-) -> dict[str, Any]:
-    """Evaluates a trained classifier, or continues in `out`; see `worst_case` and `report_of`.
+) -> EvaluationRecord:
+    """Evaluates a trained classifier, or continues in `out`; see `worst_case`.
 
     Args:
       workdir: folder of the training run.
@@ -125,11 +127,11 @@ def evaluate(
             config, train.classifier, variables, images, out, validation=data.validation, about=about, report=tell
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
-    report = {**report_of(result), "workdir": str(workdir), **about, "versions": versions, "config": to_tree(train)}
-    report["environment"] = environment()
+    provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
+    record = EvaluationRecord.of(result, provenance)
     if is_primary():
-        write_report(out, report, result, np.asarray(to_unit(images.x[: config.max_images])))
-    return report
+        write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
+    return record
 
 
 def teller(display: Display) -> Callable[[Moment], None]:

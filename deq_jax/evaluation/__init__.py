@@ -4,14 +4,21 @@ from deq_jax.evaluation.assess import assess
 from deq_jax.evaluation.budgets import BUDGETS, default_trials
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
+from deq_jax.evaluation.files import write_evaluation
+from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.measure import (
+    Means,
     Measured,
     Outcomes,
+    Row,
+    RowMeans,
+    Rows,
+    Spread,
     correctness,
     evaluator,
     is_correct,
     measure,
-    row_names,
+    named,
     summary,
 )
 from deq_jax.evaluation.moments import Moment
@@ -26,12 +33,13 @@ from deq_jax.evaluation.plan import (
     with_transfers,
 )
 from deq_jax.evaluation.predictor import Predictor
-from deq_jax.evaluation.record import headline, report_of, write_report
+from deq_jax.evaluation.record import EvaluationRecord, PredictionCost, Provenance, TrialRecord, read_record
 from deq_jax.evaluation.red_flags import red_flags
 from deq_jax.evaluation.results import Attempt, Cost, Flag, Probe, WorstCase
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.verdicts import exact_interval
+from deq_jax.evaluation.wording import headline
 
 __all__ = [
     "BUDGETS",
@@ -40,14 +48,24 @@ __all__ = [
     "Diagnostics",
     "EarlyState",
     "EvalConfig",
+    "EvaluationFolder",
+    "EvaluationRecord",
     "Flag",
+    "Means",
     "Measured",
     "Moment",
     "Outcomes",
+    "PredictionCost",
     "Predictor",
     "Probe",
+    "Provenance",
+    "Row",
+    "RowMeans",
+    "Rows",
+    "Spread",
     "Transfer",
     "Trial",
+    "TrialRecord",
     "WorstCase",
     "assess",
     "auto_attack_trials",
@@ -60,13 +78,13 @@ __all__ = [
     "headline",
     "is_correct",
     "measure",
+    "named",
     "plain_warnings",
+    "read_record",
     "red_flags",
-    "report_of",
-    "row_names",
     "summary",
     "with_surrogates",
     "with_transfers",
     "worst_case",
-    "write_report",
+    "write_evaluation",
 ]

@@ -14,7 +14,7 @@ from deq_jax.core.types import Array, Keys, PyTree, Solution
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
-from deq_jax.evaluation.measure import Outcomes, attack_batch, is_correct, measure
+from deq_jax.evaluation.measure import Outcomes, attack_batch, both, is_correct, measure
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
 
@@ -62,8 +62,8 @@ def choose_early_state(
         robust = []
         for batch in evaluation_batches(images, batch_size):
             found = run((variables, np.int32(t)), batch)
-            correct = is_correct(found.clean, found.y) & is_correct(found.attacked, found.y)
-            robust.append(correct[~batch.is_padding, -1])
+            correct = both(is_correct(found.clean, found.y), is_correct(found.attacked, found.y))
+            robust.append(correct.deployed[~batch.is_padding])
         return float(np.mean(np.concatenate(robust)))
 
     first = to_unit(jnp.asarray(images.x[:1]))

@@ -28,7 +28,17 @@ from deq_jax.data.batches import EvaluationBatch, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.early_state import choose_early_state
-from deq_jax.evaluation.measure import Measured, adjoint_residuals, attack_batch, is_correct, measure, spectral_radii
+from deq_jax.evaluation.measure import (
+    Measured,
+    adjoint_residuals,
+    attack_batch,
+    from_columns,
+    is_correct,
+    measure,
+    replaced,
+    spectral_radii,
+    to_columns,
+)
 from deq_jax.evaluation.moments import Moment, Watch
 from deq_jax.evaluation.plan import REFERENCE, EarlyState, EvalConfig, Trial
 from deq_jax.evaluation.probes import several_answers, timed_answers
@@ -115,10 +125,10 @@ class _Run:
     def all(self) -> WorstCase:
         y, every = self.images.y, np.arange(len(self.images.y))
         stage = self._stage("clean", every, self._clean_stage(), np.ones(len(y), bool))
-        clean = _measured(stage)
-        bad = np.flatnonzero(~np.isfinite(clean.margin[:, -1]))
+        clean = from_columns(stage)
+        bad = np.flatnonzero(~np.isfinite(clean.deployed.margin))
         require(len(bad) == 0, f"the logits of {len(bad)} clean images are not finite (first: image {bad[:1]})")
-        correct = is_correct(clean, y)[:, -1]
+        correct = is_correct(clean, y).deployed
         withstood = correct
         attempts: dict[str, Attempt] = {}
         for trial in self.config.trials:
@@ -127,7 +137,7 @@ class _Run:
             found = self._attempt(trial, rows, clean, before, start)
             if not found.inside.all():
                 check_radius(f"trial {trial.name}", found.x_adv, self.x, self.config.threat)
-            withstood = withstood & is_correct(found.measured, y)[:, -1]
+            withstood = withstood & is_correct(found.measured, y).deployed
             attempts[trial.name] = found
         for trial in self.config.extra_trials:
             attempts[trial.name] = self._attempt(trial, every, clean, correct)
@@ -140,19 +150,17 @@ class _Run:
     def _attempt(
         self, trial: Trial, rows: np.ndarray, clean: Measured, before: np.ndarray, start: np.ndarray | None = None
     ) -> Attempt:
-        measured, seconds = Measured(*(part.copy() for part in clean)), 0.0
         attacked, inside = np.zeros(len(self.x), bool), np.ones(len(self.x), bool)
         read = partial(self.store.x_adv, trial.name, self.x)
         if len(rows) == 0:
             self.report(self._watch(trial.name, rows, before).now())
-            return Attempt(self.x.copy, measured, attacked, inside, seconds)
+            return Attempt(self.x.copy, clean, attacked, inside, 0.0)
         is_transfer = isinstance(trial.attack, Transfer)
         stage = self._transfer_stage(trial) if is_transfer else self._attack_stage(trial, start)
         found = self._stage(trial.name, rows, stage, before, getattr(trial.attack, "gradient_queries", None))
         attacked[rows], seconds = True, float(np.sum(found["seconds"]))
         inside[rows] = is_within(found["x_adv"], self.x[rows], self.config.threat)
-        for whole, part in zip(measured, _measured(found), strict=True):
-            whole[rows] = part
+        measured = replaced(clean, rows, from_columns(found))
         return Attempt(read, measured, attacked, inside, seconds)
 
     def _stage(
@@ -177,7 +185,7 @@ class _Run:
                 self.report(watch.begins())
                 compiled = True
             parts.append(self.store.get(part, partial(self._batch, run, own)))
-            correct[own] &= is_correct(_measured(parts[-1]), self.images.y[own])[:, -1]
+            correct[own] &= is_correct(from_columns(parts[-1]), self.images.y[own]).deployed
             watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(parts[-1]["seconds"])))
             self.report(watch.now())
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -191,18 +199,21 @@ class _Run:
         number = np.resize(rows, self.config.batch_size).astype(np.int32)
         is_padding = np.arange(len(number)) >= len(rows)
         found = run(EvaluationBatch(self.images.x[number], self.images.y[number], number, is_padding))
+        found = dict(found)
+        if "measured" in found:
+            found = to_columns(jax.tree.map(np.asarray, found.pop("measured"))) | found
         found = {key: np.asarray(values)[: len(rows)] for key, values in found.items()}
         return {"number": number[: len(rows)], **found, "seconds": np.array([time.perf_counter() - started])}
 
     def _clean_stage(self) -> Callable[[EvaluationBatch], dict]:
-        def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Array]:
+        def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Any]:
             x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
             measured = measure(self.predictor, variables, x, batch.y, self._draw_from(keys))
             radius, settled = spectral_radii(self.trained, variables, x, keys)
             adjoint = adjoint_residuals(self.trained, variables, x, batch.y)
             still = self._is_still(variables, Direct(), batch)
             found = {"zero_gradient": still, "spectral_radius": radius, "radius_settled": settled}
-            return {**measured._asdict(), **found, **({} if adjoint is None else {"adjoint_residual": adjoint})}
+            return {"measured": measured, **found, **({} if adjoint is None else {"adjoint_residual": adjoint})}
 
         return partial(replicate_and_split(on_device, joint=False), self.variables)
 
@@ -216,7 +227,7 @@ class _Run:
     def _stuck(self, still: np.ndarray) -> np.ndarray:
         """[N] bool, where the gradients of all white-box trials vanish, given where the predictor's own does."""
 
-        def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Array]:
+        def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Any]:
             return {"zero_gradient": self._is_still(*state, batch)}
 
         run, still = replicate_and_split(on_device, joint=False), still.copy()
@@ -231,9 +242,9 @@ class _Run:
         return still
 
     def _transfer_stage(self, trial: Trial) -> Callable[[EvaluationBatch], dict]:
-        def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Array]:
+        def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Any]:
             keys = self._draw_from(Keys(prng_key(self.config.seed), batch.number))
-            return {"x_adv": batch.x, **measure(self.predictor, variables, batch.x, batch.y, keys)._asdict()}
+            return {"x_adv": batch.x, "measured": measure(self.predictor, variables, batch.x, batch.y, keys)}
 
         run = replicate_and_split(on_device, joint=False)
         images = cache(partial(cast(Transfer, trial.attack).load, self.images, self.x, self.config.threat))
@@ -244,12 +255,12 @@ class _Run:
 
         def on_device(
             state: tuple[Variables, Surrogate], parts: tuple[EvaluationBatch, Array | None]
-        ) -> dict[str, Array]:
+        ) -> dict[str, Any]:
             (variables, surrogate), (batch, start) = state, parts
             attacked = partial(attack_batch, seed=self.config.seed, surrogate=surrogate, draws=self.config.draws)
             begun = attack if start is None else partial(attack, start=start)
             x_adv, measured = attacked(self.predictor, variables, begun, batch)
-            return {"x_adv": x_adv, **measured._asdict()}
+            return {"x_adv": x_adv, "measured": measured}
 
         if kind not in self.attackers:
             self.attackers[kind] = replicate_and_split(on_device, joint=False)
@@ -268,10 +279,6 @@ class _Run:
     def _draw_from(self, keys: Keys) -> Keys | None:
         """What the deployed predictor draws from; nothing unless it is random."""
         return None if self.config.draws is None else keys
-
-
-def _measured(arrays: dict[str, np.ndarray]) -> Measured:
-    return Measured(**{name: arrays[name] for name in Measured._fields})
 
 
 def _check_trials(config: EvalConfig, classifier: Classifier, variables: Variables, images: Images) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deq_jax.evaluation.measure import Outcomes, correctness, row_names
+from deq_jax.evaluation.measure import Outcomes, correctness, named
 
 CLEAN, ATTACKED = "#2a6f97", "#c8553d"
 
@@ -19,18 +19,24 @@ def plot_states(outcomes: Outcomes, path: Path) -> None:
     """Accuracy, prediction entropy and residual along the dynamics, clean and attacked, as a PNG."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes: list[Axes] = list(figure.subplots(1, 3))
-    names = row_names(outcomes.clean)
-    states = len(names) - 2
+    names = list(named(outcomes.clean))
+    single = [name for name in names if name in SHORT]
     clean, robust = correctness(outcomes)
     conditions = [("clean", CLEAN, clean, outcomes.clean)]
     if robust is not None and outcomes.attacked is not None:
         conditions.append(("attacked", ATTACKED, robust, outcomes.attacked))
     for label, color, correct, measured in conditions:
-        rows = np.arange(len(names))
-        for axis, values in zip(axes, (100 * correct, measured.entropy, measured.residual), strict=True):
-            mean = np.mean(values, axis=0)
-            axis.plot(rows[:states], mean[:states], "o-", color=color)
-            axis.plot(rows[max(states, 0) :], mean[max(states, 0) :], "D", color=color, label=label)
+        right, seen = named(correct), named(measured)
+        quantities = (
+            {name: 100 * np.mean(right[name]) for name in names},
+            {name: np.mean(row.entropy) for name, row in seen.items()},
+            {name: np.mean(row.residual) for name, row in seen.items()},
+        )
+        for axis, means in zip(axes, quantities, strict=True):
+            states = [name for name in names if name not in SHORT]
+            axis.plot([names.index(name) for name in states], [means[name] for name in states], "o-", color=color)
+            places = [names.index(name) for name in single]
+            axis.plot(places, [means[name] for name in single], "D", color=color, label=label)
     titles = ["accuracy (%)", "prediction entropy (nats)", "relative residual"]
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
@@ -38,7 +44,7 @@ def plot_states(outcomes: Outcomes, path: Path) -> None:
         axis.set_xlabel("state")
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 102)
-    if not np.isnan(outcomes.clean.residual).all():
+    if not np.isnan(outcomes.clean.deployed.residual).all():
         axes[2].set_yscale("log")
     axes[0].legend()
     figure.savefig(path, dpi=130)
@@ -81,7 +87,7 @@ def plot_images(outcomes: Outcomes, x: np.ndarray, path: Path, count: int = 8) -
     clean, robust = correctness(outcomes)
     if robust is None or outcomes.attacked is None:
         raise ValueError("plot_images: expected an evaluation with an attack")
-    is_broken = clean[:, -1] & ~robust[:, -1]
+    is_broken = clean.deployed & ~robust.deployed
     chosen = np.concatenate([np.flatnonzero(is_broken), np.flatnonzero(~is_broken)])[:count]
     figure = Figure(figsize=(1.3 * len(chosen), 4.4), layout="constrained")
     axes = figure.subplots(3, len(chosen), squeeze=False)
@@ -89,7 +95,7 @@ def plot_images(outcomes: Outcomes, x: np.ndarray, path: Path, count: int = 8) -
     for column, i in enumerate(chosen):
         noise = (outcomes.x_adv[i] - x[i]) / (2 * scale) + 0.5
         pictures = [x[i], noise, outcomes.x_adv[i]]
-        titles = [f"{outcomes.clean.label[i, -1]}", "noise", f"{outcomes.attacked.label[i, -1]}"]
+        titles = [f"{outcomes.clean.deployed.label[i]}", "noise", f"{outcomes.attacked.deployed.label[i]}"]
         for axis, picture, title in zip(axes[:, column], pictures, titles, strict=True):
             axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1)
             axis.set_title(title, fontsize=9)

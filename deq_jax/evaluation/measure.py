@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +27,43 @@ from deq_jax.surrogates.base import Direct, Surrogate, judged
 
 RADIUS_STEPS = 30
 
+T = TypeVar("T")
 
-class Measured(NamedTuple):
-    """What is seen of each image, in R rows: the raw states z_1 .. z_T, their mean, and what is deployed.
 
-    An explicit network has the last row only. See `row_names`.
+class Row(NamedTuple):
+    """What is seen of each image by one predictor, [N]; or by each of T states, [N, T].
 
     Attributes:
-      label: [N, R] int, the predicted one.
-      margin: [N, R], best wrong logit minus the true one; not finite where a logit is not.
-      entropy: [N, R], of the predicted distribution, in nats.
-      residual: [N, R], relative; for what is deployed the lowest of the trajectory, which is that of the
-        equilibrium. NaN for the mean of the states and for an explicit network.
+      label: int, the predicted one.
+      margin: best wrong logit minus the true one; not finite where a logit is not.
+      entropy: of the predicted distribution, in nats.
+      residual: relative; for what is deployed the lowest of the trajectory, which is that of the equilibrium. NaN for
+        the mean of the states and for an explicit network.
     """
 
     label: AnyArray
     margin: AnyArray
     entropy: AnyArray
     residual: AnyArray
+
+
+class Rows(NamedTuple, Generic[T]):
+    """The same of every predictor that a DEQ has. See `named`.
+
+    Attributes:
+      states: of the raw states z_1 .. z_T, in an axis after that of the images; None for an explicit network.
+      ensemble: of the mean of these states; None for an explicit network.
+      deployed: of what is deployed.
+    """
+
+    states: T | None
+    ensemble: T | None
+    deployed: T
+
+
+Measured: TypeAlias = Rows[Row]
+
+Correct: TypeAlias = Rows[AnyArray]
 
 
 class Outcomes(NamedTuple):
@@ -72,17 +92,21 @@ def measure(
     A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
     one draws from the keys, and is deterministic without them.
     """
-    prediction = classifier(variables, x, keys=keys and keys.fold(Purpose.DEPLOYED))
-    logits, unknown = prediction.logits[None], jnp.full((1, x.shape[0]), jnp.nan)
-    residual, solution = unknown, prediction.solution
-    if solution is not None and len(solution.residuals):  # without a solver there are no states
-        decode: Callable[[PyTree], Array] = partial(cast(Any, classifier).decode, variables)
-        mean = decode(EnsembleState()(solution))[None]
-        logits = jnp.concatenate([lax.map(decode, solution.states), mean, logits])
-        lowest = jnp.min(solution.residuals, axis=0, keepdims=True)
-        residual = jnp.concatenate([solution.residuals, unknown, lowest])
-    margins = jax.vmap(margin, (0, None))(logits, labels)
-    return Measured(jnp.argmax(logits, axis=-1).T, margins.T, jax.vmap(entropy)(logits).T, residual.T)
+    prediction = classifier(variables, x, keys=None if keys is None else keys.fold(Purpose.DEPLOYED))
+    unknown, solution = jnp.full(x.shape[0], jnp.nan), prediction.solution
+
+    def row(logits: Array, residual: Array) -> Row:
+        return Row(jnp.argmax(logits, axis=-1), margin(logits, labels), entropy(logits), residual)
+
+    if solution is None or not len(solution.residuals):  # without a solver there are no states
+        return Rows(None, None, row(prediction.logits, unknown))
+    decode: Callable[[PyTree], Array] = partial(cast(Any, classifier).decode, variables)
+    states = jax.vmap(row)(lax.map(decode, solution.states), solution.residuals)
+    return Rows(
+        jax.tree.map(jnp.transpose, states),
+        row(decode(EnsembleState()(solution)), unknown),
+        row(prediction.logits, jnp.min(solution.residuals, axis=0)),
+    )
 
 
 def spectral_radii(classifier: Classifier, variables: Variables, x: Array, keys: Keys) -> SpectralRadius:
@@ -199,51 +223,125 @@ def evaluator(
     return run_all
 
 
-def is_correct(measured: Measured, labels: AnyArray) -> AnyArray:
-    """[N, R] bool. Logits that are not finite never count as fooled."""
-    return (measured.label == labels[:, None]) | ~np.isfinite(measured.margin)
+def is_correct(measured: Measured, labels: AnyArray) -> Correct:
+    """Whether each image is classified correctly, bool. Logits that are not finite never count as fooled."""
+
+    def of(row: Row) -> AnyArray:
+        true = labels if row.label.ndim == 1 else labels[:, None]
+        return (row.label == true) | ~np.isfinite(row.margin)
+
+    states, ensemble, deployed = measured
+    return Rows(None if states is None else of(states), None if ensemble is None else of(ensemble), of(deployed))
 
 
-def correctness(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray | None]:
-    """[N, R] bool: correct as it is, and correct under attack (None without attack).
+def both(a: Correct, b: Correct) -> Correct:
+    """Where both hold."""
+    return jax.tree.map(np.logical_and, a, b)
+
+
+def correctness(outcomes: Outcomes) -> tuple[Correct, Correct | None]:
+    """Whether each image is correct when clean, and under attack (None without attack).
 
     An image counts as correct under attack only if it is also correct without it.
     """
     clean = is_correct(outcomes.clean, outcomes.y)
     if outcomes.attacked is None:
         return clean, None
-    return clean, clean & is_correct(outcomes.attacked, outcomes.y)
+    return clean, both(clean, is_correct(outcomes.attacked, outcomes.y))
 
 
-def row_names(measured: Measured) -> list[str]:
-    """Names of the R rows: z_1 .. z_T, ensemble (the mean of these states), deployed."""
-    states = measured.label.shape[1] - 2
-    return [*(f"z_{t}" for t in range(1, states + 1)), *["ensemble"][: states + 1], "deployed"]
+def named(rows: Rows[T]) -> dict[str, T]:
+    """The rows by their names, each without an axis of states: z_1 .. z_T, ensemble, deployed.
+
+    >>> import numpy as np
+    >>> from deq_jax.evaluation import Rows, named
+    >>> list(named(Rows(np.ones((4, 3)), np.ones(4), np.ones(4))))
+    ['z_1', 'z_2', 'z_3', 'ensemble', 'deployed']
+    """
+    found: dict[str, T] = {}
+    if rows.states is not None:
+        count = jax.tree.leaves(rows.states)[0].shape[1]
+        found = {f"z_{t}": jax.tree.map(lambda leaf, t=t: leaf[:, t - 1], rows.states) for t in range(1, 1 + count)}
+    if rows.ensemble is not None:
+        found["ensemble"] = rows.ensemble
+    return found | {"deployed": rows.deployed}
 
 
-def summary(outcomes: Outcomes) -> dict[str, Any]:
-    """Means over the images, as JSON data: for each row of `row_names`, what was measured."""
+def replaced(measured: Measured, chosen: np.ndarray, by: Measured) -> Measured:
+    """What was measured, with that of the chosen images (their numbers, or [N] bool) exchanged."""
+
+    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        whole = np.array(old)
+        whole[chosen] = new
+        return whole
+
+    return jax.tree.map(put, measured, by)
+
+
+def to_columns(measured: Measured) -> dict[str, np.ndarray]:
+    """As files hold it: label, margin, entropy and residual [N, R], with a column for each name of `named`."""
+    rows = named(measured).values()
+    return {name: np.stack([getattr(row, name) for row in rows], axis=1) for name in Row._fields}
+
+
+def from_columns(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Measured:
+    """What `to_columns` wrote, from arrays whose names begin with the prefix."""
+    columns = Row(*(arrays[prefix + name] for name in Row._fields))
+    deployed = Row(*(array[:, -1] for array in columns))
+    if columns.label.shape[1] == 1:
+        return Rows(None, None, deployed)
+    return Rows(Row(*(array[:, :-2] for array in columns)), Row(*(array[:, -2] for array in columns)), deployed)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over images of what was measured in one row.
+
+    Attributes:
+      accuracy: from 0 to 1.
+      entropy: in nats.
+      residual: relative; None where there is none.
+    """
+
+    accuracy: float
+    entropy: float
+    residual: float | None
+
+
+@dataclass(frozen=True)
+class RowMeans:
+    """Means of one row on clean and on adversarial images; None without attack."""
+
+    clean: Means
+    attacked: Means | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and largest of the finite numbers among those of the images; None where there is none."""
+
+    mean: float | None
+    largest: float | None
+
+
+def summary(outcomes: Outcomes) -> dict[str, RowMeans]:
+    """Means over the images of what was measured, for each row of `named`."""
     clean, robust = correctness(outcomes)
-    rows = {}
-    for row, name in enumerate(row_names(outcomes.clean)):
-        rows[name] = {"clean": _means(clean, outcomes.clean, row)}
-        if robust is not None and outcomes.attacked is not None:
-            rows[name]["attacked"] = _means(robust, outcomes.attacked, row)
-    return {"images": len(outcomes.y), "rows": rows}
-
-
-def mean_and_largest(values: np.ndarray | None) -> dict[str, float | None]:
-    """Mean and largest of the finite numbers, one per image; None where there is none."""
-    finite = np.array([]) if values is None else values[np.isfinite(values)]
-    if len(finite) == 0:
-        return {"mean": None, "largest": None}
-    return {"mean": float(np.mean(finite)), "largest": float(np.max(finite))}
-
-
-def _means(correct: np.ndarray, measured: Measured, row: int) -> dict[str, float | None]:
-    residual = float(np.mean(measured.residual[:, row]))
-    return {
-        "accuracy": float(np.mean(correct[:, row])),
-        "entropy": float(np.mean(measured.entropy[:, row])),
-        "residual": None if np.isnan(residual) else residual,
+    right = {"clean": named(clean), "attacked": {} if robust is None else named(robust)}
+    seen = {"clean": named(outcomes.clean), "attacked": {} if outcomes.attacked is None else named(outcomes.attacked)}
+    means = {
+        condition: {name: _means(right[condition][name], row) for name, row in rows.items()}
+        for condition, rows in seen.items()
     }
+    return {name: RowMeans(mean, means["attacked"].get(name)) for name, mean in means["clean"].items()}
+
+
+def spread(values: np.ndarray | None) -> Spread:
+    """Mean and largest of the finite numbers, one per image."""
+    finite = np.array([]) if values is None else values[np.isfinite(values)]
+    return Spread(float(np.mean(finite)), float(np.max(finite))) if len(finite) else Spread(None, None)
+
+
+def _means(correct: AnyArray, row: Row) -> Means:
+    residual = float(np.mean(row.residual))
+    return Means(float(np.mean(correct)), float(np.mean(row.entropy)), None if np.isnan(residual) else residual)

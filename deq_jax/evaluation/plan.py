@@ -17,9 +17,10 @@ from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD, clean_start
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import InputError, require
+from deq_jax.evaluation.folder import EvaluationFolder
+from deq_jax.evaluation.recorded import read_plan
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.models.base import Classifier
-from deq_jax.storage.files import read_json
 from deq_jax.storage.trees import first_difference, to_tree
 from deq_jax.surrogates.base import Direct, Surrogate
 
@@ -184,6 +185,11 @@ class EvalConfig:
         """Those of the diagnostics."""
         return tuple(_roles(self.diagnostics).values())
 
+    @property
+    def all_trials(self) -> tuple[Trial, ...]:
+        """In the order in which they run."""
+        return (*self.trials, *self.extra_trials)
+
 
 def _check_names(config: EvalConfig) -> None:
     """Refuses names that occur twice, and tells whose they are."""
@@ -246,14 +252,14 @@ def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> Ev
 
 
 def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:
-    finished = (folder / "evaluation.json").exists()
-    require(finished, f"{folder}: expected the folder of a finished evaluation, found no evaluation.json")
-    config = read_json(folder / "manifest.json")["config"]
-    difference = first_difference(config["threat"], to_tree(threat))
+    own = EvaluationFolder(folder)
+    finished = own.record.exists()
+    require(finished, f"{folder}: expected the folder of a finished evaluation, found no {own.record.name}")
+    plan = read_plan(own)
+    difference = first_difference(plan.threat, to_tree(threat))
     require(difference is None, f"{folder}: its images are of another threat model: {difference}, expected the same")
-    extra = config["diagnostics"] or {}
-    trials = [*config["trials"], *(trial for name, trial in extra.items() if name not in ("class", "far"))]
-    folders = {trial["name"]: folder / "trials" / trial["name"] for trial in trials}
+    trials = [*plan.trials, *(trial for role, trial in plan.checks.items() if role != "far")]
+    folders = {trial.name: own.trial(trial.name) for trial in trials}
     return [
         Trial(f"{suite}.{name}", Transfer(str(path)), suite=suite) for name, path in folders.items() if path.is_dir()
     ]

@@ -1,141 +1,273 @@
-"""An evaluation as numbers, files and one headline."""
+"""An evaluation as numbers: what evaluation.json holds, written and read here."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deq_jax.evaluation.figures import plot_accuracies, plot_images, plot_states
-from deq_jax.evaluation.measure import mean_and_largest, summary
-from deq_jax.evaluation.red_flags import red_flags
+from deq_jax.evaluation.measure import Means, RowMeans, Spread, spread, summary
+from deq_jax.evaluation.plan import UNDEFENDED, Trial
+from deq_jax.evaluation.recorded import RecordedPlan, RecordedRun, parsed
+from deq_jax.evaluation.red_flags import Flag, red_flags
 from deq_jax.evaluation.results import WorstCase
 from deq_jax.evaluation.verdicts import exact_interval, warnings_of
-from deq_jax.storage.files import write_json, write_npz
-from deq_jax.storage.trees import to_tree
+from deq_jax.storage.briefs import brief
+from deq_jax.storage.trees import Json, to_tree
+
+SCHEMA = 1  # of evaluation.json; files of before have no number
 
 
-def report_of(result: WorstCase) -> dict[str, Any]:
-    """All numbers, as JSON data.
+@dataclass(frozen=True)
+class TrialRecord:
+    """What a trial did.
 
-    rows: what was measured in each state, clean and on the worst case of each image; accuracy: of each predictor,
-    on the images of each trial, and under all of them; trials: what they did and cost, and which threat model they
-    declare, None if their images alone were checked; defence: what the predictor is
-    called; cost: of a prediction, in applications of the cell and in seconds per image; spectral_radius: mean and
-    largest one of the trained cell at the equilibria of the images as they are, and how many have not settled;
-    adjoint_residual: mean and largest one of the trained estimator's adjoint states; robust_accuracy: of the deployed
-    predictor, under all trials, not to be trusted while a red flag is raised; intervals: of the deployed predictor's
-    accuracies, clean and under all trials, for other images; warnings: sentences on what is wrong with the model.
+    Attributes:
+      attacked, broken: numbers of images.
+      seconds: spent on it, compilation included.
+      threat: config tree of the threat model that its attack declares; None if its images alone were checked.
+      gradient_queries: per image, at most; None if its attack does not tell.
     """
-    flags = red_flags(result) if result.attempts else []
-    accuracy = result.accuracies()
-    return {
-        **summary(result.outcomes),
-        "accuracy": accuracy,
-        "cumulative": result.config.skip_broken,
-        "trials": _trials(result),
-        "defence": result.config.defence,
-        "cost": _cost(result),
-        "spectral_radius": _spectral_radius(result),
-        "adjoint_residual": mean_and_largest(result.adjoint_residual),
-        "robust_accuracy": accuracy["union"]["deployed"] if result.attempts else None,
-        "intervals": {
-            name: exact_interval(accuracy[name]["deployed"], len(result.y))
-            for name in ("clean", "union")
-            if name in accuracy
-        },
-        "warnings": warnings_of(result),
-        "red_flags": [dataclasses.asdict(flag) for flag in flags],
-        "early_state": result.early_state,
-        "evaluation": to_tree(result.config),
-    }
+
+    attacked: int
+    broken: int
+    seconds: float
+    threat: Json = None
+    gradient_queries: int | None = None
 
 
-def _trials(result: WorstCase) -> dict[str, Any]:
-    return {
-        trial.name: {
-            "attacked": int(np.sum(result.attempts[trial.name].attacked)),
-            "broken": int(np.sum(result.broken(trial.name))),
-            "seconds": round(result.attempts[trial.name].seconds, 2),
-            "threat": to_tree(getattr(trial.attack, "threat", None)),
-            "gradient_queries": getattr(trial.attack, "gradient_queries", None),
+@dataclass(frozen=True)
+class PredictionCost:
+    """The cost of a prediction for one image.
+
+    Attributes:
+      evaluations: applications of the cell, of which a vector-Jacobian product is one; None for an explicit network.
+      seconds: median time on one device, compilation excluded.
+    """
+
+    evaluations: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Whose classifier was evaluated, on what, and by which versions.
+
+    Attributes:
+      workdir: of the training run.
+      checkpoint: best or latest, and its step, such as "best, step 17".
+      split: train, validation or test.
+      versions: distribution -> version.
+      config: config tree of the training run.
+      environment: settings, devices and versions, see `storage.environment`; None in older files.
+    """
+
+    workdir: str
+    checkpoint: str
+    split: str
+    versions: dict[str, str]
+    config: Json
+    environment: Json = None
+
+    @cached_property
+    def run(self) -> RecordedRun:
+        """The training run, by its config."""
+        return RecordedRun.of(self.config)
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """All numbers of an evaluation.
+
+    Headline, tables and the report's page are functions of it. Robust accuracies are not to be trusted while a red flag
+    is raised.
+
+    Attributes:
+      images: how many were evaluated.
+      rows: means of what was measured in each state, clean and on the worst case of each image.
+      accuracy: name of the images (clean, of a trial or suite, or union) -> predictor -> accuracy.
+      cumulative: whether a trial leaves alone what earlier ones broke.
+      trials: name -> what it did.
+      defence: what the deployed predictor is called.
+      cost: of a prediction.
+      spectral_radius: of the trained cell at the equilibria of the clean images.
+      unsettled: for how many of them its estimate has not settled; None where it is not known.
+      adjoint_residual: of the trained estimator's adjoint states.
+      warnings: sentences on what is wrong with the model.
+      red_flags: checks of the attacks.
+      early_state: accuracies of z_1 .. z_T on held-out images, by which the deployed one was chosen; None if none was.
+      evaluation: config tree of the evaluation.
+      provenance: where the classifier comes from; None for one that comes from no workdir.
+
+    Example::
+
+        record = EvaluationRecord.of(worst_case(config, classifier, variables, images))
+        assert EvaluationRecord.from_json(record.to_json()) == record
+    """
+
+    images: int
+    rows: dict[str, RowMeans]
+    accuracy: dict[str, dict[str, float]]
+    cumulative: bool
+    trials: dict[str, TrialRecord]
+    defence: str
+    cost: PredictionCost
+    spectral_radius: Spread
+    unsettled: int | None
+    adjoint_residual: Spread
+    warnings: tuple[str, ...]
+    red_flags: tuple[Flag, ...]
+    early_state: tuple[float, ...] | None
+    evaluation: Json
+    provenance: Provenance | None = None
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        """Accuracy of the deployed predictor under all trials; None without attack."""
+        return self.accuracy["union"]["deployed"] if "union" in self.accuracy else None
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals of the deployed predictor's accuracies on other images: clean, and under all trials."""
+        known = [name for name in ("clean", "union") if name in self.accuracy]
+        return {name: exact_interval(self.accuracy[name]["deployed"], self.images) for name in known}
+
+    @cached_property
+    def plan(self) -> RecordedPlan:
+        """What the evaluation consisted of, by its config."""
+        return RecordedPlan.of(self.evaluation)
+
+    @classmethod
+    def of(cls, result: WorstCase, provenance: Provenance | None = None) -> EvaluationRecord:
+        """The numbers of what `worst_case` found."""
+        evaluations, settled = float(np.mean(result.cost.evaluations)), result.radius_settled
+        radius = spread(result.spectral_radius)
+        is_known = radius.mean is not None and settled is not None
+        return cls(
+            images=len(result.y),
+            rows=summary(result.outcomes),
+            accuracy=result.accuracies(),
+            cumulative=result.config.skip_broken,
+            trials={trial.name: _trial(result, trial) for trial in result.config.all_trials},
+            defence=result.config.defence,
+            cost=PredictionCost(None if np.isnan(evaluations) else evaluations, float(np.median(result.cost.seconds))),
+            spectral_radius=radius,
+            unsettled=int(np.sum(~np.asarray(settled))) if is_known else None,
+            adjoint_residual=spread(result.adjoint_residual),
+            warnings=tuple(warnings_of(result)),
+            red_flags=tuple(red_flags(result)) if result.attempts else (),
+            early_state=None if result.early_state is None else tuple(result.early_state),
+            evaluation=to_tree(result.config),
+            provenance=provenance,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON data, with the number of its schema and what follows from the other numbers."""
+        where = {} if self.provenance is None else dataclasses.asdict(self.provenance)
+        radius = {**dataclasses.asdict(self.spectral_radius), "unsettled": self.unsettled}
+        return {
+            "schema": SCHEMA,
+            "images": self.images,
+            "rows": {name: _known(dataclasses.asdict(row), "attacked") for name, row in self.rows.items()},
+            "accuracy": self.accuracy,
+            "cumulative": self.cumulative,
+            "trials": {name: dataclasses.asdict(trial) for name, trial in self.trials.items()},
+            "defence": self.defence,
+            "cost": dataclasses.asdict(self.cost),
+            "spectral_radius": radius,
+            "adjoint_residual": dataclasses.asdict(self.adjoint_residual),
+            "robust_accuracy": self.robust_accuracy,
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "warnings": list(self.warnings),
+            "red_flags": [dataclasses.asdict(flag) for flag in self.red_flags],
+            "early_state": None if self.early_state is None else list(self.early_state),
+            "evaluation": self.evaluation,
+            **_known(where, "environment"),
         }
-        for trial in (*result.config.trials, *result.config.extra_trials)
-    }
+
+    @classmethod
+    def from_json(cls, tree: Any) -> EvaluationRecord:
+        """The record that `to_json` wrote, in this version or an older one, whose files may lack some numbers.
+
+        Raises:
+          KeyError, TypeError, ValueError, AttributeError: it is no such record, or one of a newer version.
+        """
+        schema = tree.get("schema", 0)
+        if schema not in range(SCHEMA + 1):
+            raise ValueError(f"schema {schema!r}, expected at most {SCHEMA}")
+        radius, plan = tree.get("spectral_radius", {}), RecordedPlan.of(tree["evaluation"])
+        early = tree.get("early_state")
+        return cls(
+            images=int(tree["images"]),
+            rows={name: _row(row) for name, row in tree["rows"].items()},
+            accuracy={name: {who: float(part) for who, part in row.items()} for name, row in tree["accuracy"].items()},
+            cumulative=plan.skip_broken,
+            trials={name: _trial_of(trial) for name, trial in tree.get("trials", {}).items()},
+            defence=tree.get("defence", UNDEFENDED if plan.predictor is None else brief(plan.predictor)),
+            cost=PredictionCost(**{name: _number(value) for name, value in tree.get("cost", {}).items()}),
+            spectral_radius=_spread(radius),
+            unsettled=radius.get("unsettled"),
+            adjoint_residual=_spread(tree.get("adjoint_residual", {})),
+            warnings=tuple(map(str, tree.get("warnings", ()))),
+            red_flags=tuple(Flag(**flag) for flag in tree["red_flags"]),
+            early_state=None if early is None else tuple(map(float, early)),
+            evaluation=tree["evaluation"],
+            provenance=_provenance(tree) if "workdir" in tree else None,
+        )
 
 
-def _cost(result: WorstCase) -> dict[str, float | None]:
-    evaluations = float(np.mean(result.cost.evaluations))
-    seconds = float(np.median(result.cost.seconds))
-    return {"evaluations": None if np.isnan(evaluations) else evaluations, "seconds": seconds}
+def read_record(path: Path) -> EvaluationRecord:
+    """The record in an evaluation.json.
 
-
-def _spectral_radius(result: WorstCase) -> dict[str, float | None]:
-    found = mean_and_largest(result.spectral_radius)
-    settled = result.radius_settled
-    return found | {"unsettled": None if found["mean"] is None or settled is None else int(np.sum(~settled))}
-
-
-def headline(report: dict[str, Any]) -> str:
-    """The robust accuracy in one line, with what speaks against it; then a line for each raised flag and warning."""
-    raised = [flag for flag in report["red_flags"] if flag["raised"]]
-    explained = [f"{flag['name']}: {flag['explanation']}" for flag in raised]
-    warned = [f"warning: {text}" for text in report["warnings"]]
-    return "\n".join([_number_line(report, raised), *explained, *warned])
-
-
-def _number_line(report: dict[str, Any], raised: list[dict[str, Any]]) -> str:
-    if report["robust_accuracy"] is None:
-        clean = _accuracy_text(report, report["rows"]["deployed"]["clean"]["accuracy"], "clean")
-        return f"clean accuracy: {clean}; nothing has attacked them"
-    number = _accuracy_text(report, report["robust_accuracy"], "union")
-    missing = [flag["name"] for flag in report["red_flags"] if flag["raised"] is None]
-    unchecked = f"; not checked: {', '.join(missing)}" if missing else ""
-    if raised:
-        flags = ", ".join(f"{flag['name']} ({flag['value']:.3g})" for flag in raised)
-        return f"robust accuracy: NOT TRUSTWORTHY, an upper bound only: {number}; flags raised: {flags}{unchecked}"
-    return f"robust accuracy: at most {number}; no flags raised{unchecked}"
-
-
-def _accuracy_text(report: dict[str, Any], accuracy: float, name: str) -> str:
-    low, high = (100 * end for end in report["intervals"][name])
-    return f"{100 * accuracy:.2f} % of {report['images']} images (95 %: {low:.1f} to {high:.1f})"
-
-
-def write_report(out: Path, report: dict[str, Any], result: WorstCase, x: np.ndarray) -> None:
-    """Writes numbers, per-image results and figures into the folder `out`.
-
-    Args:
-      out: gets evaluation.json, evaluation.npz, states.png, and, with trials, trials.png and images.png.
-      report: of `report_of`, with whatever else was known.
-      result: what was found.
-      x: the images [N, H, W, C] in [0, 1].
+    Raises:
+      InputError: there is no such file, it is damaged, or of a newer version.
     """
-    outcomes = result.outcomes
-    correct = {name: row[:, -1] for name, row in result.robust().items()}
-    arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
-    arrays["spectral_radius"] = result.spectral_radius
-    further = {"radius_settled": result.radius_settled, "adjoint_residual": result.adjoint_residual}
-    arrays |= {name: values for name, values in further.items() if values is not None}
-    arrays |= {f"clean_{name}": value for name, value in outcomes.clean._asdict().items()}
-    if outcomes.attacked is not None:
-        arrays |= {f"attacked_{name}": value for name, value in outcomes.attacked._asdict().items()}
-        arrays["x_adv"] = outcomes.x_adv
-        plot_images(outcomes, x, out / "images.png")
-        plot_accuracies(report["accuracy"], out / "trials.png")
-    plot_states(outcomes, out / "states.png")
-    write_npz(out / "evaluation.npz", arrays)
-    write_json(out / "evaluation.json", report)
+    return parsed(path, EvaluationRecord.from_json)
 
 
-def diagnoses(report: dict[str, Any]) -> str:
-    """Spectral radius and adjoint residual, where they are known, for a caption."""
-    radius, adjoint, known = report["spectral_radius"], report["adjoint_residual"], ""
-    if radius["mean"] is not None:
-        known += "; spectral radius of the cell: mean {mean:.2f}, largest {largest:.2f}".format(**radius)
-        known += f" ({radius['unsettled']} not settled)" if radius["unsettled"] else ""
-    if adjoint["mean"] is not None:
-        known += "; adjoint residual: mean {mean:.2e}, largest {largest:.2e}".format(**adjoint)
-    return known
+def _trial(result: WorstCase, trial: Trial) -> TrialRecord:
+    attempt = result.attempts[trial.name]
+    return TrialRecord(
+        attacked=int(np.sum(attempt.attacked)),
+        broken=int(np.sum(result.broken(trial.name))),
+        seconds=round(attempt.seconds, 2),
+        threat=to_tree(getattr(trial.attack, "threat", None)),
+        gradient_queries=getattr(trial.attack, "gradient_queries", None),
+    )
+
+
+def _trial_of(tree: Any) -> TrialRecord:
+    known = {field.name: tree[field.name] for field in dataclasses.fields(TrialRecord) if field.name in tree}
+    return TrialRecord(**known | {"attacked": int(tree["attacked"])})
+
+
+def _known(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """Without the name if it is None."""
+    return {key: value for key, value in tree.items() if key != name or value is not None}
+
+
+def _row(tree: Any) -> RowMeans:
+    return RowMeans(_means(tree["clean"]), _means(tree["attacked"]) if "attacked" in tree else None)
+
+
+def _means(tree: Any) -> Means:
+    return Means(float(tree["accuracy"]), float(tree["entropy"]), _number(tree["residual"]))
+
+
+def _spread(tree: Any) -> Spread:
+    return Spread(_number(tree.get("mean")), _number(tree.get("largest")))
+
+
+def _provenance(tree: Any) -> Provenance:
+    required = tree["workdir"], tree["checkpoint"], tree["split"], dict(tree["versions"]), tree["config"]
+    found = Provenance(*required, tree.get("environment"))
+    _ = found.run  # raises where the config is of something else
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -30,7 +30,7 @@ ROUNDING = 0.01  # of the largest logit
 
 def red_flags(result: WorstCase) -> list[Flag]:
     """All checks of an evaluation."""
-    correct = {name: row[:, -1] for name, row in result.robust().items()}
+    correct = {name: row.deployed for name, row in result.robust().items()}
     extra = result.config.diagnostics
     far = None if extra is None else float(np.mean(correct[extra.far.name]))
     gain = None if extra is None else float(np.mean(correct[extra.half.name]) - np.mean(correct[extra.long.name]))
@@ -53,7 +53,7 @@ def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool | No
     Attacks that do not say whether they use gradients count neither for nor against. Where they alone broke images
     that would raise the flag if they were suspects, it is not checked.
     """
-    trials = [*result.config.trials, *result.config.extra_trials]
+    trials = result.config.all_trials
     counted = {t.name: result.broken(t.name) & result.attempts[t.name].inside for t in trials}
     others = [counted[trial.name] for trial in trials if is_white_box(trial)]
     certain = [counted[trial.name] for trial in trials if is_suspect(trial)]
@@ -86,7 +86,7 @@ def zero_gradients(is_zero: np.ndarray) -> Flag:
 
 def not_finite(result: WorstCase) -> Flag:
     """The share of images at which some attack met logits that are not finite; such logits count as correct."""
-    met = [~np.isfinite(attempt.measured.margin[:, -1]) & attempt.inside for attempt in result.attempts.values()]
+    met = [~np.isfinite(attempt.measured.deployed.margin) & attempt.inside for attempt in result.attempts.values()]
     share = float(np.mean(np.logical_or.reduce(met))) if met else None
     return Flag.of("logits not finite", share, 0.0, "attacked images whose logits are NaN or infinite count as correct")
 

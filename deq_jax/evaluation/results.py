@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import NamedTuple, cast
 
+import jax
 import numpy as np
 
-from deq_jax.evaluation.measure import Measured, Outcomes, is_correct, row_names
+from deq_jax.evaluation.measure import Correct, Measured, Outcomes, both, is_correct, named, replaced
 from deq_jax.evaluation.plan import EvalConfig
 
 
@@ -17,7 +19,7 @@ class Attempt(NamedTuple):
 
     Attributes:
       read: () -> x_adv, where there is a folder from disk: an evaluation of many trials has more images than memory.
-      measured: [N, R], of x_adv.
+      measured: of x_adv.
       attacked: [N] bool, whether the image was attacked.
       inside: [N] bool, whether x_adv lies within the threat model's ball.
       seconds: spent on it, compilation included.
@@ -121,12 +123,12 @@ class WorstCase:
     @property
     def clean_accuracy(self) -> float:
         """Share of the clean images that the deployed predictor classifies correctly."""
-        return float(np.mean(self._clean()[:, -1]))
+        return float(np.mean(self._clean().deployed))
 
     @property
     def robust_accuracy(self) -> float | None:
         """That of the worst case of each image; None without trials. Not to be trusted while a red flag is raised."""
-        return float(np.mean(self.robust()["union"][:, -1])) if self.attempts else None
+        return float(np.mean(self.robust()["union"].deployed)) if self.attempts else None
 
     @property
     def outcomes(self) -> Outcomes:
@@ -137,10 +139,10 @@ class WorstCase:
 
     def broken(self, name: str) -> np.ndarray:
         """[N] bool: the images that are correct as they are, and that a trial fooled the deployed predictor on."""
-        return self._clean()[:, -1] & ~self._own(name)[:, -1]
+        return self._clean().deployed & ~self._own(name).deployed
 
-    def robust(self) -> dict[str, np.ndarray]:
-        """Which images are classified correctly, [N, R] bool: clean, after each trial and suite, and in the union.
+    def robust(self) -> dict[str, Correct]:
+        """Which images are classified correctly, bool: clean, after each trial and suite, and in the union.
 
         The union is over all images within the ball, those of the diagnostics included. In an evaluation that
         skips broken images, trials and suites are cumulative.
@@ -149,43 +151,46 @@ class WorstCase:
         union = self._clean()
         for i, trial in enumerate(self.config.trials):
             own = self._own(trial.name)
-            union = union & own
+            union = both(union, own)
             rows[trial.name] = union if self.config.skip_broken else own
             ends = trial.suite is not None and trial.suite not in {later.suite for later in self.config.trials[i + 1 :]}
             if ends:
                 suite = [rows[other.name] for other in self.config.trials if other.suite == trial.suite]
-                rows[cast(str, trial.suite)] = np.logical_and.reduce(suite)
+                rows[cast(str, trial.suite)] = reduce(both, suite)
         for trial in self.config.extra_trials:
             rows[trial.name] = self._own(trial.name)
-            union = union & (rows[trial.name] | ~self.attempts[trial.name].inside[:, None])
+            union = both(union, self._counted(trial.name))
         return rows | ({"union": union} if self.attempts else {})
 
     def accuracies(self) -> dict[str, dict[str, float]]:
         """Means of `robust`: name of clean, trial, suite or union -> name of the predictor -> accuracy."""
-        names = row_names(self.clean)
         return {
-            row: dict(zip(names, map(float, correct.mean(axis=0)), strict=True))
+            row: {name: float(np.mean(values)) for name, values in named(correct).items()}
             for row, correct in self.robust().items()
         }
 
-    def _clean(self) -> np.ndarray:
+    def _clean(self) -> Correct:
         return is_correct(self.clean, self.y)
 
-    def _own(self, name: str) -> np.ndarray:
-        return self._clean() & is_correct(self.attempts[name].measured, self.y)
+    def _own(self, name: str) -> Correct:
+        return both(self._clean(), is_correct(self.attempts[name].measured, self.y))
+
+    def _counted(self, name: str) -> Correct:
+        """The same, but images beyond the ball count as correct."""
+        outside = ~self.attempts[name].inside
+        return jax.tree.map(lambda own: own | outside.reshape(-1, *[1] * (own.ndim - 1)), self._own(name))
 
 
 def worst_of(
     x: np.ndarray, y: np.ndarray, clean: Measured, attempts: dict[str, Attempt]
 ) -> tuple[np.ndarray, Measured]:
     """For each image the worst of all that lie within the ball; see `WorstCase`."""
-    x_adv, worst = x.copy(), Measured(*(part.copy() for part in clean))
+    x_adv, worst = x.copy(), clean
     for attempt in attempts.values():
-        fooled, kept = (~is_correct(measured, y)[:, -1] for measured in (attempt.measured, worst))
-        higher = attempt.measured.margin[:, -1] > worst.margin[:, -1]
+        fooled, kept = (~is_correct(measured, y).deployed for measured in (attempt.measured, worst))
+        higher = attempt.measured.deployed.margin > worst.deployed.margin
         better = attempt.inside & ((fooled & ~kept) | ((fooled == kept) & higher))
         if better.any():
             x_adv[better] = attempt.x_adv[better]
-        for whole, part in zip(worst, attempt.measured, strict=True):
-            whole[better] = part[better]
+        worst = replaced(worst, better, jax.tree.map(lambda leaf, better=better: leaf[better], attempt.measured))
     return x_adv, worst

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 
-from deq_jax.evaluation.record import diagnoses
+from deq_jax.evaluation.measure import Means
+from deq_jax.evaluation.record import EvaluationRecord
+from deq_jax.evaluation.wording import diagnoses
 
 
-def accuracy_table(report: dict[str, Any]) -> Table:
+def accuracy_table(record: EvaluationRecord) -> Table:
     """Accuracy of every predictor on the images of every trial, for the terminal."""
-    predictors = list(report["rows"])
-    grid = Table(title="accuracy (%) of each predictor on the images of each trial", caption=_caption(report))
+    predictors = list(record.rows)
+    caption = f"{record.images} images; attacks are judged on what is deployed"
+    cumulative = "; trials are cumulative" if record.cumulative and len(record.trials) > 1 else ""
+    grid = Table(title="accuracy (%) of each predictor on the images of each trial", caption=caption + cumulative)
     grid.add_column("images of")
     for name in predictors:
         grid.add_column(name, justify="right", style="bold" if name == "deployed" else None)
     for name in ("attacked", "seconds"):
         grid.add_column(name, justify="right")
-    for name, row in report["accuracy"].items():
-        trial = report["trials"].get(name)
-        if trial is not None and trial["attacked"] == 0:
+    for name, row in record.accuracy.items():
+        trial = record.trials.get(name)
+        if trial is not None and trial.attacked == 0:
             grid.add_row(name, *[""] * len(predictors), "0", "nothing left to attack")
             continue
         cells = [f"{100 * row[predictor]:.2f}" for predictor in predictors]
-        cost = ["", ""] if trial is None else [str(trial["attacked"]), f"{trial['seconds']:.1f}"]
+        cost = ["", ""] if trial is None else [str(trial.attacked), f"{trial.seconds:.1f}"]
         grid.add_row(name, *cells, *cost, style="bold" if name == "union" else None)
     return grid
 
 
-def _caption(report: dict[str, Any]) -> str:
-    judged = f"{report['images']} images; attacks are judged on what is deployed"
-    return judged + ("; trials are cumulative" if report["cumulative"] and len(report["trials"]) > 1 else "")
-
-
-def states_table(report: dict[str, Any]) -> Table:
+def states_table(record: EvaluationRecord) -> Table:
     """Accuracy, entropy and residual of every state, clean and on the worst case of each image, for the terminal."""
-    caption = "attacked: the worst case of each image" + diagnoses(report)
+    caption = "attacked: the worst case of each image" + diagnoses(record)
     grid = Table(title="accuracy (%), entropy (nats), relative residual", caption=caption)
-    conditions = list(report["rows"]["deployed"])
+    is_attacked = record.rows["deployed"].attacked is not None
     grid.add_column("state")
-    for condition in conditions:
+    for condition in ("clean", "attacked") if is_attacked else ("clean",):
         for name in ("accuracy", "entropy", "residual"):
             grid.add_column(f"{condition}\n{name}", justify="right")
-    for name, row in report["rows"].items():
-        cells = []
-        for condition in conditions:
-            values = row[condition]
-            residual = "-" if values["residual"] is None else f"{values['residual']:.2e}"
-            cells += [f"{100 * values['accuracy']:.2f}", f"{values['entropy']:.3f}", residual]
-        grid.add_row(name, *cells, style="bold" if name == "deployed" else None)
+    for name, row in record.rows.items():
+        attacked = [] if row.attacked is None else _cells(row.attacked)
+        grid.add_row(name, *_cells(row.clean), *attacked, style="bold" if name == "deployed" else None)
     return grid
+
+
+def _cells(means: Means) -> list[str]:
+    residual = "-" if means.residual is None else f"{means.residual:.2e}"
+    return [f"{100 * means.accuracy:.2f}", f"{means.entropy:.3f}", residual]

@@ -13,6 +13,7 @@ from deq_jax.attacks.threats import Threat
 from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require
 from deq_jax.data.datasets import Images
+from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.storage.files import read_json, read_npz
 
 TOLERANCE = 1e-6  # of a perturbation's length, for rounding
@@ -36,8 +37,8 @@ class Transfer:
     @property
     def manifest(self) -> dict[str, Any] | None:
         """Manifest of the evaluation whose trial it is, as JSON data; None for a file."""
-        path = Path(self.path).resolve()
-        return read_json(path.parents[1] / "manifest.json") if path.is_dir() else None
+        path = Path(self.path)
+        return read_json(EvaluationFolder.of_trial(path).manifest) if path.is_dir() else None
 
     def load(self, images: Images, x: np.ndarray, threat: Threat) -> np.ndarray:
         """The images [N, H, W, C], float32.

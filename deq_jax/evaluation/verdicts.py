@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from deq_jax.evaluation.measure import is_correct, row_names
+from deq_jax.evaluation.measure import is_correct, named
 from deq_jax.evaluation.results import WorstCase
 from deq_jax.evaluation.sanity import SIGNIFICANT, plain_warnings
 
@@ -34,28 +35,27 @@ def exact_interval(accuracy: ArrayLike, images: ArrayLike, level: float = 0.95) 
 
 def warnings_of(result: WorstCase) -> list[str]:
     """A sentence for each sign that the model itself is at fault, whatever the attacks did. Usually none."""
-    names, correct = row_names(result.clean), is_correct(result.clean, result.y)
-    residual = float(np.mean(result.clean.residual[:, -1]))
-    known = None if np.isnan(residual) else residual
-    plain = plain_warnings(float(np.mean(correct[:, -1])), len(correct), result.probe.whole.shape[1], known)
-    better = better_state(names, correct)
+    correct = named(is_correct(result.clean, result.y))
+    residual = float(np.mean(result.clean.deployed.residual))
+    known, accuracy = None if np.isnan(residual) else residual, float(np.mean(correct["deployed"]))
+    plain = plain_warnings(accuracy, len(result.y), result.probe.whole.shape[1], known)
+    better = better_state(correct)
     return [*plain, *([better] if better else [])]
 
 
-def better_state(names: list[str], correct: np.ndarray) -> str | None:
+def better_state(correct: Mapping[str, np.ndarray]) -> str | None:
     """A sentence on the best of the other states that classify images better than what is deployed; None if none does.
 
     A state counts as better if an exact test of the images on which the two differ (McNemar's) says so at 5 %, over all
     states together (Bonferroni).
 
     Args:
-      names: of the R rows, what is deployed last.
-      correct: [N, R] bool.
+      correct: name of the state, or "deployed" -> [N] bool.
     """
-    deployed, found = correct[:, -1], []
-    for name, state in zip(names[:-1], correct[:, :-1].T, strict=True):
+    deployed, found = correct["deployed"], []
+    for name, state in correct.items():
         won, lost = int(np.sum(state & ~deployed)), int(np.sum(deployed & ~state))
-        if won > lost and special.bdtrc(won - 1, won + lost, 0.5) * (len(names) - 1) <= SIGNIFICANT:
+        if won > lost and special.bdtrc(won - 1, won + lost, 0.5) * (len(correct) - 1) <= SIGNIFICANT:
             found.append((float(np.mean(state)), name))
     if not found:
         return None

@@ -1,15 +1,30 @@
-"""What a report on many evaluations says: its tables, and their comparisons in words."""
+"""The tables of a report. Each column says how a row fills it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from deq_jax.evaluation.record import PredictionCost
+from deq_jax.evaluation.red_flags import Flag
 from deq_jax.reporting.archive import CONDITIONS, Evaluation
-from deq_jax.reporting.groups import Curve, Group, Pair, clean, reference, robust, undefended
+from deq_jax.reporting.comparisons import Curve, Pair, undefended
+from deq_jax.reporting.groups import Group, Quantity, clean, reference, robust
 from deq_jax.reporting.statistics import Estimate, paired_quotient
-from deq_jax.reporting.tables import INTERVAL, Cell, Column, Form, Table, difference_cell, estimate_cell, text_cell
+from deq_jax.reporting.tables import (
+    INTERVAL,
+    Cell,
+    Column,
+    Field,
+    Form,
+    Table,
+    difference_cell,
+    estimate_cell,
+    filled,
+    sectioned,
+    text_cell,
+)
 from deq_jax.reporting.wording import Words, pair_title, verdict, worst_case
 from deq_jax.storage.briefs import number
 
@@ -25,40 +40,34 @@ OVER_SEEDS = "mean and 95 % interval for other training seeds alone"
 
 FORMS: dict[str, Form] = {"accuracy": "{:.2f}".format, "entropy": "{:.3f}".format, "residual": "{:.2e}".format}
 
+CHECKED = {True: "raised", False: "not raised", None: "not checked"}
+
+WHOSE: list[Field[Group]] = [
+    Field(Column("training", kind="text"), lambda group: text_cell(group.training)),
+    Field(Column("defence", kind="text"), lambda group: text_cell(group.defence)),
+]
+
+SEEDS: Field[Group] = Field(Column("seeds"), lambda group: text_cell(str(len(group.evaluations))))
+
+CLEAN: Field[Group] = Field(Column("clean", INTERVAL), lambda group: estimate_cell(group.accuracy(clean)))
+
+ATTACKS: Field[Group] = Field(Column("attacks", kind="text"), lambda group: text_cell(group.trials))
+
+FLAGS: Field[Group] = Field(Column("red flags", kind="text"), lambda group: text_cell(_flags(group)))
+
 
 def headline_table(groups: Sequence[Group]) -> Table:
     """A row for each training, defence and set of attacks; a section for each setting."""
-    defended = any(group.is_defended for group in groups)
-    columns = (
-        Column("training", kind="text"),
-        Column("defence", kind="text"),
-        Column("seeds"),
-        Column("clean", INTERVAL),
-        *[Column("reference protocol", INTERVAL)][: int(defended)],
-        Column(worst_case(groups), INTERVAL, kind="main"),
-        Column("red flags", kind="text"),
-        Column("attacks", kind="text"),
-    )
-    sections: dict[str, list[tuple[Cell, ...]]] = {}
-    for group in groups:
-        sections.setdefault(str(group.setting), []).append(_headline_row(group, defended))
+
+    def under_reference(group: Group) -> Cell:
+        return estimate_cell(group.accuracy(reference)) if group.is_defended else _robust_cell(group)
+
+    is_defended = any(group.is_defended for group in groups)
+    on_reference = [Field(Column("reference protocol", INTERVAL), under_reference)] if is_defended else []
+    worst = Field(Column(worst_case(groups), INTERVAL, kind="main"), _robust_cell)
+    fields = [*WHOSE, SEEDS, CLEAN, *on_reference, worst, FLAGS, ATTACKS]
     caption = f"Accuracy in percent of the deployed predictor, {OVER_BOTH}"
-    return Table("headline", caption, "setting", columns, sections)
-
-
-def _headline_row(group: Group, with_reference: bool) -> tuple[Cell, ...]:
-    worst = _robust_cell(group)
-    under_reference = estimate_cell(group.accuracy(reference)) if group.is_defended else worst
-    return (
-        text_cell(group.training),
-        text_cell(group.defence),
-        text_cell(str(len(group.evaluations))),
-        estimate_cell(group.accuracy(clean)),
-        *[under_reference][: int(with_reference)],
-        worst,
-        text_cell(_flags(group)),
-        text_cell(group.trials),
-    )
+    return filled("headline", caption, "setting", fields, sectioned(groups, lambda group: str(group.setting)))
 
 
 def _robust_cell(group: Group) -> Cell:
@@ -79,36 +88,36 @@ def _raised(group: Group) -> str:
 
 def pair_table(name: str, caption: str, pairs: Sequence[Pair], words: Words) -> Table:
     """A row for each pair: differences over the seeds that both have, and what they are called."""
-    defended = any(pair.first.is_defended for pair in pairs)
-    on_reference = Column("reference protocol", INTERVAL), Column("verdict on it", kind="text")
-    columns = (
-        Column("comparison", kind="text"),
-        Column("seeds"),
-        Column("clean", INTERVAL),
-        *(on_reference if defended else ()),
-        Column(worst_case([group for pair in pairs for group in (pair.first, pair.second)]), INTERVAL, kind="main"),
-        Column("verdict", kind="text"),
-        Column("red flags", kind="text"),
-    )
-    sections: dict[str, list[tuple[Cell, ...]]] = {}
-    for pair in pairs:
-        row = _pair_row(pair, words, defended)
-        sections.setdefault(f"{pair.first.setting}; attacks: {pair.first.trials}", []).append(row)
-    return Table(name, caption, "setting", columns, sections)
 
+    def differences(quantity: Quantity) -> Callable[[Pair], Cell]:
+        return lambda pair: difference_cell(pair.difference(quantity))
 
-def _pair_row(pair: Pair, words: Words, with_reference: bool) -> tuple[Cell, ...]:
-    on_clean, on_reference, worst = (pair.difference(quantity) for quantity in (clean, reference, robust))
-    under_reference = difference_cell(on_reference), text_cell(verdict(pair, on_reference, words))
-    return (
-        text_cell(pair_title(pair)),
-        text_cell(str(on_clean.seeds if on_clean else 0)),
-        difference_cell(on_clean),
-        *(under_reference if with_reference else ()),
-        difference_cell(worst),
-        text_cell(verdict(pair, worst, words))._replace(warning=WARNING if pair.is_flagged else ""),
-        text_cell(_flags_of_pair(pair)),
-    )
+    def verdicts(quantity: Quantity) -> Callable[[Pair], Cell]:
+        return lambda pair: text_cell(verdict(pair, pair.difference(quantity), words))
+
+    def seeds(pair: Pair) -> Cell:
+        on_clean = pair.difference(clean)
+        return text_cell(str(on_clean.seeds if on_clean else 0))
+
+    def marked(pair: Pair) -> Cell:
+        return verdicts(robust)(pair)._replace(warning=WARNING if pair.is_flagged else "")
+
+    on_reference = [
+        Field(Column("reference protocol", INTERVAL), differences(reference)),
+        Field(Column("verdict on it", kind="text"), verdicts(reference)),
+    ]
+    title = worst_case([group for pair in pairs for group in (pair.first, pair.second)])
+    fields = [
+        Field(Column("comparison", kind="text"), lambda pair: text_cell(pair_title(pair))),
+        Field(Column("seeds"), seeds),
+        Field(Column("clean", INTERVAL), differences(clean)),
+        *(on_reference if any(pair.first.is_defended for pair in pairs) else []),
+        Field(Column(title, INTERVAL, kind="main"), differences(robust)),
+        Field(Column("verdict", kind="text"), marked),
+        Field(Column("red flags", kind="text"), lambda pair: text_cell(_flags_of_pair(pair))),
+    ]
+    sections = sectioned(pairs, lambda pair: f"{pair.first.setting}; attacks: {pair.first.trials}")
+    return filled(name, caption, "setting", fields, sections)
 
 
 def _flags_of_pair(pair: Pair) -> str:
@@ -119,113 +128,108 @@ def _flags_of_pair(pair: Pair) -> str:
 
 def accuracy_table(name: str, group: Group) -> Table:
     """Accuracy of every predictor on the images of every trial, mean over the seeds."""
-    tables = {trial: [one.accuracy[trial] for one in group.evaluations] for trial in group.evaluations[0].accuracy}
-    predictors = list(tables["clean"][0])
-    kinds = ["main" if predictor == "deployed" else "number" for predictor in predictors]
-    columns = [Column(predictor, kind=kind) for predictor, kind in zip(predictors, kinds, strict=True)]
-    rows = []
-    for trial, several in tables.items():
-        means = [float(np.mean([100 * table[predictor] for table in several])) for predictor in predictors]
-        cells = [text_cell(f"{mean:.2f}") for mean in means]
-        if trial == "union" and group.raised:
-            cells[-1] = cells[-1]._replace(warning=WARNING)
-        if _left_nothing(group, trial):
-            cells = [*[text_cell("")] * (len(cells) - 1), text_cell(NOTHING_LEFT)]
-        rows.append((text_cell(trial), *cells))
-    seeds = f"mean over {len(group.evaluations)} seeds" if len(group.evaluations) > 1 else "one seed"
+    records = [one.record for one in group.evaluations]
+
+    def accuracies(predictor: str) -> Callable[[str], Cell]:
+        is_deployed = predictor == "deployed"
+
+        def cell(trial: str) -> Cell:
+            done = [record.trials.get(trial) for record in records]
+            if all(one is not None and one.attacked == 0 for one in done):
+                return text_cell(NOTHING_LEFT if is_deployed else "")
+            mean = float(np.mean([100 * record.accuracy[trial][predictor] for record in records]))
+            is_doubtful = is_deployed and trial == "union" and bool(group.raised)
+            return Cell((f"{mean:.2f}",), warning=WARNING if is_doubtful else "")
+
+        return cell
+
+    fields = [
+        Field(Column(predictor, kind="main" if predictor == "deployed" else "number"), accuracies(predictor))
+        for predictor in records[0].accuracy["clean"]
+    ]
+    seeds = f"mean over {len(records)} seeds" if len(records) > 1 else "one seed"
     caption = f"Accuracy (%) of each predictor on the images of each trial, {seeds}"
-    return Table(name, caption, "", (Column("images of", kind="text"), *columns), {"": rows})
-
-
-def _left_nothing(group: Group, trial: str) -> bool:
-    """Whether earlier trials had broken all images of every seed, or all were misclassified as they are."""
-    return all(one.attacked.get(trial) == 0 for one in group.evaluations)
+    images_of = Field(Column("images of", kind="text"), text_cell)
+    return filled(name, caption, "", [images_of, *fields], {"": list(records[0].accuracy)})
 
 
 def states_table(name: str, groups: Mapping[str, Group]) -> Table:
     """What was measured in every state of the dynamics, clean and attacked; a section for each labelled group."""
-    shown = [(quantity, condition) for quantity in FORMS for condition in CONDITIONS]
-    columns = [Column(f"{quantity}, {condition}", INTERVAL) for quantity, condition in shown]
-    sections = {}
-    for label, group in groups.items():
-        rows = []
-        for state in group.evaluations[0].states:
-            found = [(group.in_state(state, condition, quantity), FORMS[quantity]) for quantity, condition in shown]
-            rows.append((text_cell(state), *(estimate_cell(estimate, form) for estimate, form in found)))
-        sections[label] = rows
+
+    def measured(condition: str, quantity: str) -> Callable[[tuple[Group, str]], Cell]:
+        return lambda row: estimate_cell(row[0].in_state(row[1], condition, quantity), FORMS[quantity])
+
+    fields = [
+        Field(Column(f"{quantity}, {condition}", INTERVAL), measured(condition, quantity))
+        for quantity in FORMS
+        for condition in CONDITIONS
+    ]
+    state: Field[tuple[Group, str]] = Field(Column("state", kind="text"), lambda row: text_cell(row[1]))
+    sections = {label: [(group, state) for state in group.evaluations[0].states] for label, group in groups.items()}
     known = "attacked: the worst case of each image; residual of what is deployed: the lowest one of all states"
     caption = f"Accuracy (%), prediction entropy (nats) and relative residual, {OVER_BOTH}; {known}"
-    return Table(name, caption, "predictor", (Column("state", kind="text"), *columns), sections)
+    return filled(name, caption, "predictor", [state, *fields], sections)
 
 
 def radius_table(name: str, curves: Sequence[Curve]) -> Table:
     """Clean and robust accuracy at several radii; a section for each curve."""
     title = worst_case([group for curve in curves for group in curve.groups])
-    worst, flags = Column(title, INTERVAL, "main"), Column("red flags", kind="text")
-    columns = Column("epsilon"), Column("seeds"), Column("clean", INTERVAL), worst, flags
-    sections = {curve.label: [_radius_row(group) for group in curve.groups] for curve in curves}
-    return Table(name, f"Accuracy (%) at several radii, {OVER_BOTH}", "defence", columns, sections)
-
-
-def _radius_row(group: Group) -> tuple[Cell, ...]:
-    return (
-        text_cell(number(group.setting.epsilon)),
-        text_cell(str(len(group.evaluations))),
-        estimate_cell(group.accuracy(clean)),
-        _robust_cell(group),
-        text_cell(_flags(group)),
-    )
+    epsilon: Field[Group] = Field(Column("epsilon"), lambda group: text_cell(number(group.setting.epsilon)))
+    fields = [epsilon, SEEDS, CLEAN, Field(Column(title, INTERVAL, "main"), _robust_cell), FLAGS]
+    sections = {curve.label: list(curve.groups) for curve in curves}
+    return filled(name, f"Accuracy (%) at several radii, {OVER_BOTH}", "defence", fields, sections)
 
 
 def flags_table(name: str, group: Group) -> Table:
     """All checks of the evaluations of a group; a section for each seed."""
-    columns = Column("check", kind="text"), Column("value"), Column("threshold"), Column("result", kind="text")
-    sections: dict[str, list[tuple[Cell, ...]]] = {}
-    for one in group.evaluations:
-        results = {True: "raised", False: "not raised", None: "not checked"}
-        sections[f"training seed {one.seed}"] = [
-            (
-                text_cell(flag.name),
-                text_cell("" if flag.value is None else f"{flag.value:.4g}"),
-                text_cell(f"{flag.threshold:.4g}"),
-                Cell((results[flag.raised],), warning="!" if flag.raised else ""),
-                text_cell(flag.explanation),
-            )
-            for flag in one.flags
-        ]
+    fields: list[Field[Flag]] = [
+        Field(Column("check", kind="text"), lambda flag: text_cell(flag.name)),
+        Field(Column("value"), lambda flag: text_cell("" if flag.value is None else f"{flag.value:.4g}")),
+        Field(Column("threshold"), lambda flag: text_cell(f"{flag.threshold:.4g}")),
+        Field(
+            Column("result", kind="text"),
+            lambda flag: Cell((CHECKED[flag.raised],), warning="!" if flag.raised else ""),
+        ),
+        Field(Column("what it would mean", kind="text"), lambda flag: text_cell(flag.explanation)),
+    ]
+    sections = {f"training seed {one.seed}": list(one.record.red_flags) for one in group.evaluations}
     caption = "Signs that the attacks have failed; a flag is raised where the value exceeds the threshold"
-    return Table(name, caption, "evaluation", (*columns, Column("what it would mean", kind="text")), sections)
+    return filled(name, caption, "evaluation", fields, sections)
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
     """What a prediction costs, and as a multiple of the undefended one's."""
-    columns = (
-        Column("training", kind="text"),
-        Column("defence", kind="text"),
-        Column("attacks", kind="text"),
-        Column("cell evaluations per image", INTERVAL),
-        Column("× undefended", INTERVAL),
-        Column("seconds per image", INTERVAL),
-        Column("× undefended", INTERVAL),
-    )
-    sections: dict[str, list[tuple[Cell, ...]]] = {}
-    for group in groups:
-        if any(one.cost for one in group.evaluations):
-            heads = text_cell(group.training), text_cell(group.defence), text_cell(group.trials)
-            cells = [
-                cell for name in ("evaluations", "seconds") for cell in _costs(group, undefended(group, groups), name)
-            ]
-            sections.setdefault(str(group.setting), []).append((*heads, *cells))
+
+    def mean(quantity: Callable[[Evaluation], float | None]) -> Callable[[Group], Cell]:
+        def cell(group: Group) -> Cell:
+            own = list(group.values(quantity).values())
+            return estimate_cell(Estimate.of_seeds(own) if own else None, "{:.4g}".format)
+
+        return cell
+
+    def multiple(quantity: Callable[[Evaluation], float | None]) -> Callable[[Group], Cell]:
+        def cell(group: Group) -> Cell:
+            base = undefended(group, groups) if group.is_defended else None
+            own = group.values(quantity)
+            return estimate_cell(None if base is None else paired_quotient(own, base.values(quantity)))
+
+        return cell
+
+    quantities: dict[str, Callable[[Evaluation], float | None]] = {
+        "cell evaluations per image": lambda one: one.record.cost.evaluations,
+        "seconds per image": lambda one: one.record.cost.seconds,
+    }
+    costs = [
+        field
+        for title, quantity in quantities.items()
+        for field in (
+            Field(Column(title, INTERVAL), mean(quantity)),
+            Field(Column("× undefended", INTERVAL), multiple(quantity)),
+        )
+    ]
+    known = [group for group in groups if any(one.record.cost != PredictionCost() for one in group.evaluations)]
     counted = "cell evaluations: applications to the image; a vector-Jacobian product counts as one"
     caption = f"Cost of a warm prediction, compilation excluded, {OVER_SEEDS}; {counted}"
-    return Table("cost", caption, "setting", columns, sections)
-
-
-def _costs(group: Group, base: Group | None, name: str) -> tuple[Cell, Cell]:
-    def quantity(one: Evaluation) -> float | None:
-        return one.cost.get(name)
-
-    own = group.values(quantity)
-    quotient = paired_quotient(own, base.values(quantity)) if base is not None and group.is_defended else None
-    mean = Estimate.of_seeds(list(own.values())) if own else None
-    return estimate_cell(mean, "{:.4g}".format), estimate_cell(quotient)
+    return filled(
+        "cost", caption, "setting", [*WHOSE, ATTACKS, *costs], sectioned(known, lambda group: str(group.setting))
+    )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from deq_jax.reporting.statistics import Estimate
 
@@ -15,6 +15,8 @@ INTERVAL = "", "95 % interval low", "95 % interval high"
 AGREE = "no spread between seeds"
 
 Form = Callable[[float], str]
+
+T = TypeVar("T")
 
 
 class Cell(NamedTuple):
@@ -41,6 +43,10 @@ class Cell(NamedTuple):
     def interval(self) -> str:
         """As ``[low, high]``; empty for none."""
         return f"[{', '.join(self.parts[1:])}]" if len(self.parts) > 1 else ""
+
+    def csv(self, column: Column) -> tuple[str, ...]:
+        """A text for each of the column's columns in a CSV file."""
+        return (*self.parts, *[""] * (len(column.parts) - len(self.parts)))
 
 
 class Column(NamedTuple):
@@ -79,7 +85,7 @@ class Table:
         """The same texts, every number in a column of its own, and remarks in the last one if there are any."""
         heads = [f"{column.name} {part}".strip() for column in self.columns for part in column.parts]
         lines = [
-            [title, *(part for cell, column in zip(row, self.columns, strict=True) for part in _filled(cell, column))]
+            [title, *(part for cell, column in zip(row, self.columns, strict=True) for part in cell.csv(column))]
             for title, rows in self.sections.items()
             for row in rows
         ]
@@ -93,6 +99,36 @@ class Table:
     def _remarks(self, row: tuple[Cell, ...]) -> str:
         marked = zip(self.columns, row, strict=True)
         return "; ".join(f"{column.name}: {text}" for column, cell in marked for text in cell[1:] if text)
+
+
+@dataclass(frozen=True)
+class Field(Generic[T]):
+    """A column, and the cell that a row's thing has in it."""
+
+    column: Column
+    cell: Callable[[T], Cell]
+
+
+def filled(
+    name: str, caption: str, section: str, fields: Sequence[Field[T]], sections: Mapping[str, Sequence[T]]
+) -> Table:
+    """The table with a row for each thing; see `Table`.
+
+    Args:
+      name, caption, section: of the table.
+      fields: its columns.
+      sections: title -> things.
+    """
+    rows = {title: [tuple(field.cell(one) for field in fields) for one in things] for title, things in sections.items()}
+    return Table(name, caption, section, tuple(field.column for field in fields), rows)
+
+
+def sectioned(things: Iterable[T], title: Callable[[T], str]) -> dict[str, list[T]]:
+    """The things under their titles, in the order in which these first appear."""
+    sections: dict[str, list[T]] = {}
+    for one in things:
+        sections.setdefault(title(one), []).append(one)
+    return sections
 
 
 def text_cell(text: str) -> Cell:
@@ -111,7 +147,3 @@ def estimate_cell(estimate: Estimate | None, form: Form = "{:.2f}".format, value
 def difference_cell(difference: Estimate | None) -> Cell:
     """A difference with its sign and, if there is one, its interval."""
     return estimate_cell(difference, value_form="{:+.2f}".format)
-
-
-def _filled(cell: Cell, column: Column) -> tuple[str, ...]:
-    return (*cell.parts, *[""] * (len(column.parts) - len(cell.parts)))

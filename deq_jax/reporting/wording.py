@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from deq_jax.reporting.groups import Group, Pair, overestimate, reference, robust
+from deq_jax.reporting.comparisons import Pair
+from deq_jax.reporting.groups import Group, overestimate, reference, robust
 from deq_jax.reporting.statistics import Estimate
 from deq_jax.reporting.tables import AGREE
 

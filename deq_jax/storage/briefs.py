@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from deq_jax.storage.trees import Json
 
 
-def brief(tree: Any) -> str:
+def brief(tree: Json) -> str:
     """A config as `to_tree` writes it, as one line without module names: ``PGD(epsilon=0.1, steps=10)``."""
     if isinstance(tree, list):
         return f"[{', '.join(brief(item) for item in tree)}]"
@@ -17,9 +17,10 @@ def brief(tree: Any) -> str:
     return f"{short_name(tree)}({', '.join(fields)})" if fields else short_name(tree)
 
 
-def short_name(tree: dict[str, Any]) -> str:
-    """Name of a class or function in a config, without its module."""
-    return str(tree.get("class", tree.get("name", ""))).rpartition(".")[2]
+def short_name(tree: Json) -> str:
+    """Name of a class or function in a config, without its module; empty for what has none."""
+    name = tree.get("class", tree.get("name", "")) if isinstance(tree, dict) else ""
+    return str(name).rpartition(".")[2]
 
 
 def number(value: float) -> str:
@@ -27,32 +28,6 @@ def number(value: float) -> str:
     text, numerator = f"{value:g}", round(255 * value)
     is_fraction = len(text) > 6 and 0 < numerator <= 32 and abs(255 * value - numerator) < 1e-9
     return f"{numerator}/255" if is_fraction else text
-
-
-def classifier_text(classifier: dict[str, Any]) -> str:
-    """Its class, and its parts but the dynamics."""
-    parts = [f"{name} {brief(part)}" for name, part in classifier.items() if name not in ("class", "dynamics")]
-    return f"{short_name(classifier)}: {', '.join(parts)}"
-
-
-def dynamics_lines(dynamics: dict[str, Any]) -> dict[str, str]:
-    """Readout, solver and gradient, as far as it has them: name -> text."""
-    solver, gradient = dynamics.get("solver"), dynamics.get("gradient")
-    lines = {"readout": brief(dynamics["readout"])} if "readout" in dynamics else {}
-    if solver:
-        states = f"T = {solver['steps']}, tolerance {number(solver['tolerance'])}"
-        lines["solver"] = f"{states}: {brief(solver)}"
-    if gradient:
-        steps = f"K = {gradient['steps']}: " if short_name(gradient) == "Phantom" else ""
-        lines["gradient"] = steps + brief(gradient)
-    return lines
-
-
-def trial_text(trial: dict[str, Any]) -> str:
-    """Its name, suite, attack and surrogate."""
-    suite = f" [{trial['suite']}]" if trial["suite"] else ""
-    start = ", from the worst image so far" if trial["from_worst"] else ""
-    return f"{trial['name']}{suite}: {brief(trial['attack'])}{start}, gradients: {brief(trial['surrogate'])}"
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -70,12 +70,12 @@ def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
     temporary.replace(path)
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; raises `InputError` where there is none or it is damaged."""
+def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an npz file but those to skip; raises `InputError` where there is none or it is damaged."""
     try:
         with path.open("rb") as file:  # numpy leaves a damaged file open
             arrays = np.load(file, allow_pickle=False)
-            return {name: arrays[name] for name in getattr(arrays, "files", ())}
+            return {name: arrays[name] for name in getattr(arrays, "files", ()) if name not in skip}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # numpy, zipfile and zlib each have their own

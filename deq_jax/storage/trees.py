@@ -6,12 +6,15 @@ import dataclasses
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 from deq_jax.core.errors import InputError, require
 from deq_jax.storage.configs import fields_of, is_scalar
 from deq_jax.storage.moves import upgraded
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 
 def to_tree(node: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from deq_jax.core.errors import require
 from deq_jax.data.batches import batch_indices
 from deq_jax.data.datasets import Splits
-from deq_jax.evaluation.measure import evaluator, mean_and_largest, summary
+from deq_jax.evaluation.measure import evaluator, spread, summary
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
@@ -261,12 +261,13 @@ class _Training:
             self.say("compiling: validation ...")
             self.is_validated = True
         outcomes = self.evaluate(self.state.variables, self.data.validation)
-        row = summary(outcomes)["rows"]["deployed"]
-        accuracy, residual = row["attacked"]["accuracy"], row["clean"]["residual"]
-        line = {"accuracy": row["clean"]["accuracy"], "adversarial_accuracy": accuracy}
+        row = summary(outcomes)["deployed"]
+        assert row.attacked is not None  # there is a validation attack
+        accuracy, residual = row.attacked.accuracy, row.clean.residual
+        line = {"accuracy": row.clean.accuracy, "adversarial_accuracy": accuracy}
         if residual is not None:
             line["residual"] = residual
-        adjoint = mean_and_largest(outcomes.adjoint_residual)["mean"]
+        adjoint = spread(outcomes.adjoint_residual).mean
         if adjoint is not None:
             line["adjoint_residual"] = adjoint
         classes = 1 + int(self.data.train.y.max())

@@ -3,19 +3,20 @@
 python docs/figures/states.py runs/quickstart/evaluation/test-pgd/evaluation.json
 """
 
-import json
 import sys
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from deq_jax.evaluation import read_record
+
 matplotlib.rcParams.update({"svg.hashsalt": "states", "font.size": 9})
 
 
 def draw(evaluation: Path, out: Path) -> None:
     """The accuracies in the evaluation.json of a DEQ with eight states, as an SVG."""
-    accuracy = json.loads(evaluation.read_text())["accuracy"]
+    accuracy = read_record(evaluation).accuracy
     figure = Figure(figsize=(6.4, 2.6), layout="constrained")
     axes = figure.subplots()
     places, names = range(1, 9), [f"$z_{t}$" for t in range(1, 9)]

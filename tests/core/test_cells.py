@@ -29,7 +29,7 @@ from deq_jax import (
     solve,
 )
 from deq_jax.core import AtState, Injection, PhantomUpTo, jacobian_norm, spectral_radius
-from deq_jax.evaluation import measure, row_names
+from deq_jax.evaluation import measure, named
 from deq_jax.evaluation.measure import spectral_radii
 from tests.helpers import dense
 
@@ -218,6 +218,6 @@ def test_without_a_solver_there_are_no_states_to_read():
 def test_a_deq_without_a_solver_is_measured_as_it_is_deployed():
     model = replace(defended()[0].base, dynamics=Dynamics(None, gradient=Unrolled(2)))
     measured = measure(model, defended()[1], X, Y)
-    assert row_names(measured) == ["deployed"] and measured.label.shape == (2, 1)
-    assert np.isnan(measured.residual).all() and np.isfinite(measured.margin).all()
+    assert list(named(measured)) == ["deployed"] and measured.deployed.label.shape == (2,)
+    assert np.isnan(measured.deployed.residual).all() and np.isfinite(measured.deployed.margin).all()
     assert np.isnan(spectral_radii(model, defended()[1], X, KEYS).radius).all()

@@ -17,12 +17,13 @@ from deq_jax.defences import RandomDirection, reduce_entropy
 from deq_jax.evaluation import (
     Diagnostics,
     EvalConfig,
+    EvaluationRecord,
     Trial,
+    named,
     red_flags,
-    report_of,
     with_transfers,
     worst_case,
-    write_report,
+    write_evaluation,
 )
 from deq_jax.storage import from_tree, load_config, set_fields, to_tree
 from deq_jax.surrogates import (
@@ -77,7 +78,7 @@ def undefended(tmp_path_factory):
     """A finished evaluation of the base."""
     out = tmp_path_factory.mktemp("undefended")
     result = evaluate(EvalConfig(THREAT, (Trial("direct", ATTACK),), FAR, batch_size=8), out)
-    write_report(out, report_of(result), result, X)
+    write_evaluation(out, EvaluationRecord.of(result), result, X)
     return result, out
 
 
@@ -90,7 +91,7 @@ def defended(undefended, tmp_path_factory):
 def test_the_defended_predictor_is_judged(defended):
     assert defended.accuracies()["clean"]["deployed"] == 1.0
     logits = jax.jit(DEFENCE)(VARIABLES, defended.attempts["base"].x_adv).logits
-    np.testing.assert_array_equal(defended.attempts["base"].measured.label[:, -1], np.argmax(logits, axis=1))
+    np.testing.assert_array_equal(defended.attempts["base"].measured.deployed.label, np.argmax(logits, axis=1))
     lowest = min(defended.accuracies()[name]["deployed"] for name in defended.attempts)
     assert defended.accuracies()["union"]["deployed"] <= lowest
 
@@ -99,7 +100,7 @@ def test_the_states_are_those_of_the_regulated_dynamics(defended):
     states = reduce_entropy(DEFENCE, VARIABLES, X).solution.states
     for t in range(4):
         logits = DEFENCE.decode(VARIABLES, states[t])
-        np.testing.assert_array_equal(defended.clean.label[:, t], np.argmax(logits, axis=1))
+        np.testing.assert_array_equal(named(defended.clean)[f"z_{t + 1}"].label, np.argmax(logits, axis=1))
 
 
 def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefended, defended):
@@ -166,7 +167,7 @@ def test_a_suite_of_transfers_counts_what_it_breaks_itself(undefended, tmp_path)
         replace(both, skip_broken=True)
     wrong = Images(X, 1 - np.minimum(IMAGES.y, 1))
     result = worst_case(config, DEFENCE.base, VARIABLES, wrong, tmp_path)
-    write_report(tmp_path, report_of(result), result, X)
+    write_evaluation(tmp_path, EvaluationRecord.of(result), result, X)
     assert not (tmp_path / "trials" / "direct").exists()
     assert with_transfers(config, [("reference", tmp_path)]).trials == config.trials
 
@@ -174,18 +175,19 @@ def test_a_suite_of_transfers_counts_what_it_breaks_itself(undefended, tmp_path)
 def test_cost_counts_applications_of_the_cell(defended, undefended):
     expected = reduce_entropy(DEFENCE, VARIABLES, X).solution.evaluations
     np.testing.assert_array_equal(defended.cost.evaluations, expected[:8])
-    report = report_of(defended)
-    assert report["defence"] == "entropy reduction"
-    assert report["cost"]["evaluations"] == 1 + 4 + 2 * (3 * 2 + 1)  # two blocks, three updates and one correction each
-    assert report["cost"]["seconds"] > 0
-    assert report_of(undefended[0])["cost"]["evaluations"] == 1 + 4 + 3  # and the estimator's
+    record = EvaluationRecord.of(defended)
+    assert record.defence == "entropy reduction"
+    assert record.cost.evaluations == 1 + 4 + 2 * (3 * 2 + 1)  # two blocks, three updates and one correction each
+    assert record.cost.seconds > 0
+    assert EvaluationRecord.of(undefended[0]).cost.evaluations == 1 + 4 + 3  # and the estimator's
 
 
 def test_attacks_on_the_base_are_transfers(defended):
     """What they alone break raises the flag, as it does where the images come from another evaluation."""
 
     def with_broken(names):
-        right, wrong = defended.clean, defended.clean._replace(label=(defended.clean.label + 1) % 10)
+        right, deployed = defended.clean, defended.clean.deployed
+        wrong = right._replace(deployed=deployed._replace(label=(deployed.label + 1) % 10))
         found = {
             name: attempt._replace(measured=wrong if name in names else right)
             for name, attempt in defended.attempts.items()
@@ -211,7 +213,7 @@ class TestRandomPredictor:
     def test_it_is_judged_by_a_draw_that_attacks_have_not_seen(self, few):
         keys = Keys.of(jax.random.key(0), len(X)).fold(Purpose.DEPLOYED)
         logits = RANDOM(VARIABLES, few.attempts["direct"].x_adv, keys=keys).logits
-        np.testing.assert_array_equal(few.attempts["direct"].measured.label[:, -1], np.argmax(logits, axis=1))
+        np.testing.assert_array_equal(few.attempts["direct"].measured.deployed.label, np.argmax(logits, axis=1))
 
     @pytest.mark.parametrize(("draws", "raised"), [(2, True), (20, False)])
     def test_too_few_draws_raise_a_flag(self, draws, raised, few):

@@ -11,8 +11,8 @@ from deq_jax import Broyden, Explicit, Implicit, Neumann, Phantom
 from deq_jax.attacks import Linf
 from deq_jax.core import AtState, Injection, cross_entropy
 from deq_jax.data import Images
-from deq_jax.evaluation import EvalConfig, report_of, worst_case
-from deq_jax.evaluation.measure import adjoint_residuals, mean_and_largest
+from deq_jax.evaluation import EvalConfig, EvaluationRecord, worst_case
+from deq_jax.evaluation.measure import Spread, adjoint_residuals, spread
 from deq_jax.evaluation.terminal import states_table
 from deq_jax.models import SmallCNN
 from deq_jax.training import fit
@@ -66,16 +66,16 @@ def test_an_evaluation_reports_it_in_numbers_and_on_the_terminal(tmp_path):
     variables, x, y = problem(classifier)
     config = EvalConfig(Linf(0.1), (), batch_size=8)
     result = worst_case(config, classifier, variables, Images(np.asarray(x), np.asarray(y)), tmp_path)
-    report = report_of(result)
+    record = EvaluationRecord.of(result)
     expected = np.asarray(adjoint_residuals(classifier, variables, x, y))
-    assert report["adjoint_residual"]["mean"] == pytest.approx(expected.mean(), rel=1e-3)
-    assert report["adjoint_residual"]["largest"] == pytest.approx(expected.max(), rel=1e-3)
-    assert f"adjoint residual: mean {expected.mean():.1e}"[:-5] in states_table(report).caption
+    assert record.adjoint_residual.mean == pytest.approx(expected.mean(), rel=1e-3)
+    assert record.adjoint_residual.largest == pytest.approx(expected.max(), rel=1e-3)
+    assert f"adjoint residual: mean {expected.mean():.1e}"[:-5] in states_table(record).caption
 
 
 def test_images_that_are_not_finite_do_not_hide_the_others():
-    assert mean_and_largest(np.array([1.0, np.nan, 2.0, np.inf])) == {"mean": 1.5, "largest": 2.0}
-    assert mean_and_largest(np.array([np.nan])) == mean_and_largest(None) == {"mean": None, "largest": None}
+    assert spread(np.array([1.0, np.nan, 2.0, np.inf])) == Spread(1.5, 2.0)
+    assert spread(np.array([np.nan])) == spread(None) == Spread(None, None)
 
 
 def test_a_training_run_logs_it_at_validation(tmp_path):

@@ -43,8 +43,8 @@ from deq_jax.evaluation import (
     evaluator,
     is_correct,
     measure,
+    named,
     red_flags,
-    row_names,
     with_surrogates,
     worst_case,
 )
@@ -110,12 +110,14 @@ def cumulative(tmp_path_factory):
 def test_measured_states_are_decoded_as_they_are(deq):
     classifier, variables, images = deq
     measured = jax.jit(lambda x: measure(classifier, variables, x, images.y))(images.x)
-    assert row_names(measured) == ["z_1", "z_2", "z_3", "ensemble", "deployed"]
+    rows = named(measured)
+    assert list(rows) == ["z_1", "z_2", "z_3", "ensemble", "deployed"]
+    assert measured.states.label.shape == (20, 3) and measured.ensemble.label.shape == (20,)
     predictors = [*(deployed(classifier, readout) for readout in (IntermediateState(2), EnsembleState())), classifier]
-    for row, predictor in zip((1, 3, 4), predictors, strict=True):
+    for name, predictor in zip(("z_2", "ensemble", "deployed"), predictors, strict=True):
         logits = jax.jit(lambda x, p=predictor: p(variables, x).logits)(images.x)
-        np.testing.assert_array_equal(measured.label[:, row], jnp.argmax(logits, axis=1))
-        np.testing.assert_allclose(measured.margin[:, row], margin(logits, images.y), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(rows[name].label, jnp.argmax(logits, axis=1))
+        np.testing.assert_allclose(rows[name].margin, margin(logits, images.y), rtol=1e-4, atol=1e-5)
 
 
 def test_spectral_radii_are_those_of_dense_jacobians():
@@ -149,21 +151,21 @@ class TestWorstCase:
             for predictor, accuracy in accuracies[name].items():
                 assert accuracies["union"][predictor] <= accuracy
         assert 0.1 < accuracies["union"]["deployed"] < accuracies["clean"]["deployed"] - 0.1
-        both = [result.robust()[name] for name in ("direct", "more")]
-        np.testing.assert_array_equal(result.robust()["both"], both[0] & both[1])
+        both = [result.robust()[name].deployed for name in ("direct", "more")]
+        np.testing.assert_array_equal(result.robust()["both"].deployed, both[0] & both[1])
 
     def test_worst_images_are_classified_as_the_union_says(self, own):
         result, images = own[0], IMAGES
         measured = jax.jit(lambda x: measure(CLASSIFIER, trained(), x, images.y))(result.x_adv)
-        np.testing.assert_array_equal(measured.label, result.worst.label)
+        np.testing.assert_array_equal(measured.deployed.label, result.worst.deployed.label)
         np.testing.assert_array_equal(
-            is_correct(measured, images.y)[:, -1] & is_correct(result.clean, images.y)[:, -1],
-            result.robust()["union"][:, -1],
+            is_correct(measured, images.y).deployed & is_correct(result.clean, images.y).deployed,
+            result.robust()["union"].deployed,
         )
         assert is_within(result.x_adv, images.x, THREAT).all()
         inside = [attempt for attempt in result.attempts.values() if attempt.inside.all()]
-        margins = np.max([attempt.measured.margin[:, -1] for attempt in inside], axis=0)
-        assert (result.worst.margin[:, -1] >= margins - 1e-5).all()
+        margins = np.max([attempt.measured.deployed.margin for attempt in inside], axis=0)
+        assert (result.worst.deployed.margin >= margins - 1e-5).all()
 
     def test_noise_goes_to_the_surface_of_the_ball(self, own):
         """But for a pixel that [0, 1] stops."""
@@ -191,23 +193,23 @@ class TestWorstCase:
         before = {trial.name: result.attempts[trial.name] for trial in TRIALS[:2]}
         x_adv, worst = worst_of(IMAGES.x, IMAGES.y, result.clean, before)
         np.testing.assert_allclose(result.attempts["still"].x_adv, x_adv, atol=2e-7)
-        union = np.logical_and.reduce([result.robust()[name] for name in before])
-        assert (result.robust()["on"] <= union).all()
-        higher = result.attempts["on"].measured.margin[:, -1] - worst.margin[:, -1]
+        union = np.logical_and.reduce([result.robust()[name].deployed for name in before])
+        assert (result.robust()["on"].deployed <= union).all()
+        higher = result.attempts["on"].measured.deployed.margin - worst.deployed.margin
         assert higher.min() > -1e-4 and np.mean(higher) > 1e-2
         with pytest.raises(InputError, match="from_worst is for attacks that take a start, got Noise"):
             replace(TRIALS[0], from_worst=True)
 
     def test_cumulative_trials_attack_what_is_left_with_the_same_result(self, own, cumulative):
         (every, _), (left, _) = own, cumulative
-        clean = is_correct(every.clean, every.y)[:, -1]
+        clean = is_correct(every.clean, every.y).deployed
         alive = clean
         for trial in TRIALS:
             attempt = left.attempts[trial.name]
             np.testing.assert_array_equal(attempt.attacked, alive)
             same = np.abs(attempt.x_adv - every.attempts[trial.name].x_adv) < 1e-6
             assert np.mean(same[alive]) > 0.99  # but for signs of gradients that are 0 to rounding
-            np.testing.assert_array_equal(left.robust()[trial.name][:, -1], alive & ~left.broken(trial.name))
+            np.testing.assert_array_equal(left.robust()[trial.name].deployed, alive & ~left.broken(trial.name))
             alive = alive & ~left.broken(trial.name)
         assert all(left.attempts[trial.name].attacked.all() for trial in OWN.extra_trials)
         assert left.accuracies()["union"]["deployed"] == every.accuracies()["union"]["deployed"]
@@ -218,7 +220,7 @@ class TestWorstCase:
         found = evaluate(config, tmp_path).attempts["direct"]
         expected = own[0].attempts["direct"]
         assert np.mean(np.abs(found.x_adv - expected.x_adv) < 1e-6) > 0.99
-        np.testing.assert_array_equal(found.measured.label[:, -1], expected.measured.label[:, -1])
+        np.testing.assert_array_equal(found.measured.deployed.label, expected.measured.deployed.label)
 
     def test_one_device_finds_what_eight_do(self, own):
         assert jax.local_device_count() == 8
@@ -226,7 +228,7 @@ class TestWorstCase:
         one = jax.jit(lambda b: attack_batch(CLASSIFIER, trained(), ATTACK, b, seed=0, surrogate=Direct()))
         x_adv, measured = one(batch)
         assert np.mean(np.abs(x_adv - own[0].attempts["direct"].x_adv) < 1e-6) > 0.99
-        np.testing.assert_array_equal(measured.label[:, -1], own[0].attempts["direct"].measured.label[:, -1])
+        np.testing.assert_array_equal(measured.deployed.label, own[0].attempts["direct"].measured.deployed.label)
 
     def test_logits_that_are_not_finite_are_an_error(self, tmp_path):
         broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), trained())
@@ -291,7 +293,7 @@ class TestL2:
             delta = HALF.to_hyperplane(x, normal, gap)  # the shortest one within the box
             reached = np.abs(np.sum(normal * delta, axis=(1, 2, 3)) - gap) < 1e-3
             distances.append(np.where(reached, HALF.length(delta), np.inf))
-        distance, correct = np.min(distances, axis=0), in_l2.robust()["clean"][:, -1]
+        distance, correct = np.min(distances, axis=0), in_l2.robust()["clean"].deployed
         inside = [name for name, attempt in in_l2.attempts.items() if attempt.inside.all()]
         assert set(in_l2.attempts) - set(inside) == {"check.far-pgd-50"}
         for name in inside:
@@ -301,8 +303,8 @@ class TestL2:
             assert in_l2.broken(name)[correct & (distance < 0.45)].all(), name
 
     def test_a_trial_goes_on_from_the_worst_image(self, in_l2):
-        before = in_l2.robust()["apgd"] & in_l2.robust()["square"]
-        assert (in_l2.robust()["on"] <= before).all()
+        before = in_l2.robust()["apgd"].deployed & in_l2.robust()["square"].deployed
+        assert (in_l2.robust()["on"].deployed <= before).all()
 
 
 TRACES: list[float] = []
@@ -436,7 +438,8 @@ class TestTransfer:
         found = evaluate(EvalConfig(THREAT, trials, batch_size=16, skip_broken=False), tmp_path / "out")
         for attempt in found.attempts.values():
             np.testing.assert_array_equal(attempt.x_adv, result.attempts["direct"].x_adv)
-            np.testing.assert_array_equal(attempt.measured.label, result.attempts["direct"].measured.label)
+            expected = result.attempts["direct"].measured
+            np.testing.assert_array_equal(attempt.measured.deployed.label, expected.deployed.label)
 
     def test_images_that_have_changed_are_not_mixed_with_what_is_there(self, tmp_path):
         path, config = tmp_path / "a.npz", EvalConfig(THREAT, (), batch_size=16)
@@ -486,7 +489,7 @@ class TestEarlyState:
         predictor = deployed(classifier, IntermediateState(2))
         outcomes = evaluator(predictor, ATTACK, batch_size=16)(variables, images)
         _, robust = correctness(outcomes)
-        assert found[1] == pytest.approx(robust[:, -1].mean())
+        assert found[1] == pytest.approx(robust.deployed.mean())
 
     def test_the_best_one_is_deployed_and_recorded(self, deq, tmp_path, monkeypatch):
         accuracies = iter([[0.1, 0.3, 0.2]])
@@ -497,8 +500,9 @@ class TestEarlyState:
         for _ in range(2):  # it is chosen once
             result = worst_case(config, *deq, tmp_path, validation=deq[2])
             assert result.early_state == [0.1, 0.3, 0.2]
-        np.testing.assert_array_equal(result.clean.label[:, -1], result.clean.label[:, 1])
-        assert not np.array_equal(result.clean.margin[:, -1], result.clean.margin[:, 2])
+        states = named(result.clean)
+        np.testing.assert_array_equal(states["deployed"].label, states["z_2"].label)
+        assert not np.array_equal(states["deployed"].margin, states["z_3"].margin)
 
 
 class TestConfig:

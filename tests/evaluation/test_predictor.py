@@ -33,9 +33,9 @@ def test_it_answers_as_its_parts_do():
         predictor.logits(x), predictor.classifier(predictor.variables, x).logits, rtol=1e-5, atol=1e-6
     )
     whole, parts = predictor.measure(x, y), measure(predictor.classifier, predictor.variables, x, y)
-    for mine, other in zip(whole, parts, strict=True):
+    for mine, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
-    assert predictor.accuracy(x, y) == pytest.approx(np.mean(is_correct(whole, y)[:, -1]))
+    assert predictor.accuracy(x, y) == pytest.approx(np.mean(is_correct(whole, y).deployed))
     oracle = judged(Intermediate(2), predictor.classifier, predictor.variables)
     keys = Keys.of(0, 3)
     ask = predictor.oracle(Intermediate(2)).grad(dj.core.cross_entropy, x, y, keys)
@@ -91,7 +91,7 @@ class TestAssess:
     def test_any_attack_starts_from_the_worst_image_so_far(self, attack):
         again = Trial("again", attack, from_worst=True)
         result = dj.assess(LINEAR, (X, Y), (TRIALS[0], again), skip_broken=False)
-        first, second = (result.attempts[name].measured.margin[:, -1] for name in ("pgd", "again"))
+        first, second = (result.attempts[name].measured.deployed.margin for name in ("pgd", "again"))
         fooled = first > 0
         assert (second[fooled] > 0).all() and fooled.any()
         if not isinstance(attack, APGD):  # whose loss is another one

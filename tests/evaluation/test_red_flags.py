@@ -13,16 +13,18 @@ from deq_jax.attacks import APGD, PGD, AutoAttack, Linf, Noise, Square, Targeted
 from deq_jax.data import Images
 from deq_jax.evaluation import (
     EvalConfig,
-    Measured,
+    EvaluationRecord,
     Probe,
+    Row,
+    Rows,
     Transfer,
     Trial,
     diagnostics,
     headline,
     red_flags,
-    report_of,
     worst_case,
 )
+from deq_jax.evaluation.measure import Spread
 from deq_jax.evaluation.red_flags import (
     batch_dependence,
     no_collapse,
@@ -93,10 +95,10 @@ def test_gradients_that_are_nan_are_flagged(tmp_path):
 def test_an_honest_model_raises_no_flag(honest):
     assert set(raised(honest).values()) == {False, None}
     assert raised(honest)["transfer beats direct attacks"] is None
-    report = report_of(honest)
-    assert report["spectral_radius"] == {"mean": None, "largest": None, "unsettled": None}
-    assert 0 < report["robust_accuracy"] < 0.8 < report["rows"]["deployed"]["clean"]["accuracy"]
-    assert "no flags raised; not checked: transfer beats direct attacks" in headline(report)
+    record = EvaluationRecord.of(honest)
+    assert (record.spectral_radius, record.unsettled) == (Spread(None, None), None)
+    assert 0 < record.robust_accuracy < 0.8 < record.rows["deployed"].clean.accuracy
+    assert "no flags raised; not checked: transfer beats direct attacks" in headline(record)
 
 
 def test_going_on_from_the_worst_image_does_not_hide_masked_gradients(masked, tmp_path):
@@ -113,9 +115,14 @@ def test_masked_gradients_are_flagged(masked):
     flags = raised(masked)
     assert flags["zero gradients"] and flags["black box beats white box"] and flags["no collapse at 8 epsilon"]
     assert not flags["batch dependence"] and not flags["randomness"]
-    line = headline(report_of(masked))
+    line = headline(EvaluationRecord.of(masked))
     assert line.startswith("robust accuracy: NOT TRUSTWORTHY, an upper bound only: ")
     assert "zero gradients (1)" in line
+
+
+def alone(row):
+    """What is measured of an explicit network."""
+    return Rows(None, None, row)
 
 
 @dataclass(frozen=True)
@@ -154,14 +161,14 @@ APGD_20, SQUARE, NOTHING = APGD(THREAT, steps=20), Square(THREAT, 300), Noise(TH
 )
 def test_attacks_say_whether_they_use_gradients(found, expected, honest):
     """Each attack breaks the first images."""
-    right = honest.clean._replace(label=np.broadcast_to(TEST.y[:, None], honest.clean.label.shape))
+    right = honest.clean.deployed._replace(label=TEST.y)
     trials = tuple(Trial(f"{i}", attack) for i, (attack, _) in enumerate(found))
     attempts = {}
     for trial, (_, broken) in zip(trials, found, strict=True):
-        label = (right.label + (np.arange(len(TEST.y)) < broken)[:, None]) % 10
-        attempts[trial.name] = honest.attempts["apgd"]._replace(measured=right._replace(label=label))
+        label = (right.label + (np.arange(len(TEST.y)) < broken)) % 10
+        attempts[trial.name] = honest.attempts["apgd"]._replace(measured=alone(right._replace(label=label)))
     config = EvalConfig(THREAT, trials, skip_broken=False)
-    flags = raised(replace(honest, config=config, clean=right, attempts=attempts))
+    flags = raised(replace(honest, config=config, clean=alone(right), attempts=attempts))
     assert flags["black box beats white box"] is expected
 
 
@@ -195,21 +202,20 @@ def test_bpda_finds_what_rounding_hides_and_the_flags_go_down(masked, honest, tm
     assert set(raised(result).values()) == {False, None}
     explanations = {flag.name: flag.explanation for flag in red_flags(masked) if flag.raised}
     assert "BPDA" in explanations["zero gradients"]
-    assert explanations["zero gradients"] in headline(report_of(masked))
+    assert explanations["zero gradients"] in headline(EvaluationRecord.of(masked))
 
 
 def test_a_robust_accuracy_is_said_with_what_speaks_against_the_model(honest):
-    report = report_of(honest)
-    assert report["warnings"] == [] and "\n" not in headline(report)
-    low, high = report["intervals"]["union"]
-    assert f" of 64 images (95 %: {100 * low:.1f} to {100 * high:.1f}); no flags" in headline(report)
-    label, residual = honest.clean.label.copy(), np.full(honest.clean.residual.shape, 0.058)
-    label[6:] = (TEST.y[6:, None] + 1) % 10
-    other = (honest.clean._replace(label=label, residual=residual), honest.clean)
-    clean = Measured(*(np.concatenate([part, part, part], axis=1) for part in other[1]))
-    clean = Measured(*(np.concatenate([good, bad], axis=1) for good, bad in zip(clean, other[0], strict=True)))
+    record = EvaluationRecord.of(honest)
+    assert record.warnings == () and "\n" not in headline(record)
+    low, high = record.intervals["union"]
+    assert f" of 64 images (95 %: {100 * low:.1f} to {100 * high:.1f}); no flags" in headline(record)
+    good, label = honest.clean.deployed, honest.clean.deployed.label.copy()
+    label[6:] = (TEST.y[6:] + 1) % 10
+    wrong = good._replace(label=label, residual=np.full(good.residual.shape, 0.058))
+    clean = Rows(Row(*(np.stack([part, part], axis=1) for part in good)), good, wrong)
     bad = replace(honest, clean=clean, attempts={}, config=replace(honest.config, trials=(), diagnostics=None))
-    first, *lines = headline(report_of(bad)).splitlines()
+    first, *lines = headline(EvaluationRecord.of(bad)).splitlines()
     assert first.startswith("clean accuracy: ") and first.endswith("; nothing has attacked them")
     chance, solver, state = lines
     assert chance.startswith("warning: clean accuracy is at chance: ")
@@ -218,10 +224,10 @@ def test_a_robust_accuracy_is_said_with_what_speaks_against_the_model(honest):
 
 
 def test_a_trial_with_nothing_left_to_attack_says_so_in_the_table(honest):
-    report = report_of(honest)
-    report["trials"]["square"]["attacked"] = 0
+    record = EvaluationRecord.of(honest)
+    trials = record.trials | {"square": replace(record.trials["square"], attacked=0)}
     console = Console(width=200, file=io.StringIO())
-    console.print(accuracy_table(report))
+    console.print(accuracy_table(replace(record, trials=trials)))
     (row,) = [line for line in console.file.getvalue().splitlines() if " square " in line]
     assert row.replace("│", " ").split() == ["square", "0", "nothing", "left", "to", "attack"]
 
@@ -245,9 +251,10 @@ def test_logits_that_are_not_finite_under_attack_are_flagged(honest):
     assert not_finite(honest).raised is False
     extra = honest.config.diagnostics
     for name, expected in (("apgd", True), (extra.far.name, False)):
-        margin = honest.attempts[name].measured.margin.copy()
-        margin[3, -1] = np.inf
-        measured = honest.attempts[name].measured._replace(margin=margin)
+        row = honest.attempts[name].measured.deployed
+        margin = row.margin.copy()
+        margin[3] = np.inf
+        measured = alone(row._replace(margin=margin))
         changed = replace(honest, attempts=honest.attempts | {name: honest.attempts[name]._replace(measured=measured)})
         assert raised(changed)["logits not finite"] is expected
         assert not expected or not_finite(changed).value == 1 / 64

@@ -25,26 +25,25 @@ def test_the_interval_is_exact(right, images):
 
 
 def states(won, lost, of=200):
-    """[N, 2]: a state that is right on `won` images alone, and what is deployed on `lost` images alone."""
-    correct = np.ones((of, 2), bool)
-    correct[:won, 1] = False
-    correct[won : won + lost, 0] = False
-    return correct
+    """[N] each: a state that is right on `won` images alone, and what is deployed on `lost` images alone."""
+    every = np.arange(of)
+    return {"z_1": (every < won) | (every >= won + lost), "deployed": every >= won}
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (4, 0), (5, 0), (9, 2), (8, 2), (20, 30), (40, 20), (35, 20)])
 def test_a_state_is_better_by_mcnemars_exact_test(won, lost):
-    found = better_state(["z_1", "deployed"], states(won, lost))
+    found = better_state(states(won, lost))
     assert (found is not None) == (won > lost and at_least(won, won + lost, 0.5) <= 0.05)
 
 
 def test_the_best_of_the_better_states_is_told_and_many_states_need_more():
-    correct = np.stack([*states(5, 0).T[:1], *states(30, 0).T], axis=1)
-    text = better_state(["z_1", "ensemble", "deployed"], correct)
+    ensemble = np.arange(200) >= 5
+    text = better_state({"z_1": states(30, 0)["z_1"], "ensemble": ensemble, "deployed": states(30, 0)["deployed"]})
     assert text.startswith("z_1 classifies clean images better than what is deployed: 100.0 % against 85.0 %; ")
-    many = np.repeat(states(5, 0), [8, 1], axis=1)  # 2^-5 is 3 %, eight times that is not
-    assert better_state([f"z_{t}" for t in range(1, 9)] + ["deployed"], many) is None
-    assert better_state(["deployed"], states(5, 0)[:, 1:]) is None
+    one = states(5, 0)  # 2^-5 is 3 %, eight times that is not
+    many = {f"z_{t}": one["z_1"] for t in range(1, 9)}
+    assert better_state({**many, "deployed": one["deployed"]}) is None
+    assert better_state({"deployed": one["deployed"]}) is None
 
 
 def test_a_trial_tells_its_life():

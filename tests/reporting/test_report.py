@@ -5,7 +5,7 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,29 +18,40 @@ from deq_jax.evaluation import (
     Attempt,
     Cost,
     EvalConfig,
-    Measured,
+    EvaluationRecord,
     Outcomes,
     Probe,
+    Provenance,
     Transfer,
     Trial,
     WorstCase,
-    report_of,
     summary,
-    write_report,
+    write_evaluation,
 )
-from deq_jax.reporting import Estimate, Group, Table, groups_of, read_evaluations, report_files, unfinished
-from deq_jax.reporting.archive import protocol_text
-from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
-from deq_jax.reporting.groups import (
+from deq_jax.evaluation.measure import from_columns
+from deq_jax.reporting import (
+    Estimate,
+    Group,
+    Report,
+    Table,
+    groups_of,
+    read_evaluations,
+    render,
+    report_files,
+    unfinished,
+)
+from deq_jax.reporting.comparisons import (
     defence_pairs,
     labels,
     radius_curves,
-    robust,
     training_pairs,
     undefended,
     undefended_trainings,
 )
-from deq_jax.reporting.tables import Cell, Column
+from deq_jax.reporting.contents import accuracy_table, headline_table, pair_table
+from deq_jax.reporting.groups import robust
+from deq_jax.reporting.protocol import protocol_text
+from deq_jax.reporting.tables import Cell, Column, Field, filled, sectioned, text_cell
 from deq_jax.reporting.wording import DEFENCE, TRAINING, quotes, sentences
 from deq_jax.storage import brief, number, to_tree
 from deq_jax.surrogates import ThroughSolver
@@ -57,7 +68,9 @@ def measured(wrong, rng):
     is_wrong = np.concatenate([rng.random((IMAGES, 4)) < 0.3, (np.arange(IMAGES) < wrong)[:, None]], axis=1)
     margin, residual = np.where(is_wrong, 1.0, -1.0), rng.uniform(0.01, 0.5, (IMAGES, 5))
     residual[:, 3] = np.nan
-    return Measured((Y[:, None] + is_wrong) % 10, margin, rng.uniform(0, 2, (IMAGES, 5)), residual)
+    entropy = rng.uniform(0, 2, (IMAGES, 5))
+    label = (Y[:, None] + is_wrong) % 10
+    return from_columns({"label": label, "margin": margin, "entropy": entropy, "residual": residual})
 
 
 def config_of(epsilon, defence, seed):
@@ -81,7 +94,7 @@ def found(config, seed, wrong, *, masked=False):
     parts = {name: measured(count, rng) for name, count in wrong.items()}
     clean, x_adv, everywhere = parts.pop("clean"), np.zeros((IMAGES, 2, 2, 1)), np.ones(IMAGES, bool)
     attempts = {name: Attempt(x_adv.copy, part, everywhere, everywhere, 0.5) for name, part in parts.items()}
-    worst = max(attempts.values(), key=lambda one: one.measured.margin[:, -1].sum()).measured if attempts else clean
+    worst = max(attempts.values(), key=lambda one: one.measured.deployed.margin.sum()).measured if attempts else clean
     defended = config.predictor is not None
     cost = Cost(np.full(4, 21.0 if defended else 7.0), np.full(3, 0.004 if defended else 0.001))
     probe = Probe(LOGITS, LOGITS, LOGITS, LOGITS)
@@ -93,11 +106,11 @@ def found(config, seed, wrong, *, masked=False):
 def write(folder, config, seed, wrong, *, train=None, workdir="runs/tiny", **options):
     """What `evaluate` writes."""
     train = tiny.get_config(seed=seed) if train is None else replace(train, seed=seed)
-    about = {"checkpoint": "best, step 17", "split": "test", "versions": {"deq_jax": "0.1.0", "jax": "0.10"}}
+    versions = {"deq_jax": "0.1.0", "jax": "0.10"}
+    provenance = Provenance(f"{workdir}-{seed}", "best, step 17", "test", versions, to_tree(train))
     result = found(config, seed, wrong, **options)
     folder.mkdir(parents=True, exist_ok=True)
-    report = {**report_of(result), "workdir": f"{workdir}-{seed}", **about, "config": to_tree(train)}
-    write_report(folder, report, result, result.x_adv)
+    write_evaluation(folder, EvaluationRecord.of(result, provenance), result, result.x_adv)
     return folder
 
 
@@ -128,9 +141,9 @@ def halve(folder):
     content = json.loads(path.read_text())
     for name, row in zip(content["accuracy"], correct, strict=True):
         content["accuracy"][name]["deployed"] = float(row.mean())
-    attacked = Measured(*(arrays[f"attacked_{name}"] for name in Measured._fields))
-    clean = Measured(*(arrays[f"clean_{name}"] for name in Measured._fields))
-    path.write_text(json.dumps(content | summary(Outcomes(arrays["y"], clean, attacked, None))))
+    clean, attacked = (from_columns(arrays, prefix) for prefix in ("clean_", "attacked_"))
+    rows = {name: asdict(row) for name, row in summary(Outcomes(arrays["y"], clean, attacked, None)).items()}
+    path.write_text(json.dumps(content | {"images": IMAGES // 2, "rows": rows}))
 
 
 class Page(HTMLParser):
@@ -249,7 +262,7 @@ class TestGroups:
         assert defence_pairs(groups) == []
 
     def test_transfers_from_any_folder_are_the_same_attack(self, groups):
-        paths = [one.evaluation["trials"][2]["attack"]["path"] for one in groups[1].evaluations]
+        paths = [one.record.plan.trials[2].attack["path"] for one in groups[1].evaluations]
         assert paths == ["runs/tiny-0", "runs/tiny-1"]
 
     def test_attacks_in_a_few_words(self, groups):
@@ -508,6 +521,22 @@ class TestPage:
         assert all(picture.startswith(b"\x89PNG") for picture in shown)
 
 
+def test_the_page_only_formats_what_the_report_has(runs, out, monkeypatch):
+    report = Report.of(read_evaluations(runs))
+    assert [len(part) for part in (report.defences.pairs, report.trainings.pairs, report.sections)] == [1, 1, 13]
+    for name in ("Estimate.of_accuracies", "Estimate.of_differences"):  # nothing is computed from here on
+        monkeypatch.setattr(f"deq_jax.reporting.statistics.{name}", None)
+    assert render(report) == (out / "index.html").read_text()
+    assert "<li>said</li>" in render(replace(report, defences=replace(report.defences, sentences=("said",))))
+
+
+def test_a_column_says_how_a_row_fills_it():
+    columns = Field(Column("a", kind="text"), text_cell), Field(Column("b"), lambda text: text_cell(f"{len(text)}"))
+    table = filled("name", "", "part", columns, sectioned(["xy", "z", "xyz"], lambda text: text[0]))
+    assert table.csv() == "part,a,b\nx,xy,2\nx,xyz,3\nz,z,1\n"
+    assert filled("name", "", "part", columns[1:], {"": ["xy"]}).csv() == "b\n2\n"
+
+
 def test_flagged_points_of_a_curve_look_different(tmp_path):
     wrong = {"clean": 2, "apgd": 3, "pgd": 4}
     write(tmp_path / "far", config_of(0.1, "none", 0), 0, wrong)
@@ -546,8 +575,9 @@ def test_protocol_names_what_determines_an_evaluation(groups):
 
 def test_protocol_names_the_early_state_and_the_draws(groups):
     one = groups[1].evaluations[0]
-    evaluation = one.evaluation | {"draws": 20}
-    text = protocol_text(replace(one, defence="early state", early_state=[0.1, 0.5, 0.3], evaluation=evaluation))
+    evaluation = one.record.evaluation | {"draws": 20}
+    record = replace(one.record, defence="early state", early_state=(0.1, 0.5, 0.3), evaluation=evaluation)
+    text = protocol_text(replace(one, record=record))
     assert "deployed: early state z_2: Equilibrium(" in text
     assert "draws: 20 (EOT)" in text
 
@@ -760,8 +790,8 @@ def test_what_an_evaluation_may_lack(tmp_path, runs):
     shutil.copytree(runs[0] / "evaluation" / "b", tmp_path / "a")
     edit(tmp_path / "a", lambda content: (content.pop("defence"), content.pop("cost")))
     (one,) = read_evaluations([tmp_path / "a"])
-    assert one.cost == {}
-    assert Group("a", one.defence, (one,)).is_defended
+    assert (one.record.cost.evaluations, one.record.cost.seconds) == (None, None)
+    assert Group("a", one.record.defence, (one,)).is_defended
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_its_evaluation_is_read(folder):
     config = from_tree(manifest["config"])
     assert isinstance(config, EvalConfig) and len(config.trials) == 6
     (found,) = read_evaluations([folder / "run" / "evaluation" / "test-eval_config"])
-    assert found.trials and found.images == 24
+    assert len(found.record.plan.trials) == 6 and found.record.images == 24
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""A finished evaluation as files: its record, what was measured of each image, and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from deq_jax.evaluation.figures import plot_accuracies, plot_images, plot_states
+from deq_jax.evaluation.folder import EvaluationFolder
+from deq_jax.evaluation.measure import to_columns
+from deq_jax.evaluation.record import EvaluationRecord
+from deq_jax.evaluation.results import WorstCase
+from deq_jax.storage.files import write_json, write_npz
+
+
+def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: np.ndarray) -> None:
+    """Writes numbers, per-image results and figures into the folder `out`.
+
+    Args:
+      out: gets evaluation.npz, states.png, with trials also trials.png and images.png, and last evaluation.json.
+      record: the numbers.
+      result: what was found.
+      x: the images [N, H, W, C] in [0, 1].
+    """
+    folder, outcomes = EvaluationFolder(out), result.outcomes
+    correct = {name: row.deployed for name, row in result.robust().items()}
+    arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
+    arrays["spectral_radius"] = result.spectral_radius
+    further = {"radius_settled": result.radius_settled, "adjoint_residual": result.adjoint_residual}
+    arrays |= {name: values for name, values in further.items() if values is not None}
+    arrays |= {f"clean_{name}": value for name, value in to_columns(outcomes.clean).items()}
+    if outcomes.attacked is not None:
+        arrays |= {f"attacked_{name}": value for name, value in to_columns(outcomes.attacked).items()}
+        arrays["x_adv"] = outcomes.x_adv
+        plot_images(outcomes, x, folder.figure("images"))
+        plot_accuracies(record.accuracy, folder.figure("trials"))
+    plot_states(outcomes, folder.figure("states"))
+    write_npz(folder.arrays, arrays)
+    write_json(folder.record, record.to_json())

@@ -1,0 +1,68 @@
+"""The folder of an evaluation: the names of its files have this one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+EVALUATIONS = "evaluation"  # folder of a run's evaluations, in its workdir
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """Where an evaluation keeps what it finds.
+
+    Attributes:
+      path: of the folder.
+    """
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """What the folder is the evaluation of; written first."""
+        return self.path / "manifest.json"
+
+    @property
+    def record(self) -> Path:
+        """All its numbers, see `EvaluationRecord`; written last, so an evaluation that has it is finished."""
+        return self.path / "evaluation.json"
+
+    @property
+    def arrays(self) -> Path:
+        """What was measured of each image."""
+        return self.path / "evaluation.npz"
+
+    def trial(self, name: str) -> Path:
+        """Folder of a trial's batches, or of those of the "clean" images."""
+        return self.path / "trials" / name
+
+    def answers(self, name: str) -> Path:
+        """What was asked once of the deployed predictor: "probe", "cost", "early_state"."""
+        return self.path / f"{name}.npz"
+
+    def figure(self, name: str) -> Path:
+        """A figure: "states", "trials", "images"."""
+        return self.path / f"{name}.png"
+
+    @classmethod
+    def of_trial(cls, trial: Path) -> EvaluationFolder:
+        """The evaluation that a trial's folder belongs to."""
+        return cls(trial.resolve().parents[1])
+
+
+def finished_in(run: Path) -> list[EvaluationFolder]:
+    """The finished evaluations of a run's workdir; or the folder itself, if it is one of a finished evaluation."""
+    own = EvaluationFolder(run)
+    return [own] if own.record.is_file() else [folder for folder in _all_in(run) if folder.record.is_file()]
+
+
+def unfinished_in(run: Path) -> list[Path]:
+    """The folders of evaluations in a workdir that were begun and are not finished."""
+    if EvaluationFolder(run).record.is_file():
+        return []
+    return [one.path for one in _all_in(run) if one.manifest.exists() and not one.record.is_file()]
+
+
+def _all_in(run: Path) -> list[EvaluationFolder]:
+    return [EvaluationFolder(path) for path in sorted(run.glob(f"{EVALUATIONS}/*")) if path.is_dir()]

@@ -1,0 +1,45 @@
+"""An evaluation in words: its headline, and what captions tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deq_jax.evaluation.record import EvaluationRecord
+from deq_jax.evaluation.red_flags import Flag
+
+
+def headline(record: EvaluationRecord) -> str:
+    """The robust accuracy in one line, with what speaks against it; then a line for each raised flag and warning."""
+    raised = [flag for flag in record.red_flags if flag.raised]
+    explained = [f"{flag.name}: {flag.explanation}" for flag in raised]
+    warned = [f"warning: {text}" for text in record.warnings]
+    return "\n".join([_number_line(record, raised), *explained, *warned])
+
+
+def _number_line(record: EvaluationRecord, raised: Sequence[Flag]) -> str:
+    if record.robust_accuracy is None:
+        return f"clean accuracy: {_accuracy_text(record, 'clean')}; nothing has attacked them"
+    number = _accuracy_text(record, "union")
+    missing = [flag.name for flag in record.red_flags if flag.raised is None]
+    unchecked = f"; not checked: {', '.join(missing)}" if missing else ""
+    if raised:
+        flags = ", ".join(f"{flag.name} ({flag.value:.3g})" for flag in raised)
+        return f"robust accuracy: NOT TRUSTWORTHY, an upper bound only: {number}; flags raised: {flags}{unchecked}"
+    return f"robust accuracy: at most {number}; no flags raised{unchecked}"
+
+
+def _accuracy_text(record: EvaluationRecord, name: str) -> str:
+    low, high = (100 * end for end in record.intervals[name])
+    accuracy = 100 * record.accuracy[name]["deployed"]
+    return f"{accuracy:.2f} % of {record.images} images (95 %: {low:.1f} to {high:.1f})"
+
+
+def diagnoses(record: EvaluationRecord) -> str:
+    """Spectral radius and adjoint residual, where they are known, for a caption."""
+    radius, adjoint, known = record.spectral_radius, record.adjoint_residual, ""
+    if radius.mean is not None:
+        known += f"; spectral radius of the cell: mean {radius.mean:.2f}, largest {radius.largest:.2f}"
+        known += f" ({record.unsettled} not settled)" if record.unsettled else ""
+    if adjoint.mean is not None:
+        known += f"; adjoint residual: mean {adjoint.mean:.2e}, largest {adjoint.largest:.2e}"
+    return known

@@ -1,0 +1,219 @@
+"""A report on many evaluations: everything that a page says, before it is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deq_jax.reporting.archive import Evaluation
+from deq_jax.reporting.comparisons import (
+    Pair,
+    by_training,
+    defence_pairs,
+    labels,
+    radius_curves,
+    training_pairs,
+    undefended_trainings,
+)
+from deq_jax.reporting.contents import (
+    FORMS,
+    accuracy_table,
+    cost_table,
+    flags_table,
+    headline_table,
+    pair_table,
+    radius_table,
+    states_table,
+)
+from deq_jax.reporting.figures import Picture, dynamics_picture, radius_picture
+from deq_jax.reporting.groups import Group, groups_of, robust
+from deq_jax.reporting.protocol import protocol_text
+from deq_jax.reporting.tables import Table
+from deq_jax.reporting.wording import DEFENCE, TRAINING, Words, quotes, sentences, worst_case
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with a table.
+
+    Attributes:
+      title, note: its heading, and under which conditions.
+      table: what it tells.
+      pictures: that show the same.
+      is_open: whether the table is shown at once.
+    """
+
+    title: str
+    note: str
+    table: Table
+    pictures: tuple[Picture, ...] = ()
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs of groups.
+
+    Attributes:
+      pairs: what is compared.
+      table: a row for each pair.
+      sentences: one for each pair.
+    """
+
+    pairs: tuple[Pair, ...]
+    table: Table
+    sentences: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, caption: str, pairs: Sequence[Pair], words: Words) -> Comparison:
+        """The comparison of pairs, whose differences have such words."""
+        texts = tuple(sentences(pair, words) for pair in pairs)
+        return cls(tuple(pairs), pair_table(name, caption, pairs, words), texts)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that determines an evaluation: its title, a note on which one it is, and the text."""
+
+    title: str
+    note: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is said on many evaluations.
+
+    Attributes:
+      evaluations: all of them.
+      missing: folders that are named as not evaluated.
+      groups: the evaluations put together over training seeds.
+      quotes: the robust accuracy to quote in each setting.
+      warnings: sentences on what is wrong with a model.
+      worst_case: what the worst case of all trials is called.
+      is_defended: whether any group has a defence.
+      headline, cost: tables of all groups.
+      defences, trainings: what is compared.
+      accuracies, flags: a section for each group, but without flags where nothing has attacked.
+      dynamics, radii: sections with figures.
+      protocols: of each evaluation.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    missing: tuple[Path, ...]
+    groups: tuple[Group, ...]
+    quotes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    worst_case: str
+    is_defended: bool
+    headline: Table
+    defences: Comparison
+    trainings: Comparison
+    accuracies: tuple[Section, ...]
+    dynamics: tuple[Section, ...]
+    radii: tuple[Section, ...]
+    flags: tuple[Section, ...]
+    cost: Table
+    protocols: tuple[Protocol, ...]
+
+    @classmethod
+    def of(cls, evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()) -> Report:
+        """Computes all of it once.
+
+        Args:
+          evaluations: as `read_evaluations` gives them.
+          missing: folders to be named as not evaluated; see `unfinished`.
+        """
+        groups = groups_of(evaluations)
+        everyone = [(group, one) for group in groups for one in group.evaluations]
+        return cls(
+            evaluations=tuple(evaluations),
+            missing=tuple(missing),
+            groups=tuple(groups),
+            quotes=tuple(quotes(groups)),
+            warnings=tuple(
+                f"{group.training}, {group.defence}, seed {one.seed}: {text}"
+                for group, one in everyone
+                for text in one.record.warnings
+            ),
+            worst_case=worst_case(groups),
+            is_defended=any(group.is_defended for group in groups),
+            headline=headline_table(groups),
+            defences=Comparison.of(
+                "defences", "Every defence minus the undefended predictor", defence_pairs(groups), DEFENCE
+            ),
+            trainings=Comparison.of("trainings", "Pairs of trainings", training_pairs(groups), TRAINING),
+            accuracies=tuple(
+                _section(group, accuracy_table(_name("accuracy", i, group.training, group.defence), group))
+                for i, group in enumerate(groups, 1)
+            ),
+            dynamics=tuple(_dynamics(groups)),
+            radii=tuple(_radii(groups)),
+            flags=tuple(
+                _section(
+                    group,
+                    flags_table(_name("flags", i, group.training, group.defence), group),
+                    is_open=bool(group.raised),
+                )
+                for i, group in enumerate(groups, 1)
+                if group.values(robust)
+            ),
+            cost=cost_table(groups),
+            protocols=tuple(
+                Protocol(
+                    f"{group.training}, {group.defence}",
+                    f"training seed {one.seed}, {one.folder}",
+                    protocol_text(one),
+                )
+                for group, one in everyone
+            ),
+        )
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """All sections."""
+        return (*self.accuracies, *self.dynamics, *self.radii, *self.flags)
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables that have rows."""
+        comparisons = self.defences.table, self.trainings.table
+        tables = [self.headline, *comparisons, *(section.table for section in self.sections), self.cost]
+        return [table for table in tables if table.sections]
+
+
+def _name(kind: str, place: int, *names: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([kind, str(place), *names])).strip("-")
+
+
+def _section(group: Group, table: Table, is_open: bool = False) -> Section:
+    note = f"{group.setting}; attacks: {group.trials}"
+    return Section(f"{group.training}, {group.defence}", note, table, is_open=is_open)
+
+
+def _dynamics(groups: Sequence[Group]) -> list[Section]:
+    """Sections on the states: one for the defences of each run, one for all runs without a defence."""
+    known = [group for group in groups if len(group.evaluations[0].states) > 1]
+    shown = [
+        (training, dict(zip(labels(alike), alike, strict=True))) for (training, _), alike in by_training(known).items()
+    ]
+    shown += [("trainings without a defence", trainings) for trainings in undefended_trainings(known)]
+    sections: list[Section] = []
+    for title, labelled in shown:
+        name = _name("dynamics", len(sections) + 1, title)
+        pictures = tuple(dynamics_picture(name, title, quantity, labelled) for quantity in FORMS)
+        note = str(next(iter(labelled.values())).setting)
+        sections.append(Section(title, note, states_table(name, labelled), pictures))
+    return sections
+
+
+def _radii(groups: Sequence[Group]) -> list[Section]:
+    sections: list[Section] = []
+    for (training, setting), curves in radius_curves(groups).items():
+        name = _name("radius", len(sections) + 1, training)
+        picture = radius_picture(name, training, curves)
+        note = f"{setting.images_text}, {setting.norm}"
+        sections.append(Section(training, note, radius_table(name, curves), (picture,)))
+    return sections
