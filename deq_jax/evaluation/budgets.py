@@ -88,7 +88,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
 def _sources(predictor: Classifier) -> dict[str, Surrogate]:
     """Whose gradients attack a predictor, by the end of a trial's name."""
     if isinstance(predictor, EntropyReduced):
-        through = {".bpda-solver": BPDASolver(), ".end-to-end": EndToEnd()}
+        through: dict[str, Surrogate] = {".bpda-solver": BPDASolver(), ".end-to-end": EndToEnd()}
         return {**through, ".base-through-solver": OnBase(ThroughSolver())}
     if isinstance(predictor, Equilibrium) and predictor.dynamics.solver is not None:
         return {".through-solver": ThroughSolver()}

@@ -59,7 +59,7 @@ class RecordedPlan:
       trials: in their order.
       checks: trials of the diagnostics by their roles; empty without diagnostics.
       predictor: config tree of what is deployed; None for the classifier as trained.
-      draws, batch_size, seed, skip_broken: as in `EvalConfig`.
+      draws, budget, batch_size, seed, skip_broken: as in `EvalConfig`.
     """
 
     threat: Json
@@ -69,6 +69,7 @@ class RecordedPlan:
     checks: dict[str, RecordedTrial]
     predictor: Json
     draws: int | None
+    budget: str | None
     batch_size: int
     seed: int
     skip_broken: bool
@@ -85,6 +86,7 @@ class RecordedPlan:
             checks={role: RecordedTrial.of(trial) for role, trial in diagnostics.items() if role != "class"},
             predictor=tree["predictor"],
             draws=None if tree["draws"] is None else int(tree["draws"]),
+            budget=tree.get("budget"),
             batch_size=int(tree["batch_size"]),
             seed=int(tree["seed"]),
             skip_broken=bool(tree["skip_broken"]),

@@ -19,7 +19,7 @@ def headline(record: EvaluationRecord) -> str:
 def _number_line(record: EvaluationRecord, raised: Sequence[Flag]) -> str:
     if record.robust_accuracy is None:
         return f"clean accuracy: {_accuracy_text(record, 'clean')}; nothing has attacked them"
-    number = _accuracy_text(record, "union")
+    number = _accuracy_text(record, "union") + _budget_text(record)
     missing = [flag.name for flag in record.red_flags if flag.raised is None]
     unchecked = f"; not checked: {', '.join(missing)}" if missing else ""
     if raised:
@@ -32,6 +32,14 @@ def _accuracy_text(record: EvaluationRecord, name: str) -> str:
     low, high = (100 * end for end in record.intervals[name])
     accuracy = 100 * record.accuracy[name]["deployed"]
     return f"{accuracy:.2f} % of {record.images} images (95 %: {low:.1f} to {high:.1f})"
+
+
+def _budget_text(record: EvaluationRecord) -> str:
+    """What the attacks might cost, where they were chosen by a budget."""
+    if record.plan.budget is None:
+        return ""
+    gradients = sum(trial.gradient_queries or 0 for trial in record.trials.values())
+    return f" (budget {record.plan.budget}: at most {gradients} gradients per image)"
 
 
 def diagnoses(record: EvaluationRecord) -> str:
