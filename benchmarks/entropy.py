@@ -24,12 +24,12 @@ from rich.table import Table
 
 from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium, Phantom
 from deq_jax._cli import command_line, console
-from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder, mdeq
+from deq_jax.models import mdeq, small_deq
 from deq_jax.storage import make_folder, write_json
 
 DYNAMICS = Dynamics(Broyden(8, tolerance=0), gradient=Phantom(steps=5, damping=0.5))
 MODELS = {
-    "digits": (Equilibrium(SmallEncoder(12), SmallCell(12), SmallDecoder(10), DYNAMICS), (64, 8, 8, 1)),
+    "digits": (small_deq(10, 12, DYNAMICS), (64, 8, 8, 1)),
     "small MDEQ": (
         Equilibrium(*mdeq(10, (8, 16, 32, 64), (4, 8, 16, 32), final_channels=64, expansion=2), DYNAMICS),
         (8, 32, 32, 3),

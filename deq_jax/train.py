@@ -20,7 +20,7 @@ from deq_jax.parallel.processes import agreed
 from deq_jax.storage.briefs import duration
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.training.config import TrainConfig
-from deq_jax.training.loop import Interrupted, NonFiniteLoss, train
+from deq_jax.training.loop import Interrupted, NonFiniteLoss, fit
 
 DESCRIPTION = """\
 Train a deep equilibrium model, or an explicit baseline.
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
         with Display(MofNCompleteColumn()) as display:
             try:
-                state = train(
+                run = fit(
                     config,
                     options.workdir,
                     init_from=options.init_from,
@@ -100,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 number, step = stop.args
                 message = f"stopped by {signal.Signals(number).name} after step {step}, state saved"
                 fail(f"{message}; the same command resumes", 128 + number)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        console.print(f"trained: {int(state.step)} steps, {parameters:,} parameters, in {options.workdir}")
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+        console.print(f"trained: {int(run.state.step)} steps, {parameters:,} parameters, in {options.workdir}")
         console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")
 
 

@@ -1,7 +1,7 @@
 """Objectives, the training step, and the loop that logs, validates, saves and resumes."""
 
 from deq_jax.training.config import AdamCosine, PenaltySchedule, Phase, TrainConfig, threat_of, with_readout
-from deq_jax.training.loop import Interrupted, NonFiniteLoss, Run, fit, train
+from deq_jax.training.loop import Interrupted, NonFiniteLoss, Run, fit
 from deq_jax.training.metrics import read_metrics
 from deq_jax.training.objectives import Objective, Outcome, PGDAdversarialTraining, Standard, Trades
 from deq_jax.training.step import (
@@ -39,7 +39,6 @@ __all__ = [
     "optimizer_of",
     "read_metrics",
     "threat_of",
-    "train",
     "train_step",
     "with_readout",
 ]

@@ -71,7 +71,7 @@ class Memory:
 
 
 class Workdir(Memory):
-    """Keeps a run in a folder: see `loop.train`.
+    """Keeps a run in a folder: see `loop.fit`.
 
     Args:
       path: of the folder, created by `open`.

@@ -25,16 +25,11 @@ from deq_jax.training.config import Phase, TrainConfig
 from deq_jax.training.keeping import Memory, Workdir
 from deq_jax.training.meters import Meter
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
-from deq_jax.training.workdir import (
-    Origin,
-    check_origin,
-    check_same_everywhere,
-    read_origin,
-)
+from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
 
 
 class Interrupted(Exception):
-    """The training was asked to stop (SIGINT, SIGTERM) and has saved its state; carries the signal."""
+    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal."""
 
 
 class NonFiniteLoss(Exception):
@@ -112,11 +107,6 @@ def fit(
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)
     return _Training(config, folder, start, init_checkpoint, report, say).run()
-
-
-def train(config: TrainConfig, workdir: str | Path, **options: Any) -> TrainState:
-    """The state after the last step of a run in a workdir; see `fit`, whose options it takes."""
-    return fit(config, workdir, **options).state
 
 
 class _Training:

@@ -19,7 +19,7 @@ from deq_jax import (
 )
 from deq_jax.core import Purpose, gaussian_probes, jacobian_norm, spectral_radius
 from deq_jax.models import JacobianRegularization, SmallCNN
-from deq_jax.training import PenaltySchedule, Phase, train
+from deq_jax.training import PenaltySchedule, Phase, fit
 from tests.helpers import tiny
 
 MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)) / 3, jnp.float32)
@@ -256,7 +256,7 @@ def test_a_training_with_penalised_steps(tmp_path):
     penalty, schedule = replace(PENALTY, weight=1e4), PenaltySchedule(probability=0.3)
     config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty), penalty_schedule=schedule)
     lines = []
-    train(config, tmp_path / "a", report=lines.append)
+    fit(config, tmp_path / "a", report=lines.append)
     losses = {line["step"] - 1: line["loss"] for line in lines if line["split"] == "train"}
     drawn = {step for step in range(2, 17) if schedule.is_drawn(0, step, 0)}
     assert drawn and {step for step, loss in losses.items() if loss > 50} == drawn

@@ -15,7 +15,7 @@ from deq_jax.evaluation import EvalConfig, report_of, worst_case
 from deq_jax.evaluation.measure import adjoint_residuals, mean_and_largest
 from deq_jax.evaluation.terminal import states_table
 from deq_jax.models import SmallCNN
-from deq_jax.training import train
+from deq_jax.training import fit
 from tests.helpers import dense, tiny
 
 
@@ -81,7 +81,7 @@ def test_images_that_are_not_finite_do_not_hide_the_others():
 def test_a_training_run_logs_it_at_validation(tmp_path):
     classifier = replace(tiny.classifier(), dynamics=replace(tiny.classifier().dynamics, gradient=Implicit(Broyden(3))))
     lines = []
-    train(tiny.get_config(classifier=classifier), tmp_path / "run", report=lines.append)
+    fit(tiny.get_config(classifier=classifier), tmp_path / "run", report=lines.append)
     found = [line["adjoint_residual"] for line in lines if line["split"] == "validation"]
     assert len(found) == 1 and 0 < found[0] < 10
     assert not any("adjoint_residual" in line for line in lines if line["split"] == "train")

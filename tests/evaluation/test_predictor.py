@@ -9,7 +9,8 @@ import pytest
 
 import deq_jax as dj
 from deq_jax import InputError, Keys, Predictor
-from deq_jax.attacks import APGD, PGD, Linf, Noise, Square
+from deq_jax.attacks import APGD, PGD, Linf, Noise, Square, Targeted
+from deq_jax.core import logit_difference
 from deq_jax.evaluation import Diagnostics, EvalConfig, Trial, is_correct, measure, worst_case
 from deq_jax.surrogates import Intermediate, judged
 from tests.helpers import dense, linear
@@ -81,6 +82,25 @@ class TestAssess:
         result = dj.assess(still, (X, Y), (TRIALS[0], replace(TRIALS[2], suite="black")), skip_broken=False)
         raised = {flag.name for flag in result.red_flags if flag.raised}
         assert "zero gradients" in raised
+
+    @pytest.mark.parametrize(
+        "attack",
+        [APGD(BALL, steps=2), Square(BALL, 5), Targeted(PGD(BALL, steps=1, loss=logit_difference), 2)],
+        ids=lambda attack: type(attack).__name__,
+    )
+    def test_any_attack_starts_from_the_worst_image_so_far(self, attack):
+        again = Trial("again", attack, from_worst=True)
+        result = dj.assess(LINEAR, (X, Y), (TRIALS[0], again), skip_broken=False)
+        first, second = (result.attempts[name].measured.margin[:, -1] for name in ("pgd", "again"))
+        fooled = first > 0
+        assert (second[fooled] > 0).all() and fooled.any()
+        if not isinstance(attack, APGD):  # whose loss is another one
+            assert (second[~fooled] >= first[~fooled] - 1e-5).all()
+
+    def test_an_attack_without_a_start_cannot(self):
+        for attack in (Noise(BALL), lambda oracle, x, labels, key: x):
+            with pytest.raises(InputError, match="from_worst is for attacks that take a start, got"):
+                Trial("again", attack, from_worst=True)
 
     def test_diagnostics_of_the_same_run(self):
         pgd = [Trial(f"check.{steps}", PGD(BALL, steps=steps)) for steps in (1, 2, 4, 8)]

@@ -32,10 +32,10 @@ from deq_jax.training import (
     Interrupted,
     NonFiniteLoss,
     TrainState,
+    fit,
     initial_state,
     learning_rate,
     load_run,
-    train,
     train_step,
 )
 from deq_jax.training.meters import TIMINGS, Meter
@@ -152,7 +152,7 @@ def test_learns(phase):
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     lines, said = [], []
-    state = train(tiny.get_config(), workdir, report=lines.append, say=said.append)
+    state = fit(tiny.get_config(), workdir, report=lines.append, say=said.append).state
     assert said == [
         "preparing: data and initial state ...",
         "compiling: shallow pre-training ...",
@@ -185,7 +185,7 @@ def test_what_a_training_leaves(uninterrupted):
 def test_a_finished_training_is_not_repeated(uninterrupted):
     workdir, state, _ = uninterrupted
     before = metrics_of(workdir)
-    assert_trees_equal(train(tiny.get_config(), workdir), state)
+    assert_trees_equal(fit(tiny.get_config(), workdir).state, state)
     assert metrics_of(workdir) == before
 
 
@@ -198,9 +198,9 @@ def test_stopped_and_resumed_equals_never_stopped_on_eight_devices(uninterrupted
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        train(tiny.get_config(), tmp_path, report=stop)
+        fit(tiny.get_config(), tmp_path, report=stop)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert_trees_equal(train(tiny.get_config(), tmp_path), state)
+    assert_trees_equal(fit(tiny.get_config(), tmp_path).state, state)
     assert metrics_of(tmp_path) == metrics_of(uninterrupted[0])
 
 
@@ -213,9 +213,9 @@ def test_a_line_has_the_means_of_its_interval_even_if_it_was_stopped(uninterrupt
 
     config, said = tiny.get_config(log_every=5), []
     with pytest.raises(Interrupted) as stopped:
-        train(config, tmp_path, report=stop)
+        fit(config, tmp_path, report=stop)
     assert stopped.value.args[1] == 6
-    train(config, tmp_path, say=said.append)
+    fit(config, tmp_path, say=said.append)
     assert said[1] == "going on after step 6 of 17"
     steps = [line for line in metrics_of(uninterrupted[0]) if line["split"] == "train"]
     lines = [line for line in metrics_of(tmp_path) if line["split"] == "train"]
@@ -248,10 +248,10 @@ def test_lines_after_the_last_checkpoint_are_dropped_on_resume(uninterrupted, tm
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path, report=crash)
+        fit(config, tmp_path, report=crash)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "los')
-    state = train(config, tmp_path)
+    state = fit(config, tmp_path).state
     assert_trees_equal(state, uninterrupted[1])
     assert metrics_of(tmp_path) == metrics_of(uninterrupted[0])
 
@@ -259,19 +259,19 @@ def test_lines_after_the_last_checkpoint_are_dropped_on_resume(uninterrupted, tm
 def test_another_config_is_refused_by_name_of_the_field(uninterrupted):
     with pytest.raises(InputError, match=r"objective.attack.steps was 2, now 3"):
         attack = replace(tiny.ATTACK, steps=3)
-        train(tiny.get_config(objective=PGDAdversarialTraining(attack)), uninterrupted[0])
+        fit(tiny.get_config(objective=PGDAdversarialTraining(attack)), uninterrupted[0])
 
 
 def test_settings_that_change_numbers_are_refused_on_resume(uninterrupted):
     words = "jax_default_matmul_precision was None, now highest; set JAX_DEFAULT_MATMUL_PRECISION as it was"
     with jax.default_matmul_precision("highest"), pytest.raises(InputError, match=words):
-        train(tiny.get_config(), uninterrupted[0])
+        fit(tiny.get_config(), uninterrupted[0])
 
 
 def test_a_workdir_without_environment_is_resumed(uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted[0], tmp_path / "old")
     (workdir / "environment.json").unlink()
-    assert_trees_equal(train(tiny.get_config(), workdir), uninterrupted[1])
+    assert_trees_equal(fit(tiny.get_config(), workdir).state, uninterrupted[1])
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ TUNED = tiny.get_config(objective=Standard(), optimizer=Nesterov(), pretrain_ste
 def tuned(uninterrupted, tmp_path_factory):
     """A run with another objective and optimiser, from the variables of the first."""
     workdir, said = tmp_path_factory.mktemp("runs") / "tuned", []
-    state = train(TUNED, workdir, init_from=uninterrupted[0], init_checkpoint="latest", say=said.append)
+    state = fit(TUNED, workdir, init_from=uninterrupted[0], init_checkpoint="latest", say=said.append).state
     assert f"starting from {uninterrupted[0]}, latest checkpoint, step 17" in said
     return workdir, state
 
@@ -320,7 +320,7 @@ def test_a_run_starts_from_the_variables_of_another(uninterrupted, tuned, tmp_pa
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
-        train(TUNED, tmp_path / "new", init_from=source, init_checkpoint="latest", report=stop)
+        fit(TUNED, tmp_path / "new", init_from=source, init_checkpoint="latest", report=stop)
     template = setup(TUNED)[1]
     checkpoints = shutil.copytree(tmp_path / "new" / "checkpoints" / "latest", tmp_path / "checkpoints")
     shutil.rmtree(checkpoints / "2")
@@ -338,18 +338,18 @@ def test_a_run_starts_from_the_variables_of_another(uninterrupted, tuned, tmp_pa
         }
     )
     shutil.rmtree(source)  # it is not read again
-    assert_trees_equal(train(TUNED, tmp_path / "new", init_from=source, init_checkpoint="latest"), state)
+    assert_trees_equal(fit(TUNED, tmp_path / "new", init_from=source, init_checkpoint="latest").state, state)
     assert metrics_of(tmp_path / "new") == metrics_of(workdir)
-    assert_trees_equal(train(TUNED, tmp_path / "new"), state)  # nor needed to be named
+    assert_trees_equal(fit(TUNED, tmp_path / "new").state, state)  # nor needed to be named
 
 
 def test_another_origin_is_refused_on_resume(uninterrupted, tuned, tmp_path):
     words = f"holds a run that started from the latest checkpoint of {uninterrupted[0]}; leave --init-from out"
     for given in ({"init_from": tmp_path, "init_checkpoint": "latest"}, {"init_from": uninterrupted[0]}):
         with pytest.raises(InputError, match=words):
-            train(TUNED, tuned[0], **given)
+            fit(TUNED, tuned[0], **given)
     with pytest.raises(InputError, match="holds a run that started from no other one; leave --init-from out"):
-        train(tiny.get_config(), uninterrupted[0], init_from=tuned[0])
+        fit(tiny.get_config(), uninterrupted[0], init_from=tuned[0])
 
 
 @pytest.mark.parametrize(
@@ -362,14 +362,14 @@ def test_another_origin_is_refused_on_resume(uninterrupted, tuned, tmp_path):
 )
 def test_an_origin_of_another_architecture_is_refused(uninterrupted, tmp_path, classifier, words):
     with pytest.raises(InputError, match=f"best/17 does not fit: {words}"):
-        train(replace(TUNED, classifier=classifier), tmp_path / "new", init_from=uninterrupted[0])
+        fit(replace(TUNED, classifier=classifier), tmp_path / "new", init_from=uninterrupted[0])
     assert not (tmp_path / "new").exists()
 
 
 def test_a_schedule_that_does_not_suit_the_steps_is_told_in_one_line(tmp_path):
     words = "optimizer Nesterov does not suit a run of 17 steps: .*positive decay_steps"
     with pytest.raises(InputError, match=words):
-        train(replace(TUNED, optimizer=Nesterov(warmup=20)), tmp_path / "new")
+        fit(replace(TUNED, optimizer=Nesterov(warmup=20)), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -393,14 +393,14 @@ def test_the_learning_rate_is_found_in_the_state_of_an_optimizer_without_schedul
 
 def test_the_parts_of_a_step_must_divide_the_images_of_a_device(tmp_path):
     with pytest.raises(InputError, match="the 8 images of a device do not divide into accumulate = 16 parts"):
-        train(tiny.get_config(accumulate=16), tmp_path / "new")
+        fit(tiny.get_config(accumulate=16), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny.get_config(objective=Standard(), optimizer=AdamCosine(1e38), pretrain_steps=0, checkpoint_every=1)
     with pytest.raises(NonFiniteLoss, match=r"loss is nan at step \d+ of 17; last good one: .*latest/\d+"):
-        train(config, tmp_path)
+        fit(config, tmp_path)
 
 
 @pytest.mark.slow
