@@ -104,7 +104,7 @@ def test_the_site_has_every_page_and_every_room():
     assert shown == written | rooms | {"index.md", "contributing.md", "changelog.md"}
 
 
-@pytest.mark.parametrize("room", ["core", "attacks", "models", "data", "defences", "surrogates"])
+@pytest.mark.parametrize("room", ["core", "attacks", "models", "data", "defences", "surrogates", "evaluation"])
 def test_examples_in_docstrings_print_what_they_say(room):
     face = getattr(deq_jax, room)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
