@@ -276,10 +276,11 @@ def _attempt_batch(
 def _attempt(
     attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys, start: Array | None
 ) -> Best:
-    queries = keys.fold(Purpose.QUERY)
     if start is not None:
-        best, attack = best.query(oracle, margin, start, labels, queries.fold(1)), partial(attack, start=start)
-    return best.query(oracle, margin, attack(oracle, x, labels, keys.fold(Purpose.ATTACK)), labels, queries)
+        best = best.query(oracle, margin, start, labels, keys.fold(Purpose.START))
+        attack = partial(attack, start=start)
+    x_adv = attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
+    return best.query(oracle, margin, x_adv, labels, keys.fold(Purpose.QUERY))
 
 
 def _name(attack: Attack) -> str:

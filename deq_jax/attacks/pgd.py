@@ -97,16 +97,15 @@ class PGD:
         return carry_out(self._run, oracle, x, labels, key, start, **checks)
 
     def _run(self, oracle, x, labels, keys, start):
-        if not self.best_of:
-            return self._restart(oracle, x, labels, keys.fold(0), None, start)[0]
-
-        def restart(best, number):
+        def restart(number, best):
             own = keys.fold(number)
             first = None if start is None else jnp.where(number == 0, start, self.start(own, x, self.threat))
-            return self._restart(oracle, x, labels, own, best, first)[1], None
+            return self._restart(oracle, x, labels, own, best, first)
 
+        if not self.best_of:
+            return restart(0, None)[0]
         best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
-        return lax.scan(restart, best, jnp.arange(self.restarts))[0].x
+        return lax.scan(lambda best, number: (restart(number, best)[1], None), best, jnp.arange(self.restarts))[0].x
 
     def _restart(self, oracle, x, labels, keys, best, start):
         """The last iterate, and the best so far; None stays None."""

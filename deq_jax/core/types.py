@@ -119,7 +119,8 @@ class Purpose(IntEnum):
     An attack has keys for its restarts and steps, and from them keys for
 
     * QUERY, what a random predictor draws when it is asked;
-    * RADIUS, the length of a start in ℓ2, beside its direction.
+    * START, the same where the attack is given images to begin at;
+    * RADIUS, the length of a random start in ℓ2, beside its direction.
 
     DEPLOYED is what a random predictor draws when it is measured, which attacks never see. BATCH is a draw that is
     common to all images of the batch; see `Keys.common`.
@@ -138,6 +139,7 @@ class Purpose(IntEnum):
     DECODER = DEPLOYED + 5
     QUERY = DEPLOYED + 6
     RADIUS = DEPLOYED + 7
+    START = DEPLOYED + 8
 
 
 class Keys(NamedTuple):

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from deq_jax import (
+    Backprop,
     Broyden,
     EntropyReduced,
     FixedPoint,
@@ -127,7 +128,16 @@ class TestOutsider:
 
     @named(
         "gradient",
-        [Phantom(20, 1.0), PhantomUpTo(20, 20, 1.0), Unrolled(20), Neumann(60), Implicit(), AtState(Implicit()), None],
+        [
+            Backprop(),
+            Phantom(20, 1.0),
+            PhantomUpTo(20, 20, 1.0),
+            Unrolled(20),
+            Neumann(60),
+            Implicit(),
+            AtState(Implicit()),
+            None,
+        ],
     )
     def test_estimators(self, solver, gradient):
         """The last one is the exact gradient whose adjoint equation the solver itself solves."""
