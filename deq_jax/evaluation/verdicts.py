@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import special
 
-from deq_jax.evaluation.measure import is_correct, named
 from deq_jax.evaluation.results import WorstCase
+from deq_jax.evaluation.rows import is_correct, named
 from deq_jax.evaluation.sanity import SIGNIFICANT, plain_warnings
 
 
