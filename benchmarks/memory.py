@@ -20,7 +20,7 @@ from rich.table import Table
 from deq_jax import Equilibrium, TrainConfig
 from deq_jax._cli import command_line, console
 from deq_jax.storage import load_config, make_folder, write_json
-from deq_jax.training import Batch, TrainState, train_step
+from deq_jax.training import Batch, Phase, TrainState, train_step
 
 GIGABYTE = 2**30
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def planned_memory(config: TrainConfig) -> dict[str, float]:
         return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
 
     def step(state: TrainState, batch: Batch):
-        return train_step(config.at(config.pretrain_steps, 1), optimizer, state, batch)
+        return train_step(config.during(Phase.PLAIN), optimizer, state, batch)
 
     state = jax.eval_shape(initial)
     plan = jax.jit(step, donate_argnums=0).lower(state, Batch(x, label, label)).compile().memory_analysis()

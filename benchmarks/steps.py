@@ -30,7 +30,7 @@ from rich.table import Table
 from deq_jax import TrainConfig
 from deq_jax._cli import command_line, console
 from deq_jax.storage import load_config, make_folder, write_json
-from deq_jax.training import Batch, TrainState, train_step
+from deq_jax.training import Batch, Phase, TrainState, train_step
 
 WORK = {"PGD-AT step": "cifar10_large_pgd_at", "TRADES step": "cifar10_large_trades", "prediction": None}
 
@@ -97,7 +97,7 @@ def step(path: str, batch_size: int):
     params = variables["params"]
     state = TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
     batch = Batch(x, labels, jnp.arange(batch_size))
-    config = config.at(config.pretrain_steps, steps_per_epoch=1)  # an epoch without Jacobian penalty
+    config = config.during(Phase.PLAIN)  # a step without Jacobian penalty
     compiled = jax.jit(lambda state, batch: train_step(config, optimizer, state, batch))
     return lambda: compiled(state, batch)[1]["loss"]
 

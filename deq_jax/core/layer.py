@@ -48,7 +48,7 @@ def deq(
       solver: which trajectory; None for none (the readout is z0).
       readout: which state of the trajectory.
       gradient: how that state is differentiated.
-      keys: for random readouts.
+      keys: for random readouts, which nothing else is drawn from.
 
     Returns:
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.

@@ -187,6 +187,8 @@ class Keys(NamedTuple):
 class Memory(Protocol):
     """What a solver knows after a step: a pytree with these two arrays, and whatever else the solver keeps.
 
+    If it has a field ``unit``, that is the unit of residuals, [B, 1]; see `norms.unit_of`. Otherwise `solve` adds one.
+
     Attributes:
       z: ``[B, N]``, the last iterate.
       fz: ``[B, N]``, f(z; u), so that T steps cost T + 1 evaluations.
@@ -285,7 +287,11 @@ class Gradient(Protocol):
 
 
 class Readout(Protocol):
-    """``(solution, keys) -> state`` ``[B, ...]``; without keys a random readout is deterministic."""
+    """``(solution, keys) -> state`` ``[B, ...]``; without keys a random readout is deterministic.
+
+    The keys are the readout's own (`Purpose.READOUT`): ``keys.draw`` draws for each image, ``keys.common`` is a key for
+    one draw for the whole batch.
+    """
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree: ...
 

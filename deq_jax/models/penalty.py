@@ -1,10 +1,8 @@
-"""The Jacobian penalty of training, and when it is drawn."""
+"""The Jacobian penalty of a classifier."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
 
 from deq_jax.core.errors import require
 from deq_jax.core.jacobian import gaussian_probes, jacobian_norm
@@ -13,12 +11,12 @@ from deq_jax.core.types import Array, Cell, Keys, Params, Purpose, PyTree
 
 @dataclass(frozen=True)
 class JacobianRegularization:
-    """Penalty ``weight * ||J||_F^2 / N`` on randomly drawn training steps, N the state's size.
+    """Penalty ``weight * ||J||_F^2 / N`` on a pass in training mode, N the state's size.
+
+    Which training steps have it is up to the training; see `training.PenaltySchedule`.
 
     Attributes:
       weight: of the penalty.
-      probability: with which a training step is penalised.
-      epochs: after which no step is penalised any more.
       probes: Gaussian vectors of Hutchinson's estimate.
       fewer, more: a penalised training pass reads out the state after T - fewer .. T + more solver steps,
         drawn at random, where it would have read out the final one.
@@ -27,23 +25,15 @@ class JacobianRegularization:
     """
 
     weight: float = 0.4
-    probability: float = 0.02
-    epochs: int = 90
     probes: int = 2
     fewer: int = 2
     more: int = 1
 
     def __post_init__(self):
         require(self.weight >= 0, f"JacobianRegularization: weight must be >= 0, got {self.weight!r}")
-        valid = 0 <= self.probability <= 1
-        require(valid, f"JacobianRegularization: probability must be in [0, 1], got {self.probability!r}")
         require(self.probes >= 1, f"JacobianRegularization: probes must be >= 1, got {self.probes!r}")
-        counts = self.epochs >= 0 and self.fewer >= 0 and self.more >= 0
-        require(counts, f"JacobianRegularization: epochs, fewer and more must be >= 0, got {self}")
-
-    def is_drawn(self, seed: int, step: int, epoch: int) -> bool:
-        """Whether training step `step`, in epoch `epoch` (both from 0), is penalised."""
-        return epoch < self.epochs and np.random.default_rng((seed, step, Purpose.PENALTY)).random() < self.probability
+        counts = self.fewer >= 0 and self.more >= 0
+        require(counts, f"JacobianRegularization: fewer and more must be >= 0, got {self}")
 
     def penalty(self, cell: Cell, params: Params, u: PyTree, z: PyTree, keys: Keys) -> Array:
         """The penalty of each image, [B]; see `jacobian_norm`."""

@@ -62,7 +62,17 @@ def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
         ball = {"class": "deq_jax.attacks.Linf", "epsilon": tree["epsilon"]}
         others = {name: value for name, value in tree.items() if name != "epsilon"}
         return {"class": tree["class"], "threat": ball} | others
+    if tree.get("class") == "deq_jax.training.TrainConfig" and "penalty_schedule" not in tree:
+        schedule = {"probability": 0.02, "epochs": 90} | _schedule(tree["classifier"].get("jacobian") or {})
+        return tree | {"penalty_schedule": {"class": "deq_jax.training.PenaltySchedule"} | schedule}
+    if tree.get("class") == "deq_jax.models.JacobianRegularization":
+        return {name: value for name, value in tree.items() if name not in _schedule(tree)}
     return tree
+
+
+def _schedule(penalty: dict[str, Any]) -> dict[str, Any]:
+    """The schedule that was part of a penalty, before it became that of the training."""
+    return {name: penalty[name] for name in ("probability", "epochs") if name in penalty}
 
 
 def _renamed(name: Any) -> Any:

@@ -1,6 +1,6 @@
 """Objectives, the training step, and the loop that logs, validates, saves and resumes."""
 
-from deq_jax.training.config import AdamCosine, TrainConfig, threat_of, with_readout
+from deq_jax.training.config import AdamCosine, PenaltySchedule, Phase, TrainConfig, threat_of, with_readout
 from deq_jax.training.loop import Interrupted, NonFiniteLoss, Run, fit
 from deq_jax.training.metrics import read_metrics
 from deq_jax.training.objectives import Objective, Outcome, PGDAdversarialTraining, Standard, Trades
@@ -25,6 +25,8 @@ __all__ = [
     "Origin",
     "Outcome",
     "PGDAdversarialTraining",
+    "PenaltySchedule",
+    "Phase",
     "Run",
     "Standard",
     "Trades",

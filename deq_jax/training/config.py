@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import cast
 
+import numpy as np
 import optax
 
 from deq_jax.attacks.oracles import Attack
@@ -14,7 +16,7 @@ from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import Unrolled
 from deq_jax.core.readouts import FinalState
-from deq_jax.core.types import Optimizer, Readout
+from deq_jax.core.types import Optimizer, Purpose, Readout
 from deq_jax.data.batches import CropFlip
 from deq_jax.data.datasets import Dataset
 from deq_jax.models.classifiers import Equilibrium, Explicit
@@ -49,6 +51,38 @@ class AdamCosine:
 
 
 @dataclass(frozen=True)
+class PenaltySchedule:
+    """Which steps of a training have the classifier's Jacobian penalty: a few, drawn at random in the first epochs.
+
+    Attributes:
+      probability: with which a training step is penalised.
+      epochs: after which no step is penalised any more.
+
+    References: Bai et al. 2021, section 4.2.
+    """
+
+    probability: float = 0.02
+    epochs: int = 90
+
+    def __post_init__(self):
+        valid = 0 <= self.probability <= 1
+        require(valid, f"PenaltySchedule: probability must be in [0, 1], got {self.probability!r}")
+        require(self.epochs >= 0, f"PenaltySchedule: epochs must be >= 0, got {self.epochs!r}")
+
+    def is_drawn(self, seed: int, step: int, epoch: int) -> bool:
+        """Whether training step `step`, in epoch `epoch` (both from 0), is penalised."""
+        return epoch < self.epochs and np.random.default_rng((seed, step, Purpose.PENALTY)).random() < self.probability
+
+
+class Phase(Enum):
+    """What a training step does; each phase is compiled once."""
+
+    PRETRAINING = "shallow pre-training"
+    PLAIN = "training"
+    PENALISED = "training with Jacobian penalty"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that determines a training.
 
@@ -64,6 +98,7 @@ class TrainConfig:
         their gradients are averaged, and each part is normalised by its own statistics.
       epochs: passes over the training images.
       pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
+      penalty_schedule: which of the other steps have the classifier's Jacobian penalty, if it has one.
       augmentation: of training images; None for none.
       seed: of initialisation, data order and all randomness.
       log_every: steps between two lines of training metrics.
@@ -79,6 +114,7 @@ class TrainConfig:
     accumulate: int = 1
     epochs: int = 220
     pretrain_steps: int = 0
+    penalty_schedule: PenaltySchedule = field(default_factory=PenaltySchedule)
     augmentation: CropFlip | None = None
     seed: int = 0
     log_every: int = 10
@@ -113,16 +149,38 @@ class TrainConfig:
         shallow = dataclasses.replace(shallow, jacobian=None)
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
 
-    def at(self, step: int, steps_per_epoch: int) -> TrainConfig:
-        """The config of training step `step` (from 0): of pre-training, or with the penalty only where it is drawn."""
+    def phase(self, step: int, steps_per_epoch: int) -> Phase:
+        """What training step `step` (from 0) does.
+
+        For example, with 100 steps an epoch and ``pretrain_steps=34``::
+
+            config.phase(0, 100)   # Phase.PRETRAINING
+            config.phase(34, 100)  # Phase.PLAIN, or PENALISED where the schedule draws it
+        """
         if step < self.pretrain_steps:
+            return Phase.PRETRAINING
+        drawn = self._has_penalty and self.penalty_schedule.is_drawn(self.seed, step, step // steps_per_epoch)
+        return Phase.PENALISED if drawn else Phase.PLAIN
+
+    def during(self, phase: Phase) -> TrainConfig:
+        """The config of the steps of a phase.
+
+        Raises:
+          InputError: the classifier has no such phase: pre-training needs a solver, a penalised step a penalty.
+        """
+        if phase is Phase.PRETRAINING:
             return self.pretraining()
-        classifier = self.classifier
-        if not isinstance(classifier, Equilibrium) or classifier.jacobian is None:
+        if phase is Phase.PENALISED:
+            require(self._has_penalty, "TrainConfig: penalised steps are for an Equilibrium with a Jacobian penalty")
             return self
-        if classifier.jacobian.is_drawn(self.seed, step, step // steps_per_epoch):
+        if not self._has_penalty:
             return self
-        return dataclasses.replace(self, classifier=dataclasses.replace(classifier, jacobian=None))
+        plain = dataclasses.replace(cast(Equilibrium, self.classifier), jacobian=None)
+        return dataclasses.replace(self, classifier=plain)
+
+    @property
+    def _has_penalty(self) -> bool:
+        return isinstance(self.classifier, Equilibrium) and self.classifier.jacobian is not None
 
 
 def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:

@@ -22,7 +22,7 @@ from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.parallel.processes import StopRequest, agreed, from_primary, is_primary
 from deq_jax.storage.trees import to_tree
-from deq_jax.training.config import TrainConfig
+from deq_jax.training.config import Phase, TrainConfig
 from deq_jax.training.keeping import Disk, Memory
 from deq_jax.training.meters import Meter
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
@@ -190,7 +190,7 @@ class _Training:
         return self.meta["origin"] and Origin(**self.meta["origin"])
 
     def run(self) -> Run:
-        self.steps: dict[TrainConfig, Callable] = {}
+        self.steps: dict[Phase, Callable] = {}
         self.meter = Meter(self.config.batch_size, self.meta["interval"])
         self.is_validated = False
         try:
@@ -206,23 +206,18 @@ class _Training:
         return Run(self.config, self.data, Predictor(self.config.classifier, best), self.state, lines)
 
     def _step(self) -> None:
-        """Starts the next step, compiled for its config: of pre-training, with or without the penalty."""
-        config, batch = self.config.at(self.done, self.steps_per_epoch), self._batch(self.done)
-        if config in self.steps:
-            self.state, metrics = self.steps[config](self.state, batch)
+        """Starts the next step, compiled for its phase."""
+        phase, batch = self.config.phase(self.done, self.steps_per_epoch), self._batch(self.done)
+        if phase in self.steps:
+            self.state, metrics = self.steps[phase](self.state, batch)
         else:
-            self.say(f"compiling: {self._phase(config)} ...")
-            step = partial(train_step, config, self.optimizer, axis_name=AXIS)
-            self.steps[config] = replicate_and_split(step, joint=True)
+            self.say(f"compiling: {phase.value} ...")
+            step = partial(train_step, self.config.during(phase), self.optimizer, axis_name=AXIS)
+            self.steps[phase] = replicate_and_split(step, joint=True)
             with self.meter.compiling():
-                self.state, metrics = self.steps[config](self.state, batch)
+                self.state, metrics = self.steps[phase](self.state, batch)
         self.done += 1
         self.meter.add(metrics)
-
-    def _phase(self, config: TrainConfig) -> str:
-        if self.done < self.config.pretrain_steps:
-            return "shallow pre-training"
-        return "training" if getattr(config.classifier, "jacobian", None) is None else "training with Jacobian penalty"
 
     def _after(self) -> None:
         config = self.config

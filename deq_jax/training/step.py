@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,9 @@ def train_step(
     Returns:
       The state after the step, and scalar metrics of the whole batch; `gradient_norm` is the length of the gradient of
       all parameters, as the optimiser gets it.
+
+    Raises:
+      InputError: the optimiser's state does not keep its structure, shapes and dtypes.
     """
 
     def add(carry, part):
@@ -88,8 +92,19 @@ def train_step(
         }
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)
+    _check_same_shapes(config, state, after)
+    return after, metrics
+
+
+def _check_same_shapes(config: TrainConfig, before: TrainState, after: TrainState) -> None:
+    """Refuses an optimiser whose step would be compiled anew at the next step, and whose checkpoints would not fit."""
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    except AssertionError as error:
+        reason = " ".join(str(error).partition("failed:")[2].split())
+        message = "a step changes the shape of its state (0 is before, 1 after)"
+        raise InputError(f"optimizer {type(config.optimizer).__name__}: {message}: {reason}") from None
 
 
 def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: str | None) -> tuple[PyTree, Outcome]:

@@ -14,17 +14,20 @@ from deq_jax import (
     Keys,
     PGDAdversarialTraining,
     RandomIntermediateState,
+    Standard,
     Trades,
 )
 from deq_jax.core import Purpose, gaussian_probes, jacobian_norm, spectral_radius
 from deq_jax.models import JacobianRegularization, SmallCNN
-from deq_jax.training import fit
+from deq_jax.training import PenaltySchedule, Phase, fit
 from tests.helpers import tiny
 
 MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(5, 5)) / 3, jnp.float32)
 Z = jnp.ones((4, 5))
 KEYS = Keys.of(jax.random.key(0), 4)
-PENALTY = JacobianRegularization(weight=2.0, probability=0.25, epochs=3)
+PENALTY = JacobianRegularization(weight=2.0)
+SCHEDULE = PenaltySchedule(probability=0.25, epochs=3)
+DRAWN = [0, 3, 5, 9, 10, 15, 18, 19, 21, 24, 29, 30, 31, 32]
 
 
 def linear(matrix, z, u):
@@ -183,28 +186,49 @@ def test_objectives_add_the_penalties_of_their_passes(objective, purposes):
 
 
 def test_steps_are_drawn_with_the_given_probability_until_the_last_epoch():
-    drawn = [PENALTY.is_drawn(0, step, epoch=0) for step in range(2000)]
+    drawn = [SCHEDULE.is_drawn(0, step, epoch=0) for step in range(2000)]
     assert abs(np.mean(drawn) - 0.25) < 0.03
-    assert drawn != [PENALTY.is_drawn(1, step, epoch=0) for step in range(2000)]
-    assert not any(PENALTY.is_drawn(0, step, epoch=3) for step in range(2000))
+    assert drawn != [SCHEDULE.is_drawn(1, step, epoch=0) for step in range(2000)]
+    assert not any(SCHEDULE.is_drawn(0, step, epoch=3) for step in range(2000))
+    assert [step for step in range(40) if drawn[step]] == DRAWN  # as in version 0.1
+
+
+def explicit_config():
+    return tiny.get_config(classifier=Explicit(SmallCNN(10, 4)), pretrain_steps=0)
 
 
 def test_a_config_penalises_the_drawn_steps_only():
-    config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=PENALTY))
-    assert config.at(0, 17) == config.pretraining() and config.pretraining().classifier.jacobian is None
+    config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=PENALTY), penalty_schedule=SCHEDULE)
+    assert [config.phase(step, 17) for step in range(2)] == [Phase.PRETRAINING] * 2
     for step in range(2, 60):
-        expected = PENALTY if PENALTY.is_drawn(0, step, step // 17) else None
-        assert config.at(step, 17) == replace(config, classifier=replace(config.classifier, jacobian=expected))
-    explicit = tiny.get_config(classifier=Explicit(SmallCNN(10, 4)), pretrain_steps=0)
-    assert explicit.at(5, 17) is explicit
+        expected = Phase.PENALISED if SCHEDULE.is_drawn(0, step, step // 17) else Phase.PLAIN
+        assert config.phase(step, 17) is expected
+    without = replace(config.classifier, jacobian=None)
+    assert config.during(Phase.PLAIN) == replace(config, classifier=without)
+    assert config.during(Phase.PENALISED) is config
+    shallow = config.during(Phase.PRETRAINING)
+    assert shallow.objective == Standard() and shallow.classifier.jacobian is None
+    for plain in (tiny.get_config(pretrain_steps=0), explicit_config()):
+        assert {plain.phase(step, 17) for step in range(60)} == {Phase.PLAIN} and plain.during(Phase.PLAIN) is plain
+    for wrong in (Phase.PENALISED, Phase.PRETRAINING):
+        with pytest.raises(InputError, match="an Equilibrium with"):
+            explicit_config().during(wrong)
 
 
 @pytest.mark.parametrize(
-    "field", [{"weight": -1.0}, {"probability": 1.5}, {"probes": 0}, {"epochs": -1}], ids=lambda field: str(field)
+    ("kind", "field"),
+    [
+        (JacobianRegularization, {"weight": -1.0}),
+        (JacobianRegularization, {"probes": 0}),
+        (JacobianRegularization, {"fewer": -1}),
+        (PenaltySchedule, {"probability": 1.5}),
+        (PenaltySchedule, {"epochs": -1}),
+    ],
+    ids=str,
 )
-def test_bad_settings(field):
-    with pytest.raises(InputError, match=f"JacobianRegularization: .*{next(iter(field))}"):
-        JacobianRegularization(**field)
+def test_bad_settings(kind, field):
+    with pytest.raises(InputError, match=f"{kind.__name__}: .*{next(iter(field))}"):
+        kind(**field)
 
 
 def test_tied_passes_draw_the_same_state():
@@ -229,10 +253,10 @@ def test_tied_passes_draw_the_same_state():
 
 def test_a_training_with_penalised_steps(tmp_path):
     """Penalised are the drawn steps alone: their loss tells."""
-    penalty = replace(PENALTY, weight=1e4, probability=0.3)
-    config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty))
+    penalty, schedule = replace(PENALTY, weight=1e4), PenaltySchedule(probability=0.3)
+    config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty), penalty_schedule=schedule)
     lines = []
     fit(config, tmp_path / "a", report=lines.append)
     losses = {line["step"] - 1: line["loss"] for line in lines if line["split"] == "train"}
-    drawn = {step for step in range(2, 17) if penalty.is_drawn(0, step, 0)}
+    drawn = {step for step in range(2, 17) if schedule.is_drawn(0, step, 0)}
     assert drawn and {step for step, loss in losses.items() if loss > 50} == drawn

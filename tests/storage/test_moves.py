@@ -14,10 +14,11 @@ import pytest
 from deq_jax import Broyden, IntermediateState, RandomIntermediateState, TrainConfig, evaluate, report, train
 from deq_jax.attacks import PGD, Linf
 from deq_jax.evaluation import EvalConfig
+from deq_jax.models import JacobianRegularization
 from deq_jax.reporting import read_evaluations
 from deq_jax.storage import first_difference, from_tree, read_json, to_tree, write_json
 from deq_jax.surrogates import SimultaneousAdjoint
-from deq_jax.training import load_run
+from deq_jax.training import PenaltySchedule, load_run
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "workdir-0.1.tar.xz"
 CONFIG = """
@@ -25,17 +26,18 @@ from deq_jax import Broyden, Dynamics, Equilibrium, Phantom, RandomIntermediateS
 from deq_jax.attacks import PGD, Linf
 from deq_jax.data import Npz
 from deq_jax.models import JacobianRegularization, SmallCell, SmallDecoder, SmallEncoder
-from deq_jax.training import PGDAdversarialTraining, TrainConfig
+from deq_jax.training import PenaltySchedule, PGDAdversarialTraining, TrainConfig
 
 
 def get_config():
     attack = PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
     dynamics = Dynamics(Broyden(4), RandomIntermediateState(), Phantom(2, 0.5))
     modules = SmallEncoder(4), SmallCell(4), SmallDecoder(10)
-    classifier = Equilibrium(*modules, dynamics, JacobianRegularization(probability=0.1))
+    classifier = Equilibrium(*modules, dynamics, JacobianRegularization())
     return TrainConfig(
         classifier, PGDAdversarialTraining(attack), Npz("digits200.npz"), validation_attack=attack,
         batch_size=40, epochs=4, pretrain_steps=2, log_every=1, checkpoint_every=4,
+        penalty_schedule=PenaltySchedule(probability=0.1),
     )
 """
 EVALUATION = """
@@ -66,6 +68,9 @@ def test_its_config_is_the_present_one(folder):
     assert config.validation_attack == PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
     dynamics = config.classifier.dynamics
     assert (dynamics.solver, dynamics.readout) == (Broyden(4), RandomIntermediateState())
+    assert config.classifier.jacobian == JacobianRegularization() and config.penalty_schedule == PenaltySchedule(
+        0.1, 90
+    )
     assert first_difference(old, to_tree(config)) is None
     assert "deq_jax.solvers" in json.dumps(old) and "deq_jax.core.Broyden" in json.dumps(to_tree(config))
     assert {*variables} == {"params", "batch_stats"} and {*variables["params"]} == {"encoder", "cell", "decoder"}
@@ -81,6 +86,16 @@ def test_its_config_is_the_present_one(folder):
 )
 def test_renamed_fields(old, new):
     assert from_tree(old) == new and first_difference(old, to_tree(new)) is None
+
+
+def test_the_schedule_of_the_penalty_belonged_to_the_classifier(folder):
+    old = read_json(folder / "run" / "config.json")
+    new = to_tree(from_tree(old))
+    other = old | {"classifier": old["classifier"] | {"jacobian": None}}
+    assert from_tree(other).classifier.jacobian is None and from_tree(other).penalty_schedule == PenaltySchedule()
+    assert first_difference(other, to_tree(from_tree(other))) is None
+    changed = new | {"penalty_schedule": new["penalty_schedule"] | {"epochs": 3}}
+    assert first_difference(old, changed) == "penalty_schedule.epochs was 90, now 3"
 
 
 def test_its_evaluation_is_read(folder):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -101,6 +102,36 @@ def test_a_step_follows_the_gradient_of_the_loss_on_attacked_images():
     np.testing.assert_allclose(metrics["gradient_norm"], 10 * first_moment, rtol=1e-5)
     clean = config.classifier(state.variables, batch.x, train=True).logits
     assert float(metrics["loss"]) > float(cross_entropy(clean, batch.y).mean())
+
+
+@dataclass(frozen=True)
+class Drifting:
+    """Plain gradient descent with a counter that begins as an integer, or is there from the second step only."""
+
+    is_float: bool
+
+    def transformation(self, steps):
+        def update(gradient, count, params=None):
+            following = count["count"] + 0.5 if self.is_float else count["count"] + 1
+            return jax.tree.map(jnp.negative, gradient), {"count": following} | ({} if self.is_float else {"new": 0})
+
+        return optax.GradientTransformation(lambda params: {"count": jnp.zeros((), jnp.int32)}, update)
+
+
+@pytest.mark.parametrize(
+    ("is_float", "words"),
+    [(True, "'opt_state/count': types: int32 != float32"), (False, "trees 0 and 1 do not match")],
+    ids=["dtype", "structure"],
+)
+def test_an_optimiser_whose_state_changes_in_a_step_is_refused(is_float, words):
+    """Its step would be compiled twice, and its checkpoints would not be restored."""
+    config = tiny.get_config(objective=Standard(), optimizer=Drifting(is_float))
+    optimizer, state, batch = setup(config)
+    with pytest.raises(InputError) as raised:
+        jax.eval_shape(partial(train_step, config, optimizer), state, batch)
+    message = str(raised.value)
+    assert message.startswith("optimizer Drifting: a step changes the shape of its state (0 is before, 1 after): ")
+    assert words in message and "\n" not in message
 
 
 @pytest.mark.parametrize("phase", ["pretraining", "equilibrium"])
