@@ -167,12 +167,13 @@ def _attacked(stages: Stages, batches: Batches, early_state: list[float] | None)
     bad = np.flatnonzero(~np.isfinite(clean.deployed.margin))
     require(len(bad) == 0, f"the logits of {len(bad)} clean images are not finite (first: image {bad[:1]})")
     correct = withstood = is_correct(clean, y).deployed
-    worst, attempts = Worst(x, clean), {}
+    untouched = worst = Worst(x, clean)
+    attempts: dict[str, Attempt] = {}
     for trial in config.all_trials:
         is_cumulative = config.skip_broken and trial in config.trials
         left, before = (withstood, withstood) if is_cumulative else (every, correct)
         stage = stages.of(trial, worst.x_adv if trial.from_worst else None)
-        attempt, x_adv = _attempt(stages, batches, stage, Worst(x, clean), left, before)
+        attempt, x_adv = _attempt(stages, batches, stage, untouched, left, before)
         if trial in config.trials and not attempt.inside.all():
             check_radius(f"trial {trial.name}", x_adv, x, config.threat)
         withstood = withstood & is_correct(attempt.measured, y).deployed
@@ -195,17 +196,24 @@ def _attacked(stages: Stages, batches: Batches, early_state: list[float] | None)
 
 
 def _attempt(
-    stages: Stages, batches: Batches, stage: Stage, clean: Worst, left: np.ndarray, before: np.ndarray
+    stages: Stages, batches: Batches, stage: Stage, untouched: Worst, left: np.ndarray, before: np.ndarray
 ) -> tuple[Attempt, np.ndarray]:
-    """What a trial finds for the images that are `left` [N], and all its images; those of others are clean."""
-    rows, x_adv, inside, x = np.flatnonzero(left), clean.x_adv, np.ones(len(left), bool), clean.x_adv
+    """What a trial finds for the images that are left to attack, and all its images; others are untouched.
+
+    Args:
+      stages, batches, stage: of the trial.
+      untouched: clean images.
+      left: [N] bool, which are attacked.
+      before: [N] bool, which count as correct before it.
+    """
+    rows, inside, (x, clean) = np.flatnonzero(left), np.ones(len(left), bool), untouched
     found = batches.get(stage, rows, before)
     if not found:
-        return Attempt(x.copy, clean.measured, np.zeros(len(left), bool), inside, 0.0), x
+        return Attempt(x.copy, clean, left.copy(), inside, 0.0), x
     x_adv = x.copy()
     x_adv[rows] = found["x_adv"]
     inside[rows] = is_within(x_adv[rows], x[rows], stages.config.threat)
-    measured, seconds = replaced(clean.measured, rows, from_columns(found)), float(np.sum(found["seconds"]))
+    measured, seconds = replaced(clean, rows, from_columns(found)), float(np.sum(found["seconds"]))
     return Attempt(partial(batches.store.x_adv, stage.name, x), measured, left.copy(), inside, seconds), x_adv
 
 
