@@ -42,7 +42,7 @@ from deq_jax.evaluate import evaluate, with_deployed
 from deq_jax.evaluation import EvalConfig, Trial, diagnostics, with_transfers
 from deq_jax.storage import set_fields
 from deq_jax.surrogates import Intermediate
-from deq_jax.training import threat_of
+from deq_jax.training import Workdir, threat_of
 
 DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades_random")
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
@@ -64,7 +64,7 @@ class Planned(NamedTuple):
     @property
     def folder(self) -> Path:
         """Folder of its results."""
-        return self.workdir / "evaluation" / self.name
+        return Workdir(self.workdir).evaluation(self.name).path
 
 
 def white_box(readout: str) -> Choose:
@@ -149,9 +149,9 @@ def with_defences(
 ) -> Iterator[Planned]:
     """The explicit network, then the DEQ as trained and with each defence, under the images of those before."""
     yield Planned(cnn, f"none{suffix}", adapt(eval_auto_attack.get_config))
-    suites = {"cnn": cnn / "evaluation" / f"none{suffix}"}
+    suites = {"cnn": Workdir(cnn).evaluation(f"none{suffix}").path}
     yield Planned(workdir, f"none{suffix}", adapt(eval_white_box.get_config), suites)
-    suites = suites | {"reference": workdir / "evaluation" / f"none{suffix}"}
+    suites = suites | {"reference": Workdir(workdir).evaluation(f"none{suffix}").path}
     for name, choose in defences.items():
         yield Planned(workdir, f"{name}{suffix}", adapt(choose), suites)
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from deq_jax._cli import command_line, console
 from deq_jax.evaluation import EvaluationFolder, EvaluationRecord, read_record
 from deq_jax.storage import write_json
+from deq_jax.training import Workdir
 
 CONFIGS = [
     "digits_standard",
@@ -57,7 +58,7 @@ def main() -> None:
 
 def evaluation_of(workdir: Path) -> EvaluationFolder:
     """The evaluation by PGD of the run in `workdir`."""
-    return EvaluationFolder(workdir / "evaluation" / "test-pgd")
+    return Workdir(workdir).evaluation("test-pgd")
 
 
 def run(config: str, seed: int, workdir: Path) -> None:

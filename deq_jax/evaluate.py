@@ -41,7 +41,7 @@ from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.storage.environment import environment
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig, threat_of
-from deq_jax.training.workdir import load_run
+from deq_jax.training.workdir import Workdir, load_run
 
 DESCRIPTION = """\
 Evaluate a trained classifier: clean accuracy, and accuracy under the worst case of many attacks.
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command_line():
         join(options)
         workdir, choose = Path(options.workdir), partial(choose_config, options)
-        out = Path(options.out or workdir / "evaluation" / f"{options.split}-{name_of(options)}")
+        default = Workdir(workdir).evaluation(f"{options.split}-{name_of(options)}").path
+        out = Path(options.out or default)
         record = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
         console.print(states_table(record))
         console.print(accuracy_table(record))
@@ -117,14 +118,21 @@ def evaluate(
       checkpoint: best or latest.
     """
     with agreed():
-        train, variables, step = load_run(workdir, best=checkpoint == "best")
-        data, config = train.dataset.load(), choose(train)
-    images = getattr(data, split)
-    about = {"checkpoint": f"{checkpoint}, step {step}", "split": split}
+        run = load_run(workdir, best=checkpoint == "best")
+        train, config = run.config, choose(run.config)
+    images = getattr(run.data, split)
+    about = {"checkpoint": f"{checkpoint}, step {run.step}", "split": split}
     with Display(TaskProgressColumn(), transient=True) as display:
         tell = teller(display)
         result = worst_case(
-            config, train.classifier, variables, images, out, validation=data.validation, about=about, report=tell
+            config,
+            train.classifier,
+            run.variables,
+            images,
+            out,
+            validation=run.data.validation,
+            about=about,
+            report=tell,
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())

@@ -6,21 +6,7 @@ from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.files import write_evaluation
 from deq_jax.evaluation.folder import EvaluationFolder
-from deq_jax.evaluation.measure import (
-    Means,
-    Measured,
-    Outcomes,
-    Row,
-    RowMeans,
-    Rows,
-    Spread,
-    correctness,
-    evaluator,
-    is_correct,
-    measure,
-    named,
-    summary,
-)
+from deq_jax.evaluation.measure import evaluator, measure
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import (
     Diagnostics,
@@ -36,6 +22,19 @@ from deq_jax.evaluation.predictor import Predictor
 from deq_jax.evaluation.record import EvaluationRecord, PredictionCost, Provenance, TrialRecord, read_record
 from deq_jax.evaluation.red_flags import red_flags
 from deq_jax.evaluation.results import Attempt, Cost, Flag, Probe, WorstCase
+from deq_jax.evaluation.rows import (
+    Means,
+    Measured,
+    Outcomes,
+    Row,
+    RowMeans,
+    Rows,
+    Spread,
+    correctness,
+    is_correct,
+    named,
+    summary,
+)
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.verdicts import exact_interval

@@ -14,7 +14,8 @@ from deq_jax.core.types import Array, Keys, PyTree, Solution
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
-from deq_jax.evaluation.measure import Outcomes, attack_batch, both, is_correct, measure
+from deq_jax.evaluation.measure import attack_batch, measure
+from deq_jax.evaluation.rows import Outcomes, both, is_correct
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
 

@@ -8,51 +8,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.attacks.inputs import check_oracle
-from deq_jax.attacks.oracles import Attack
 from deq_jax.core.errors import InputError, require
-from deq_jax.core.losses import cross_entropy
 from deq_jax.core.readouts import IntermediateState
-from deq_jax.core.types import Array, Keys, Purpose, prng_key
 from deq_jax.data.batches import EvaluationBatch, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.early_state import choose_early_state
-from deq_jax.evaluation.measure import (
-    Measured,
-    adjoint_residuals,
-    attack_batch,
-    from_columns,
-    is_correct,
-    measure,
-    replaced,
-    spectral_radii,
-    to_columns,
-)
 from deq_jax.evaluation.moments import Moment, Watch
-from deq_jax.evaluation.plan import REFERENCE, EarlyState, EvalConfig, Trial
+from deq_jax.evaluation.opening import check_reference, check_trials, claim
+from deq_jax.evaluation.plan import EarlyState, EvalConfig
 from deq_jax.evaluation.probes import several_answers, timed_answers
 from deq_jax.evaluation.red_flags import ZERO_GRADIENTS, is_white_box, red_flags
-from deq_jax.evaluation.results import Attempt, Cost, Probe, WorstCase, worst_of
-from deq_jax.evaluation.store import Store
+from deq_jax.evaluation.results import Attempt, Cost, Probe, Worst, WorstCase
+from deq_jax.evaluation.rows import from_columns, is_correct, replaced
+from deq_jax.evaluation.stages import CLEAN, Stage, Stages
+from deq_jax.evaluation.store import Arrays, Store
 from deq_jax.evaluation.transfers import Transfer, check_radius, is_within
 from deq_jax.models.base import Classifier, Variables
-from deq_jax.parallel.devices import check_batch_size, replicate_and_split
-from deq_jax.parallel.processes import agreed, is_primary
+from deq_jax.parallel.devices import check_batch_size
 from deq_jax.storage.environment import decisive_settings
-from deq_jax.storage.files import digest, make_folder, read_json, write_json
-from deq_jax.storage.trees import first_difference, to_tree
-from deq_jax.surrogates.base import Direct, Surrogate, judged
+from deq_jax.storage.files import digest
+from deq_jax.storage.trees import to_tree
+from deq_jax.surrogates.base import Direct
 
 Report = Callable[[Moment], None]
 
@@ -93,214 +79,164 @@ def worst_case(
         for trial in config.trials
         if isinstance(trial.attack, Transfer)
     }
-    _check_trials(config, classifier, variables, Images(x[:1], images.y))
+    check_trials(config, classifier, variables, Images(x[:1], images.y))
     digests = {"variables": digest(variables), "images": digest(images), "transfers": transfers}
     versions = {name: version(name) for name in ("deq_jax", "jax")}
-    _check_reference(config, digest(variables))
+    check_reference(config, digest(variables))
     known = {**(about or {}), "config": to_tree(config), **digests, **versions, "settings": decisive_settings()}
     if out is not None:
-        _claim(out, {"class": "evaluation", **known})
+        claim(out, {"class": "evaluation", **known})
     store = Store(out)
     predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
-    run = _Run(config, classifier, predictor, variables, images, x, store, report)
-    found = replace(run.all(), early_state=early_state)
+    stages = Stages(config, classifier, predictor, variables, images, x)
+    names = (CLEAN, *(trial.name for trial in config.all_trials))
+    batches = Batches(images, config.batch_size, store, names, report)
+    found = _attacked(stages, batches, early_state)
     return replace(found, red_flags=tuple(red_flags(found)) if found.attempts else ())
 
 
-class _Run:
-    """One evaluation: what it asks of the devices, unless it is on disk already."""
+@dataclass(frozen=True)
+class Batches:
+    """Runs the stages of an evaluation, unless what they find is kept.
 
-    def __init__(self, config, trained, predictor, variables, images, x, store, report):
-        self.config: EvalConfig = config
-        self.trained: Classifier = trained
-        self.predictor: Classifier = predictor
-        self.variables: Variables = variables
-        self.images: Images = images
-        self.x: np.ndarray = x
-        self.store: Store = store
-        self.report: Report = report
-        self.stages = ["clean", *(trial.name for trial in (*config.trials, *config.extra_trials))]
-        self.attackers: dict[tuple[Attack | Transfer, bool], Callable] = {}
+    Attributes:
+      images: that are evaluated.
+      size: images at a time; the last batch is filled by repetition.
+      store: keeps what each batch finds.
+      names: of all stages, in their order, for the report.
+      report: called before the first batch that is computed, and after each.
+    """
 
-    def all(self) -> WorstCase:
-        y, every = self.images.y, np.arange(len(self.images.y))
-        stage = self._stage("clean", every, self._clean_stage(), np.ones(len(y), bool))
-        clean = from_columns(stage)
-        bad = np.flatnonzero(~np.isfinite(clean.deployed.margin))
-        require(len(bad) == 0, f"the logits of {len(bad)} clean images are not finite (first: image {bad[:1]})")
-        correct = is_correct(clean, y).deployed
-        withstood = correct
-        attempts: dict[str, Attempt] = {}
-        for trial in self.config.trials:
-            rows, before = (every[withstood], withstood) if self.config.skip_broken else (every, correct)
-            start = worst_of(self.x, y, clean, attempts)[0] if trial.from_worst else None
-            found = self._attempt(trial, rows, clean, before, start)
-            if not found.inside.all():
-                check_radius(f"trial {trial.name}", found.x_adv, self.x, self.config.threat)
-            withstood = withstood & is_correct(found.measured, y).deployed
-            attempts[trial.name] = found
-        for trial in self.config.extra_trials:
-            attempts[trial.name] = self._attempt(trial, every, clean, correct)
-        x_adv, worst = worst_of(self.x, y, clean, attempts)
-        zero, radius = self._stuck(stage["zero_gradient"]), stage["spectral_radius"]
-        found = WorstCase(self.config, y, clean, zero, radius, *self._asked(), attempts, x_adv, worst)
-        settled, adjoint = stage.get("radius_settled"), stage.get("adjoint_residual")
-        return replace(found, radius_settled=settled, adjoint_residual=adjoint)
+    images: Images
+    size: int
+    store: Store
+    names: tuple[str, ...]
+    report: Report
 
-    def _attempt(
-        self, trial: Trial, rows: np.ndarray, clean: Measured, before: np.ndarray, start: np.ndarray | None = None
-    ) -> Attempt:
-        attacked, inside = np.zeros(len(self.x), bool), np.ones(len(self.x), bool)
-        read = partial(self.store.x_adv, trial.name, self.x)
-        if len(rows) == 0:
-            self.report(self._watch(trial.name, rows, before).now())
-            return Attempt(self.x.copy, clean, attacked, inside, 0.0)
-        is_transfer = isinstance(trial.attack, Transfer)
-        stage = self._transfer_stage(trial) if is_transfer else self._attack_stage(trial, start)
-        found = self._stage(trial.name, rows, stage, before, getattr(trial.attack, "gradient_queries", None))
-        attacked[rows], seconds = True, float(np.sum(found["seconds"]))
-        inside[rows] = is_within(found["x_adv"], self.x[rows], self.config.threat)
-        measured = replaced(clean, rows, from_columns(found))
-        return Attempt(read, measured, attacked, inside, seconds)
+    def get(self, stage: Stage, rows: np.ndarray, before: np.ndarray) -> Arrays:
+        """What a stage finds for some images, in their order.
 
-    def _stage(
-        self,
-        name: str,
-        rows: np.ndarray,
-        run: Callable[[EvaluationBatch], dict],
-        before: np.ndarray,
-        queries: int | None = None,
-    ) -> dict[str, np.ndarray]:
-        """The results of all batches of a trial, one below the other, in the order of `rows`.
+        Args:
+          stage: to run.
+          rows: numbers of the images.
+          before: [N] bool, which images count as correct before it, for the report.
 
-        What counts as correct `before` it, [N] bool, and its `queries` are for the report.
+        Returns:
+          Its arrays [len(rows), ...], with the number of each image, and the seconds of each batch. None without
+          images.
         """
-        correct, watch = before.copy(), self._watch(name, rows, before, queries)
-        parts: list[dict[str, np.ndarray]] = []
+        place, correct = 1 + self.names.index(stage.name), before.copy()
+        watch = Watch(stage.name, place, len(self.names), len(rows), float(np.mean(before)), stage.queries)
+        if len(rows) == 0:
+            self.report(watch.now())
+        parts: list[Arrays] = []
         compiled = False
-        for number, start in enumerate(range(0, len(rows), self.config.batch_size)):
-            part = f"trials/{name}/batch-{number:04d}"
-            own = rows[start : start + self.config.batch_size]
-            if not (compiled or part in self.store):
+        for number, own in enumerate(self._split(rows)):
+            if not (compiled or self.store.has(stage.name, number)):
                 self.report(watch.begins())
                 compiled = True
-            parts.append(self.store.get(part, partial(self._batch, run, own)))
+            parts.append(self.store.batch(stage.name, number, partial(self._run, stage, own)))
             correct[own] &= is_correct(from_columns(parts[-1]), self.images.y[own]).deployed
             watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(parts[-1]["seconds"])))
             self.report(watch.now())
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+
+    def asked(self, stage: Stage, rows: np.ndarray) -> Arrays:
+        """The same of a stage that measures nothing: it is neither kept nor reported."""
+        parts = [self._run(stage, own) for own in self._split(rows)]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-    def _watch(self, name: str, rows: np.ndarray, before: np.ndarray, queries: int | None = None) -> Watch:
-        return Watch(name, 1 + self.stages.index(name), len(self.stages), len(rows), float(np.mean(before)), queries)
+    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
 
-    def _batch(self, run: Callable[[EvaluationBatch], dict], rows: np.ndarray) -> dict[str, np.ndarray]:
-        """What `run` finds for these images, in a batch that they fill by repetition."""
+    def _run(self, stage: Stage, rows: np.ndarray) -> Arrays:
         started = time.perf_counter()
-        number = np.resize(rows, self.config.batch_size).astype(np.int32)
+        number = np.resize(rows, self.size).astype(np.int32)
         is_padding = np.arange(len(number)) >= len(rows)
-        found = run(EvaluationBatch(self.images.x[number], self.images.y[number], number, is_padding))
-        found = dict(found)
-        if "measured" in found:
-            found = to_columns(jax.tree.map(np.asarray, found.pop("measured"))) | found
-        found = {key: np.asarray(values)[: len(rows)] for key, values in found.items()}
-        return {"number": number[: len(rows)], **found, "seconds": np.array([time.perf_counter() - started])}
-
-    def _clean_stage(self) -> Callable[[EvaluationBatch], dict]:
-        def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Any]:
-            x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
-            measured = measure(self.predictor, variables, x, batch.y, self._draw_from(keys))
-            radius, settled = spectral_radii(self.trained, variables, x, keys)
-            adjoint = adjoint_residuals(self.trained, variables, x, batch.y)
-            still = self._is_still(variables, Direct(), batch)
-            found = {"zero_gradient": still, "spectral_radius": radius, "radius_settled": settled}
-            return {"measured": measured, **found, **({} if adjoint is None else {"adjoint_residual": adjoint})}
-
-        return partial(replicate_and_split(on_device, joint=False), self.variables)
-
-    def _is_still(self, variables: Variables, surrogate: Surrogate, batch: EvaluationBatch) -> Array:
-        """[B] bool, whether the surrogate's gradient at the images is 0 or NaN, so that attacks stand still."""
-        x, keys = to_unit(batch.x), Keys(prng_key(self.config.seed), batch.number)
-        oracle = judged(surrogate, self.predictor, variables, self.config.draws)
-        gradient = oracle.grad(cross_entropy, x, batch.y, keys.fold(Purpose.QUERY))[2]
-        return jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))
-
-    def _stuck(self, still: np.ndarray) -> np.ndarray:
-        """[N] bool, where the gradients of all white-box trials vanish, given where the predictor's own does."""
-
-        def on_device(state: tuple[Variables, Surrogate], batch: EvaluationBatch) -> dict[str, Any]:
-            return {"zero_gradient": self._is_still(*state, batch)}
-
-        run, still = replicate_and_split(on_device, joint=False), still.copy()
-        white = [trial for trial in (*self.config.trials, *self.config.extra_trials) if is_white_box(trial)]
-        for surrogate in dict.fromkeys(trial.surrogate for trial in white if not isinstance(trial.surrogate, Direct)):
-            if np.mean(still) <= ZERO_GRADIENTS:
-                break
-            ask = partial(run, (self.variables, jax.tree.map(np.asarray, surrogate)))
-            rows = np.flatnonzero(still)
-            for own in np.split(rows, range(self.config.batch_size, len(rows), self.config.batch_size)):
-                still[own] = self._batch(ask, own)["zero_gradient"]
-        return still
-
-    def _transfer_stage(self, trial: Trial) -> Callable[[EvaluationBatch], dict]:
-        def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Any]:
-            keys = self._draw_from(Keys(prng_key(self.config.seed), batch.number))
-            return {"x_adv": batch.x, "measured": measure(self.predictor, variables, batch.x, batch.y, keys)}
-
-        run = replicate_and_split(on_device, joint=False)
-        images = cache(partial(cast(Transfer, trial.attack).load, self.images, self.x, self.config.threat))
-        return lambda batch: run(self.variables, batch._replace(x=images()[batch.number]))
-
-    def _attack_stage(self, trial: Trial, start: np.ndarray | None) -> Callable[[EvaluationBatch], dict]:
-        attack, kind = cast(Attack, trial.attack), (trial.attack, trial.from_worst)
-
-        def on_device(
-            state: tuple[Variables, Surrogate], parts: tuple[EvaluationBatch, Array | None]
-        ) -> dict[str, Any]:
-            (variables, surrogate), (batch, start) = state, parts
-            attacked = partial(attack_batch, seed=self.config.seed, surrogate=surrogate, draws=self.config.draws)
-            begun = attack if start is None else partial(attack, start=start)
-            x_adv, measured = attacked(self.predictor, variables, begun, batch)
-            return {"x_adv": x_adv, "measured": measured}
-
-        if kind not in self.attackers:
-            self.attackers[kind] = replicate_and_split(on_device, joint=False)
-        run, state = self.attackers[kind], (self.variables, jax.tree.map(np.asarray, trial.surrogate))
-        return lambda batch: run(state, (batch, None if start is None else start[batch.number]))
-
-    def _asked(self) -> tuple[Probe, Cost]:
-        """What the deployed predictor answers in several ways, and what that costs."""
-        config = self.config
-        query = self.predictor, self.variables, self.x, config.draws is not None
-        timed = partial(timed_answers, *query, batch_size=config.batch_size, seed=config.seed)
-        self.report(Moment("checks", 1.0, "checks: the deployed predictor is asked in several ways, and timed", True))
-        probe = self.store.get("probe", partial(several_answers, *query))
-        return Probe(**probe), Cost(**self.store.get("cost", timed))
-
-    def _draw_from(self, keys: Keys) -> Keys | None:
-        """What the deployed predictor draws from; nothing unless it is random."""
-        return None if self.config.draws is None else keys
+        found = stage.run(EvaluationBatch(self.images.x[number], self.images.y[number], number, is_padding))
+        kept = {key: values[: len(rows)] for key, values in found.items()}
+        return {"number": number[: len(rows)], **kept, "seconds": np.array([time.perf_counter() - started])}
 
 
-def _check_trials(config: EvalConfig, classifier: Classifier, variables: Variables, images: Images) -> None:
-    """Has every surrogate check that it fits what is deployed, whose logits must fit the images and all labels."""
-    predictor = config.predictor or classifier
-    if isinstance(predictor, EarlyState):
-        predictor = deployed(predictor.classifier or classifier, IntermediateState(1))
-    check_oracle(judged(Direct(), predictor, variables, config.draws), images.x, images.y)
-    for trial in (*config.trials, *config.extra_trials):
-        try:
-            trial.surrogate(predictor, variables)
-        except InputError as error:
-            raise InputError(f"trial {trial.name}: {error}") from None
+def _attacked(stages: Stages, batches: Batches, early_state: list[float] | None) -> WorstCase:
+    """The fold over all trials: each updates the worst case so far."""
+    config, x, y = stages.config, stages.x, stages.images.y
+    every = np.ones(len(y), bool)
+    first = batches.get(stages.clean(), np.flatnonzero(every), every)
+    clean = from_columns(first)
+    bad = np.flatnonzero(~np.isfinite(clean.deployed.margin))
+    require(len(bad) == 0, f"the logits of {len(bad)} clean images are not finite (first: image {bad[:1]})")
+    correct = withstood = is_correct(clean, y).deployed
+    untouched = worst = Worst(x, clean)
+    attempts: dict[str, Attempt] = {}
+    for trial in config.all_trials:
+        is_cumulative = config.skip_broken and trial in config.trials
+        left, before = (withstood, withstood) if is_cumulative else (every, correct)
+        stage = stages.of(trial, worst.x_adv if trial.from_worst else None)
+        attempt, x_adv = _attempt(stages, batches, stage, untouched, left, before)
+        if trial in config.trials and not attempt.inside.all():
+            check_radius(f"trial {trial.name}", x_adv, x, config.threat)
+        withstood = withstood & is_correct(attempt.measured, y).deployed
+        worst = worst.updated(y, x_adv, attempt.measured, attempt.inside)
+        attempts[trial.name] = attempt
+    return WorstCase(
+        config,
+        y,
+        clean,
+        _stuck(stages, batches, first["zero_gradient"]),
+        first["spectral_radius"],
+        *_answers(stages, batches),
+        attempts,
+        worst.x_adv,
+        worst.measured,
+        early_state=early_state,
+        radius_settled=first.get("radius_settled"),
+        adjoint_residual=first.get("adjoint_residual"),
+    )
 
 
-def _check_reference(config: EvalConfig, variables: str) -> None:
-    """Refuses images as those of the undefended predictor that were made against another one."""
-    for trial in config.trials:
-        made = trial.attack.manifest if isinstance(trial.attack, Transfer) and trial.suite == REFERENCE else None
-        undefended = made is None or (made["config"]["predictor"] is None and made["variables"] == variables)
-        expected = "expected images made against the undefended predictor of this training and checkpoint"
-        require(undefended, f"trial {trial.name}: {expected}, but its evaluation attacked another one")
+def _attempt(
+    stages: Stages, batches: Batches, stage: Stage, untouched: Worst, left: np.ndarray, before: np.ndarray
+) -> tuple[Attempt, np.ndarray]:
+    """What a trial finds for the images that are left to attack, and all its images; others are untouched.
+
+    Args:
+      stages, batches, stage: of the trial.
+      untouched: clean images.
+      left: [N] bool, which are attacked.
+      before: [N] bool, which count as correct before it.
+    """
+    rows, inside, (x, clean) = np.flatnonzero(left), np.ones(len(left), bool), untouched
+    found = batches.get(stage, rows, before)
+    if not found:
+        return Attempt(x.copy, clean, left.copy(), inside, 0.0), x
+    x_adv = x.copy()
+    x_adv[rows] = found["x_adv"]
+    inside[rows] = is_within(x_adv[rows], x[rows], stages.config.threat)
+    measured, seconds = replaced(clean, rows, from_columns(found)), float(np.sum(found["seconds"]))
+    return Attempt(partial(batches.store.x_adv, stage.name, x), measured, left.copy(), inside, seconds), x_adv
+
+
+def _stuck(stages: Stages, batches: Batches, still: np.ndarray) -> np.ndarray:
+    """[N] bool, where the gradients of all white-box trials vanish, given where the predictor's own does."""
+    still = still.copy()
+    white = [trial.surrogate for trial in stages.config.all_trials if is_white_box(trial)]
+    for surrogate in dict.fromkeys(surrogate for surrogate in white if not isinstance(surrogate, Direct)):
+        if np.mean(still) <= ZERO_GRADIENTS:
+            break
+        rows = np.flatnonzero(still)
+        still[rows] = batches.asked(stages.still(surrogate), rows)["zero_gradient"]
+    return still
+
+
+def _answers(stages: Stages, batches: Batches) -> tuple[Probe, Cost]:
+    """What the deployed predictor answers in several ways, and what that costs."""
+    config, store = stages.config, batches.store
+    query = stages.predictor, stages.variables, stages.x, config.draws is not None
+    timed = partial(timed_answers, *query, batch_size=config.batch_size, seed=config.seed)
+    batches.report(Moment("checks", 1.0, "checks: the deployed predictor is asked in several ways, and timed", True))
+    probe = store.answers("probe", partial(several_answers, *query))
+    return Probe(**probe), Cost(**store.answers("cost", timed))
 
 
 def _predictor(
@@ -327,17 +263,5 @@ def _predictor(
     def accuracies() -> dict[str, np.ndarray]:
         return {"accuracy": np.array(choose(source, variables, validation, early.attack, report=tell))}
 
-    accuracy = store.get("early_state", accuracies)["accuracy"]
+    accuracy = store.answers("early_state", accuracies)["accuracy"]
     return deployed(source, IntermediateState(1 + int(np.argmax(accuracy)))), accuracy.tolist()
-
-
-def _claim(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder this evaluation's; refuses that of another one, naming the first difference."""
-    path = out / "manifest.json"
-    with agreed():
-        if path.exists():
-            old = {"settings": manifest["settings"], **read_json(path)}  # older ones do not tell
-            difference = first_difference(old, manifest)
-            require(difference is None, f"{out} holds another evaluation: {difference}; choose another folder (--out)")
-        elif is_primary():
-            write_json(make_folder(out) / "manifest.json", manifest)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deq_jax.evaluation.measure import Outcomes, correctness, named
+from deq_jax.evaluation.rows import Outcomes, correctness, named
 
 CLEAN, ATTACKED = "#2a6f97", "#c8553d"
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from deq_jax.evaluation.figures import plot_accuracies, plot_images, plot_states
 from deq_jax.evaluation.folder import EvaluationFolder
-from deq_jax.evaluation.measure import to_columns
 from deq_jax.evaluation.record import EvaluationRecord
 from deq_jax.evaluation.results import WorstCase
+from deq_jax.evaluation.rows import to_columns
 from deq_jax.storage.files import write_json, write_npz
 
 

@@ -37,6 +37,10 @@ class EvaluationFolder:
         """Folder of a trial's batches, or of those of the "clean" images."""
         return self.path / "trials" / name
 
+    def batch(self, trial: str, number: int) -> Path:
+        """A batch of a trial."""
+        return self.trial(trial) / f"batch-{number:04d}.npz"
+
     def answers(self, name: str) -> Path:
         """What was asked once of the deployed predictor: "probe", "cost", "early_state"."""
         return self.path / f"{name}.npz"
@@ -44,6 +48,11 @@ class EvaluationFolder:
     def figure(self, name: str) -> Path:
         """A figure: "states", "trials", "images"."""
         return self.path / f"{name}.png"
+
+    @staticmethod
+    def batches_of(trial: Path) -> list[Path]:
+        """All batches in a trial's folder, in their order."""
+        return sorted(trial.glob("batch-*.npz"))
 
     @classmethod
     def of_trial(cls, trial: Path) -> EvaluationFolder:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,71 +16,16 @@ from deq_jax.core.gradients import adjoint_residual, has_adjoint
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, spectral_radius
 from deq_jax.core.losses import cross_entropy, entropy, margin
 from deq_jax.core.readouts import EnsembleState
-from deq_jax.core.types import AnyArray, Array, Keys, Purpose, PyTree, prng_key
+from deq_jax.core.types import Array, Keys, Purpose, PyTree, prng_key
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
+from deq_jax.evaluation.rows import Measured, Outcomes, Row, Rows
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium
 from deq_jax.parallel.devices import check_batch_size, replicate_and_split
 from deq_jax.surrogates.base import Direct, Surrogate, judged
 
 RADIUS_STEPS = 30
-
-T = TypeVar("T")
-
-
-class Row(NamedTuple):
-    """What is seen of each image by one predictor, [N]; or by each of T states, [N, T].
-
-    Attributes:
-      label: int, the predicted one.
-      margin: best wrong logit minus the true one; not finite where a logit is not.
-      entropy: of the predicted distribution, in nats.
-      residual: relative; for what is deployed the lowest of the trajectory, which is that of the equilibrium. NaN for
-        the mean of the states and for an explicit network.
-    """
-
-    label: AnyArray
-    margin: AnyArray
-    entropy: AnyArray
-    residual: AnyArray
-
-
-class Rows(NamedTuple, Generic[T]):
-    """The same of every predictor that a DEQ has. See `named`.
-
-    Attributes:
-      states: of the raw states z_1 .. z_T, in an axis after that of the images; None for an explicit network.
-      ensemble: of the mean of these states; None for an explicit network.
-      deployed: of what is deployed.
-    """
-
-    states: T | None
-    ensemble: T | None
-    deployed: T
-
-
-Measured: TypeAlias = Rows[Row]
-
-Correct: TypeAlias = Rows[AnyArray]
-
-
-class Outcomes(NamedTuple):
-    """Per image, in the order of the split.
-
-    Attributes:
-      y: [N], the true labels.
-      clean: on the images as they are.
-      attacked: on the adversarial images; None without attack.
-      x_adv: [N, H, W, C]; None without attack.
-      adjoint_residual: [N], of the images as they are, see `adjoint_residuals`; None where there is no adjoint state.
-    """
-
-    y: AnyArray
-    clean: Measured
-    attacked: Measured | None
-    x_adv: AnyArray
-    adjoint_residual: AnyArray = None
 
 
 def measure(
@@ -218,130 +162,7 @@ def evaluator(
         for batch in evaluation_batches(images, batch_size):
             parts.append(jax.tree.map(lambda leaf, keep=~batch.is_padding: leaf[keep], run(variables, batch)))
             report(sum(len(part.y) for part in parts), len(images.y))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-    return run_all
-
-
-def is_correct(measured: Measured, labels: AnyArray) -> Correct:
-    """Whether each image is classified correctly, bool. Logits that are not finite never count as fooled."""
-
-    def of(row: Row) -> AnyArray:
-        true = labels if row.label.ndim == 1 else labels[:, None]
-        return (row.label == true) | ~np.isfinite(row.margin)
-
-    states, ensemble, deployed = measured
-    return Rows(None if states is None else of(states), None if ensemble is None else of(ensemble), of(deployed))
-
-
-def both(a: Correct, b: Correct) -> Correct:
-    """Where both hold."""
-    return jax.tree.map(np.logical_and, a, b)
-
-
-def correctness(outcomes: Outcomes) -> tuple[Correct, Correct | None]:
-    """Whether each image is correct when clean, and under attack (None without attack).
-
-    An image counts as correct under attack only if it is also correct without it.
-    """
-    clean = is_correct(outcomes.clean, outcomes.y)
-    if outcomes.attacked is None:
-        return clean, None
-    return clean, both(clean, is_correct(outcomes.attacked, outcomes.y))
-
-
-def named(rows: Rows[T]) -> dict[str, T]:
-    """The rows by their names, each without an axis of states: z_1 .. z_T, ensemble, deployed.
-
-    >>> import numpy as np
-    >>> from deq_jax.evaluation import Rows, named
-    >>> list(named(Rows(np.ones((4, 3)), np.ones(4), np.ones(4))))
-    ['z_1', 'z_2', 'z_3', 'ensemble', 'deployed']
-    """
-    found: dict[str, T] = {}
-    if rows.states is not None:
-        count = jax.tree.leaves(rows.states)[0].shape[1]
-        found = {f"z_{t}": jax.tree.map(lambda leaf, t=t: leaf[:, t - 1], rows.states) for t in range(1, 1 + count)}
-    if rows.ensemble is not None:
-        found["ensemble"] = rows.ensemble
-    return found | {"deployed": rows.deployed}
-
-
-def replaced(measured: Measured, chosen: np.ndarray, by: Measured) -> Measured:
-    """What was measured, with that of the chosen images (their numbers, or [N] bool) exchanged."""
-
-    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        whole = np.array(old)
-        whole[chosen] = new
+        whole: Outcomes = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return whole
 
-    return jax.tree.map(put, measured, by)
-
-
-def to_columns(measured: Measured) -> dict[str, np.ndarray]:
-    """As files hold it: label, margin, entropy and residual [N, R], with a column for each name of `named`."""
-    rows = named(measured).values()
-    return {name: np.stack([getattr(row, name) for row in rows], axis=1) for name in Row._fields}
-
-
-def from_columns(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Measured:
-    """What `to_columns` wrote, from arrays whose names begin with the prefix."""
-    columns = Row(*(arrays[prefix + name] for name in Row._fields))
-    deployed = Row(*(array[:, -1] for array in columns))
-    if columns.label.shape[1] == 1:
-        return Rows(None, None, deployed)
-    return Rows(Row(*(array[:, :-2] for array in columns)), Row(*(array[:, -2] for array in columns)), deployed)
-
-
-@dataclass(frozen=True)
-class Means:
-    """Means over images of what was measured in one row.
-
-    Attributes:
-      accuracy: from 0 to 1.
-      entropy: in nats.
-      residual: relative; None where there is none.
-    """
-
-    accuracy: float
-    entropy: float
-    residual: float | None
-
-
-@dataclass(frozen=True)
-class RowMeans:
-    """Means of one row on clean and on adversarial images; None without attack."""
-
-    clean: Means
-    attacked: Means | None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and largest of the finite numbers among those of the images; None where there is none."""
-
-    mean: float | None
-    largest: float | None
-
-
-def summary(outcomes: Outcomes) -> dict[str, RowMeans]:
-    """Means over the images of what was measured, for each row of `named`."""
-    clean, robust = correctness(outcomes)
-    right = {"clean": named(clean), "attacked": {} if robust is None else named(robust)}
-    seen = {"clean": named(outcomes.clean), "attacked": {} if outcomes.attacked is None else named(outcomes.attacked)}
-    means = {
-        condition: {name: _means(right[condition][name], row) for name, row in rows.items()}
-        for condition, rows in seen.items()
-    }
-    return {name: RowMeans(mean, means["attacked"].get(name)) for name, mean in means["clean"].items()}
-
-
-def spread(values: np.ndarray | None) -> Spread:
-    """Mean and largest of the finite numbers, one per image."""
-    finite = np.array([]) if values is None else values[np.isfinite(values)]
-    return Spread(float(np.mean(finite)), float(np.max(finite))) if len(finite) else Spread(None, None)
-
-
-def _means(correct: AnyArray, row: Row) -> Means:
-    residual = float(np.mean(row.residual))
-    return Means(float(np.mean(correct)), float(np.mean(row.entropy)), None if np.isnan(residual) else residual)
+    return run_all

@@ -50,7 +50,7 @@ class Trial:
     suite: str | None = None
     from_worst: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         can_start = not self.from_worst or _takes_start(self.attack)
         require(can_start, f"Trial: from_worst is for attacks that take a start, got {self.attack!r}")
         valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
@@ -163,7 +163,7 @@ class EvalConfig:
     max_images: int | None = None
     skip_broken: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"EvalConfig: batch_size must be positive, got {self.batch_size!r}")
         require(self.seed >= 0, f"EvalConfig: seed must be >= 0, got {self.seed!r}")
         counted = self.draws is None or self.draws >= 1

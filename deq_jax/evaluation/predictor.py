@@ -14,7 +14,8 @@ from deq_jax.core.compilation import compiled
 from deq_jax.core.types import AnyArray, Array, Keys
 from deq_jax.data.batches import evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
-from deq_jax.evaluation.measure import Measured, measure
+from deq_jax.evaluation.measure import measure
+from deq_jax.evaluation.rows import Measured
 from deq_jax.models.base import Variables
 from deq_jax.surrogates.base import Direct, Surrogate, judged
 
@@ -75,7 +76,8 @@ class Predictor:
 
 @compiled()
 def _logits(predictor: Predictor, x: Array, keys: Keys | None) -> Array:
-    return predictor.classifier(predictor.variables, to_unit(jnp.asarray(x)), keys=keys).logits
+    logits: Array = predictor.classifier(predictor.variables, to_unit(jnp.asarray(x)), keys=keys).logits
+    return logits
 
 
 @compiled()

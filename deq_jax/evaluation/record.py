@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from deq_jax.evaluation.measure import Means, RowMeans, Spread, spread, summary
 from deq_jax.evaluation.plan import UNDEFENDED, Trial
 from deq_jax.evaluation.recorded import RecordedPlan, RecordedRun, parsed
-from deq_jax.evaluation.red_flags import Flag, red_flags
-from deq_jax.evaluation.results import WorstCase
+from deq_jax.evaluation.red_flags import red_flags
+from deq_jax.evaluation.results import Flag, WorstCase
+from deq_jax.evaluation.rows import Means, RowMeans, Spread, spread, summary
 from deq_jax.evaluation.verdicts import exact_interval, warnings_of
 from deq_jax.storage.briefs import brief
 from deq_jax.storage.trees import Json, to_tree

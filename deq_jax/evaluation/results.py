@@ -10,16 +10,17 @@ from typing import NamedTuple, cast
 import jax
 import numpy as np
 
-from deq_jax.evaluation.measure import Correct, Measured, Outcomes, both, is_correct, named, replaced
 from deq_jax.evaluation.plan import EvalConfig
+from deq_jax.evaluation.rows import Correct, Measured, Outcomes, both, is_correct, named, replaced
 
 
 class Attempt(NamedTuple):
     """What a trial found. Images that it left alone stand for themselves.
 
     Attributes:
-      read: () -> x_adv, where there is a folder from disk: an evaluation of many trials has more images than memory.
-      measured: of x_adv.
+      read: () -> its images x_adv [N, H, W, C], read from the folder if there is one: those of many trials do not fit
+        into memory.
+      measured: of these images.
       attacked: [N] bool, whether the image was attacked.
       inside: [N] bool, whether x_adv lies within the threat model's ball.
       seconds: spent on it, compilation included.
@@ -31,10 +32,32 @@ class Attempt(NamedTuple):
     inside: np.ndarray
     seconds: float
 
-    @property
-    def x_adv(self) -> np.ndarray:
-        """[N, H, W, C]."""
-        return self.read()
+
+class Worst(NamedTuple):
+    """For each image the worst one so far; see `WorstCase`.
+
+    Attributes:
+      x_adv: [N, H, W, C].
+      measured: of x_adv.
+    """
+
+    x_adv: np.ndarray
+    measured: Measured
+
+    def updated(self, y: np.ndarray, x_adv: np.ndarray, measured: Measured, inside: np.ndarray) -> Worst:
+        """The worst after a further trial.
+
+        Args:
+          y: the true labels [N].
+          x_adv: images [N, H, W, C].
+          measured: of these images.
+          inside: [N] bool, which of them count.
+        """
+        fooled, kept = (~is_correct(one, y).deployed for one in (measured, self.measured))
+        higher = measured.deployed.margin > self.measured.deployed.margin
+        better = inside & ((fooled & ~kept) | ((fooled == kept) & higher))
+        images = np.where(better.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, self.x_adv)
+        return Worst(images, replaced(self.measured, better, jax.tree.map(lambda leaf: leaf[better], measured)))
 
 
 class Probe(NamedTuple):
@@ -139,7 +162,8 @@ class WorstCase:
 
     def broken(self, name: str) -> np.ndarray:
         """[N] bool: the images that are correct as they are, and that a trial fooled the deployed predictor on."""
-        return self._clean().deployed & ~self._own(name).deployed
+        broken: np.ndarray = self._clean().deployed & ~self._own(name).deployed
+        return broken
 
     def robust(self) -> dict[str, Correct]:
         """Which images are classified correctly, bool: clean, after each trial and suite, and in the union.
@@ -178,19 +202,5 @@ class WorstCase:
     def _counted(self, name: str) -> Correct:
         """The same, but images beyond the ball count as correct."""
         outside = ~self.attempts[name].inside
-        return jax.tree.map(lambda own: own | outside.reshape(-1, *[1] * (own.ndim - 1)), self._own(name))
-
-
-def worst_of(
-    x: np.ndarray, y: np.ndarray, clean: Measured, attempts: dict[str, Attempt]
-) -> tuple[np.ndarray, Measured]:
-    """For each image the worst of all that lie within the ball; see `WorstCase`."""
-    x_adv, worst = x.copy(), clean
-    for attempt in attempts.values():
-        fooled, kept = (~is_correct(measured, y).deployed for measured in (attempt.measured, worst))
-        higher = attempt.measured.deployed.margin > worst.deployed.margin
-        better = attempt.inside & ((fooled & ~kept) | ((fooled == kept) & higher))
-        if better.any():
-            x_adv[better] = attempt.x_adv[better]
-        worst = replaced(worst, better, jax.tree.map(lambda leaf, better=better: leaf[better], attempt.measured))
-    return x_adv, worst
+        counted: Correct = jax.tree.map(lambda own: own | outside.reshape(-1, *[1] * (own.ndim - 1)), self._own(name))
+        return counted

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.transfers import read_trial, with_batches
 from deq_jax.parallel.processes import from_primary, is_primary
 from deq_jax.storage.files import read_npz, write_npz
@@ -17,37 +18,49 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Store:
-    """Groups of named arrays, each computed once: ``store.get("cost", compute)``.
+    """Groups of named arrays, each computed once: ``store.batch("pgd", 0, compute)``.
 
     Attributes:
-      folder: holds each group as a file NAME.npz, written whole by the primary process. All processes see the same
+      path: folder that holds each group as a file, written whole by the primary process. All processes see the same
         folder. None keeps the groups in memory, each process its own.
     """
 
-    folder: Path | None
-    _kept: dict[str, Arrays] = field(default_factory=dict, repr=False)
+    path: Path | None
+    _kept: dict[Path, Arrays] = field(default_factory=dict, repr=False)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._kept if self.folder is None else (self.folder / f"{name}.npz").exists()
+    def has(self, trial: str, number: int) -> bool:
+        """Whether a batch is kept."""
+        file = self._folder.batch(trial, number)
+        return file in self._kept if self.path is None else file.exists()
 
-    def get(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
-        """What is kept under this name, such as ``trials/pgd/batch-0000``; computed where nothing is."""
-        if self.folder is None:
-            if name not in self._kept:
-                self._kept[name] = compute()
-            return self._kept[name]
-        path = self.folder / f"{name}.npz"
-        if from_primary(np.array(path.exists())):
-            return read_npz(path)
-        arrays = compute()
-        if is_primary():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(path, arrays)
-        return arrays
+    def batch(self, trial: str, number: int, compute: Callable[[], Arrays]) -> Arrays:
+        """What a batch of a trial has found; computed where nothing is kept."""
+        return self._get(self._folder.batch(trial, number), compute)
+
+    def answers(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
+        """What was asked once of the deployed predictor; computed where nothing is kept."""
+        return self._get(self._folder.answers(name), compute)
 
     def x_adv(self, trial: str, x: np.ndarray) -> np.ndarray:
         """The images [N, H, W, C] that a trial has made; those of x that it left alone stand for themselves."""
-        if self.folder is not None:
-            return read_trial(self.folder / "trials" / trial, x)
-        begin = f"trials/{trial}/"
-        return with_batches(x, [(name, arrays) for name, arrays in self._kept.items() if name.startswith(begin)])
+        folder = self._folder.trial(trial)
+        if self.path is not None:
+            return read_trial(folder, x)
+        return with_batches(x, [(file, arrays) for file, arrays in self._kept.items() if file.parent == folder])
+
+    @property
+    def _folder(self) -> EvaluationFolder:
+        return EvaluationFolder(Path() if self.path is None else self.path)
+
+    def _get(self, file: Path, compute: Callable[[], Arrays]) -> Arrays:
+        if self.path is None:
+            if file not in self._kept:
+                self._kept[file] = compute()
+            return self._kept[file]
+        if from_primary(np.array(file.exists())):
+            return read_npz(file)
+        arrays = compute()
+        if is_primary():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_npz(file, arrays)
+        return arrays

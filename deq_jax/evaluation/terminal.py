@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from deq_jax.evaluation.measure import Means
 from deq_jax.evaluation.record import EvaluationRecord
+from deq_jax.evaluation.rows import Means
 from deq_jax.evaluation.wording import diagnoses
 
 

@@ -56,9 +56,9 @@ class Transfer:
         require(x_adv.shape == x.shape, f"{self.path}: expected x_adv of shape {x.shape}, got {x_adv.shape}")
         same = y is None or np.array_equal(y, images.y)
         require(same, f"{self.path}: its labels y are not those of the {len(x)} images that are evaluated")
-        x_adv = clip_to_box(x_adv, f"{self.path}: x_adv").astype(np.float32)
-        check_radius(self.path, x_adv, x, threat)
-        return x_adv
+        found: np.ndarray = clip_to_box(x_adv, f"{self.path}: x_adv").astype(np.float32)
+        check_radius(self.path, found, x, threat)
+        return found
 
 
 def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -85,13 +85,15 @@ def with_batches(x: np.ndarray, batches: Sequence[tuple[Any, dict[str, np.ndarra
 
 def _read_folder(path: Path, x: np.ndarray) -> tuple[np.ndarray, None]:
     x_adv = read_trial(path, x)
-    evaluated = sum(len(arrays.get("number", ())) for _, arrays in _read_batches(path.parent / "clean"))
+    evaluated = sum(
+        len(arrays.get("number", ())) for _, arrays in _read_batches(EvaluationFolder.of_trial(path).trial("clean"))
+    )
     require(evaluated == len(x), f"{path}: its evaluation is of {evaluated} images, expected the {len(x)} of this one")
     return x_adv, None
 
 
 def _read_batches(path: Path) -> list[tuple[Path, dict[str, np.ndarray]]]:
-    files = sorted(path.glob("batch-*.npz"))
+    files = EvaluationFolder.batches_of(path)
     require(len(files) > 0, f"{path}: expected a trial's files batch-*.npz, found none")
     return [(file, read_npz(file)) for file in files]
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from deq_jax.evaluation.measure import is_correct, named
 from deq_jax.evaluation.results import WorstCase
+from deq_jax.evaluation.rows import is_correct, named
 from deq_jax.evaluation.sanity import SIGNIFICANT, plain_warnings
 
 TINY = np.finfo(float).tiny

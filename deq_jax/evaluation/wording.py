@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deq_jax.evaluation.record import EvaluationRecord
-from deq_jax.evaluation.red_flags import Flag
+from deq_jax.evaluation.results import Flag
 
 
 def headline(record: EvaluationRecord) -> str:

@@ -24,7 +24,7 @@ from deq_jax.storage.files import make_folder, write_json
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.step import TrainState, optimizer_of
-from deq_jax.training.workdir import checkpoints_of, read_config
+from deq_jax.training.workdir import Workdir
 
 STEPS = 1_000_000  # of a run without data: more than any warm-up
 
@@ -47,10 +47,9 @@ def import_checkpoint(
       InputError: for another classifier, a checkpoint that cannot be read or does not fit, or a workdir that
         holds a run; nothing is written then.
     """
-    workdir = Path(workdir)
+    folder = Workdir(Path(workdir))
     names, tree = torch_shapes(mdeq_shapes(config)), to_tree(config)
-    taken = any((workdir / name).exists() for name in ("config.json", "checkpoints"))
-    require(not taken, f"{workdir} holds a training already; choose another --out")
+    require(not folder.holds_a_run, f"{workdir} holds a training already; choose another --out")
     arrays, left_out = read_state_dict(checkpoint, names)
     try:
         shapes = mdeq_shapes(config, _channels(arrays))
@@ -60,11 +59,10 @@ def import_checkpoint(
     state = _initial_state(config, variables)
     if left_out:
         report(f"left out: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''} (beside the network)")
-    make_folder(workdir)
-    for name, keep in (("best", 1), ("latest", 2)):
-        meta = {"config": tree, "best_accuracy": -1.0}  # not measured yet
-        Checkpoints(workdir / "checkpoints" / name, keep).save(0, state, meta)
-    write_json(workdir / "config.json", tree)
+    make_folder(folder.path)
+    for checkpoints in (folder.best, folder.latest):
+        checkpoints.save(0, state, {"config": tree, "best_accuracy": -1.0})  # not measured yet
+    write_json(folder.config_file, tree)
     return state
 
 
@@ -82,11 +80,11 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True
     Raises:
       InputError: if the workdir holds no such checkpoint of an MDEQ, or `out` exists or has another ending.
     """
-    workdir, out = Path(workdir), Path(out)
+    folder, out = Workdir(Path(workdir)), Path(out)
     check_writable(out)
-    config = read_config(workdir)
+    config = folder.config
     mdeq_shapes(config)
-    checkpoints = checkpoints_of(workdir, "best" if best else "latest")
+    checkpoints = folder.trained("best" if best else "latest")
     template = mdeq_shapes(config, _stored_channels(checkpoints))
     variables, _ = checkpoints.restore(template, only=list(template))
     make_folder(out.parent)

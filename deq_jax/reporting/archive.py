@@ -11,10 +11,10 @@ import numpy as np
 
 from deq_jax.core.errors import InputError, require
 from deq_jax.evaluation.folder import EvaluationFolder, finished_in, unfinished_in
-from deq_jax.evaluation.measure import Outcomes, correctness, from_columns, named
 from deq_jax.evaluation.plan import REFERENCE, UNDEFENDED
 from deq_jax.evaluation.record import EvaluationRecord, Provenance, read_record
 from deq_jax.evaluation.recorded import DAMAGED, RecordedRun, canonical
+from deq_jax.evaluation.rows import Outcomes, correctness, from_columns, named
 from deq_jax.storage.briefs import brief, number
 from deq_jax.storage.files import read_npz
 

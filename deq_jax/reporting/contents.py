@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from deq_jax.evaluation.record import PredictionCost
-from deq_jax.evaluation.red_flags import Flag
+from deq_jax.evaluation.results import Flag
 from deq_jax.reporting.archive import CONDITIONS, Evaluation
 from deq_jax.reporting.comparisons import Curve, Pair, undefended
 from deq_jax.reporting.groups import Group, Quantity, clean, reference, robust

@@ -54,7 +54,8 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     def shapes(self) -> PyTree:
         """The newest checkpoint's state with entries that have a shape, as nested dicts and lists; None if damaged."""

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import typing
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -44,12 +45,12 @@ def load_config(
         raise InputError(f"{path}: {error}") from None
     except MISTAKES as error:  # an unknown or a missing field
         raise InputError(f"{path}: get_config() failed: {error}") from None
-    is_config = isinstance(config, kind)
-    require(is_config, f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
+    if not isinstance(config, kind):
+        raise InputError(f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
     return config
 
 
-def _run_module(path: Path):
+def _run_module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path}: a config must be a Python file (.py)")

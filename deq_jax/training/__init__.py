@@ -13,12 +13,13 @@ from deq_jax.training.step import (
     optimizer_of,
     train_step,
 )
-from deq_jax.training.workdir import Origin, load_run
+from deq_jax.training.workdir import LoadedRun, Origin, Workdir, load_run
 
 __all__ = [
     "AdamCosine",
     "Batch",
     "Interrupted",
+    "LoadedRun",
     "NonFiniteLoss",
     "Objective",
     "Origin",
@@ -31,6 +32,7 @@ __all__ = [
     "Trades",
     "TrainConfig",
     "TrainState",
+    "Workdir",
     "fit",
     "initial_state",
     "initial_variables",

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 from deq_jax.models.base import Variables
-from deq_jax.storage.checkpoints import Checkpoints
 from deq_jax.storage.files import make_folder, write_json
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
 from deq_jax.training.step import TrainState
-from deq_jax.training.workdir import check_same_config, environments_of
+from deq_jax.training.workdir import Workdir, check_same_config, environments_of
 
 Meta = dict[str, Any]  # JSON data beside the state: config, best_accuracy, interval, origin
 
@@ -70,40 +69,39 @@ class Memory:
         return self._lines
 
 
-class Workdir(Memory):
-    """Keeps a run in a folder: see `loop.fit`.
+class Disk(Memory):
+    """Keeps a run in its workdir: see `loop.fit`.
 
     Args:
-      path: of the folder, created by `open`.
+      path: of the workdir, created by `open`.
     """
 
     def __init__(self, path: Path):
         super().__init__()
-        self.path = path
-        self.latest_checkpoints = Checkpoints(path / "checkpoints" / "latest", keep=2)
-        self.best_checkpoints = Checkpoints(path / "checkpoints" / "best", keep=1)
+        self.workdir = Workdir(path)
+        self.latest_checkpoints, self.best_checkpoints = self.workdir.latest, self.workdir.best
 
     def check(self, config: TrainConfig) -> None:
         """See `Memory.check`."""
-        check_same_config(config, self.path)
+        check_same_config(config, self.workdir.path)
 
     def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
         """See `Memory.restore`."""
         latest = self.latest_checkpoints.latest_step()
-        self.environments, self.changed = environments_of(self.path, latest or 0)
+        self.environments, self.changed = environments_of(self.workdir.path, latest or 0)
         return None if latest is None else self.latest_checkpoints.restore(state)
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
         """See `Memory.open`; makes the workdir, and what a resumed run reads."""
-        make_folder(self.path)
-        write_json(self.path / "config.json", meta["config"])
+        make_folder(self.workdir.path)
+        write_json(self.workdir.config_file, meta["config"])
         if not has_ended:
-            write_json(self.path / "environment.json", self.environments)
+            write_json(self.workdir.environment, self.environments)
         if meta["origin"] is not None:
             if is_new:
                 self.save(0, state, meta)
-            write_json(self.path / "origin.json", meta["origin"])
-        self._log = MetricsLog(self.path, int(state.step))
+            write_json(self.workdir.origin, meta["origin"])
+        self._log = MetricsLog(self.workdir.metrics, self.workdir.events, int(state.step))
 
     def log(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
         """See `Memory.log`."""
@@ -123,7 +121,7 @@ class Workdir(Memory):
 
     def last_good(self, step: int) -> str:
         """See `Memory.last_good`."""
-        saved = self.path.absolute() / "checkpoints" / "latest" / str(step)
+        saved = self.latest_checkpoints.folder / str(step)
         return f"last good one: {saved}" if step >= 0 else "no checkpoint yet"
 
     def best(self, template: Variables) -> Variables:
@@ -133,4 +131,4 @@ class Workdir(Memory):
 
     def lines(self) -> list[dict[str, Any]]:
         """See `Memory.lines`."""
-        return read_metrics(self.path / "metrics.jsonl")
+        return read_metrics(self.workdir.metrics)

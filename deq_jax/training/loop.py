@@ -15,14 +15,15 @@ import numpy as np
 from deq_jax.core.errors import require
 from deq_jax.data.batches import batch_indices
 from deq_jax.data.datasets import Splits
-from deq_jax.evaluation.measure import evaluator, spread, summary
+from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
+from deq_jax.evaluation.rows import spread, summary
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.parallel.processes import StopRequest, agreed, from_primary, is_primary
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import Phase, TrainConfig
-from deq_jax.training.keeping import Memory, Workdir
+from deq_jax.training.keeping import Disk, Memory
 from deq_jax.training.meters import Meter
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
 from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
@@ -122,7 +123,7 @@ class _Training:
         say: Callable[[str], None],
     ):
         self.config, self.workdir, self.report = config, workdir, report
-        self.kept = Memory() if workdir is None or not is_primary() else Workdir(workdir)
+        self.kept = Memory() if workdir is None or not is_primary() else Disk(workdir)
         self.say = say if is_primary() else lambda text: None
         self.config_tree = to_tree(config)
         self.state: TrainState

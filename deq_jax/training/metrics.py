@@ -20,16 +20,16 @@ class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
 
     Args:
-      folder: gets metrics.jsonl and tensorboard/.
+      path: of the file.
+      events: folder of the events.
       step: last step that counts; later lines, left by a run that was killed after them, are dropped.
     """
 
-    def __init__(self, folder: Path, step: int):
-        path = folder / "metrics.jsonl"
+    def __init__(self, path: Path, events: Path, step: int):
         lines = [line for line in read_metrics(path) if line["step"] <= step]
         write_whole(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._events = SummaryWriter(str(events), purge_step=step + 1)
 
     def append(self, line: dict[str, Any]) -> dict[str, Any]:
         """Appends a line, hands it to the operating system at once, and returns it; its numbers become events."""

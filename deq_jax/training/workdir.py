@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
 
 from deq_jax.core.errors import InputError, require
+from deq_jax.data.datasets import Splits
+from deq_jax.evaluation.folder import EVALUATIONS, EvaluationFolder
 from deq_jax.models.base import Variables
 from deq_jax.parallel.processes import gather_texts
 from deq_jax.storage.checkpoints import Checkpoints
@@ -17,6 +20,93 @@ from deq_jax.storage.files import digest, read_json
 from deq_jax.storage.trees import first_difference, from_tree, to_tree
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.step import initial_variables
+
+CHECKPOINTS = {"best": 1, "latest": 2}  # name -> how many are kept
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """The folder of a training run: the names of its files have this one place.
+
+    Attributes:
+      path: of the folder.
+
+    Example::
+
+        workdir = Workdir(Path("runs/a"))
+        print(workdir.config.objective, workdir.latest.latest_step(), read_metrics(workdir.metrics)[-1])
+        print(read_record(workdir.evaluation("test-pgd").record).robust_accuracy)
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The config, as JSON data."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Settings and versions, see `environments_of`."""
+        return self.path / "environment.json"
+
+    @property
+    def origin(self) -> Path:
+        """Where the first parameters are from, if they are from another run; see `Origin`."""
+        return self.path / "origin.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Lines of metrics, see `read_metrics`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Folder of the same as TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def config(self) -> TrainConfig:
+        """The config of the run; raises `InputError` if there is none that can be read."""
+        require(self.config_file.is_file(), f"{self.path}: not a training's workdir (no {self.config_file.name})")
+        config = from_tree(read_json(self.config_file))
+        if not isinstance(config, TrainConfig):
+            raise InputError(f"{self.config_file}: expected a TrainConfig")
+        return config
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether any of a run is there, whole or not."""
+        return self.config_file.exists() or self._checkpoints.exists()
+
+    @property
+    def latest(self) -> Checkpoints:
+        """Checkpoints of the last steps."""
+        return self._named("latest")
+
+    @property
+    def best(self) -> Checkpoints:
+        """The checkpoint of the highest validation accuracy."""
+        return self._named("best")
+
+    def trained(self, name: str) -> Checkpoints:
+        """The ``best`` or ``latest`` checkpoints; raises `InputError` if there are none."""
+        require(name in CHECKPOINTS, f"checkpoint must be best or latest, got {name!r}")
+        require(self.config_file.is_file(), f"{self.path}: not a training's workdir (no {self.config_file.name})")
+        checkpoints = self._named(name)
+        require(checkpoints.latest_step() is not None, f"{self.path}: has no {name} checkpoint yet")
+        return checkpoints
+
+    def evaluation(self, name: str) -> EvaluationFolder:
+        """The evaluation of this name."""
+        return EvaluationFolder(self.path / EVALUATIONS / name)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _named(self, name: str) -> Checkpoints:
+        return Checkpoints(self._checkpoints / name, keep=CHECKPOINTS[name])
 
 
 class Origin(NamedTuple):
@@ -35,31 +125,13 @@ class Origin(NamedTuple):
     digest: str
 
 
-def read_config(workdir: Path) -> TrainConfig:
-    """The config of the training in `workdir`; raises `InputError` if there is none that can be read."""
-    require((workdir / "config.json").is_file(), f"{workdir}: not a training's workdir (no config.json)")
-    config = from_tree(read_json(workdir / "config.json"))
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"{workdir / 'config.json'}: expected a TrainConfig")
-    return config
-
-
-def checkpoints_of(workdir: Path, name: str) -> Checkpoints:
-    """The ``best`` or ``latest`` checkpoints of a training; raises `InputError` if there are none."""
-    require(name in ("best", "latest"), f"checkpoint must be best or latest, got {name!r}")
-    require((workdir / "config.json").is_file(), f"{workdir}: not a training's workdir (no config.json)")
-    checkpoints = Checkpoints(workdir / "checkpoints" / name, keep=1 if name == "best" else 2)
-    require(checkpoints.latest_step() is not None, f"{workdir}: has no {name} checkpoint yet")
-    return checkpoints
-
-
 def read_origin(workdir: Path, name: str, template: Variables) -> tuple[Variables, Origin]:
     """The variables of a run's best or latest checkpoint, to start another run from, and where they are from.
 
     Raises:
       InputError: there is no such checkpoint, or it does not fit the template; the first difference is named.
     """
-    checkpoints = checkpoints_of(workdir, name)
+    checkpoints = Workdir(workdir).trained(name)
     variables, _ = checkpoints.restore(template, only=list(template))
     return variables, Origin(str(workdir.absolute()), name, cast(int, checkpoints.latest_step()), digest(variables))
 
@@ -86,7 +158,7 @@ def check_same_everywhere(tree: Any) -> None:
 
 def check_same_config(config: TrainConfig, workdir: Path) -> None:
     """Raises `InputError`, naming the field, if the workdir holds another training."""
-    path = workdir / "config.json"
+    path = Workdir(workdir).config_file
     if path.exists():
         difference = first_difference(read_json(path), to_tree(config))
         message = f"{workdir} holds a training of another config: {difference}; choose another --workdir"
@@ -95,21 +167,39 @@ def check_same_config(config: TrainConfig, workdir: Path) -> None:
 
 def environments_of(workdir: Path, step: int) -> tuple[list[dict[str, Any]], list[str]]:
     """The environments of the run in `workdir` that goes on at `step`; see `resumed_environments`."""
-    path = workdir / "environment.json"
+    path = Workdir(workdir).environment
     records = read_json(path) if path.exists() else []
     is_record = isinstance(records, list) and all(isinstance(record, dict) and "step" in record for record in records)
     require(is_record, f"{path}: expected a list of environments, each with its step")
     return resumed_environments(records, step)
 
 
-def load_run(workdir: str | Path, *, best: bool = True) -> tuple[TrainConfig, Variables, int]:
-    """Config, variables and step of a training's best (or latest) checkpoint.
+@dataclass(frozen=True)
+class LoadedRun:
+    """A training run, as its checkpoint has it.
+
+    Attributes:
+      config: of the run.
+      data: the three splits of its dataset.
+      variables: parameters and batch statistics.
+      step: of the checkpoint.
+    """
+
+    config: TrainConfig
+    data: Splits
+    variables: Variables
+    step: int
+
+
+def load_run(workdir: str | Path, *, best: bool = True) -> LoadedRun:
+    """A run's best (or latest) checkpoint, with its config and its dataset.
 
     Raises:
       InputError: if the folder holds no readable training.
     """
-    workdir = Path(workdir)
-    config, checkpoints = read_config(workdir), checkpoints_of(workdir, "best" if best else "latest")
-    template = initial_variables(config, config.dataset.load())
+    folder = Workdir(Path(workdir))
+    config, checkpoints = folder.config, folder.trained("best" if best else "latest")
+    data = config.dataset.load()
+    template = initial_variables(config, data)
     variables, _ = checkpoints.restore(template, only=list(template))
-    return config, variables, cast(int, checkpoints.latest_step())
+    return LoadedRun(config, data, variables, cast(int, checkpoints.latest_step()))

@@ -142,8 +142,8 @@ def test_two_processes_compute_what_one_does(folder, whole):
     first, second = end(start(folder, folder / "two", processes=2), 0, 0)
     assert_same_training(folder / "two", whole)
     assert [line["split"] for line in whole].count("validation") == 2
-    assert load_run(folder / "two", best=False)[2] == 34
-    assert load_run(folder / "two")[2] == load_run(folder / "whole")[2]
+    assert load_run(folder / "two", best=False).step == 34
+    assert load_run(folder / "two").step == load_run(folder / "whole").step
     assert "devices: 4 x cpu, 2 processes" in first and "trained: 34 steps" in first
     # Gloo's threads report their connections, sometimes into each other's lines.
     assert [line for line in second.splitlines() if "[Gloo]" not in line and "peer ranks" not in line] == []

@@ -90,7 +90,7 @@ def defended(undefended, tmp_path_factory):
 
 def test_the_defended_predictor_is_judged(defended):
     assert defended.accuracies()["clean"]["deployed"] == 1.0
-    logits = jax.jit(DEFENCE)(VARIABLES, defended.attempts["base"].x_adv).logits
+    logits = jax.jit(DEFENCE)(VARIABLES, defended.attempts["base"].read()).logits
     np.testing.assert_array_equal(defended.attempts["base"].measured.deployed.label, np.argmax(logits, axis=1))
     lowest = min(defended.accuracies()[name]["deployed"] for name in defended.attempts)
     assert defended.accuracies()["union"]["deployed"] <= lowest
@@ -105,7 +105,7 @@ def test_the_states_are_those_of_the_regulated_dynamics(defended):
 
 def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefended, defended):
     result, _ = undefended
-    np.testing.assert_array_equal(defended.attempts["reference.direct"].x_adv, result.attempts["direct"].x_adv)
+    np.testing.assert_array_equal(defended.attempts["reference.direct"].read(), result.attempts["direct"].read())
     assert {"reference.noise", "reference.long"} <= set(defended.attempts)
     assert "reference.far" not in defended.attempts  # beyond the radius
     assert "reference" in defended.accuracies()
@@ -212,7 +212,7 @@ def few(tmp_path_factory):
 class TestRandomPredictor:
     def test_it_is_judged_by_a_draw_that_attacks_have_not_seen(self, few):
         keys = Keys.of(jax.random.key(0), len(X)).fold(Purpose.DEPLOYED)
-        logits = RANDOM(VARIABLES, few.attempts["direct"].x_adv, keys=keys).logits
+        logits = RANDOM(VARIABLES, few.attempts["direct"].read(), keys=keys).logits
         np.testing.assert_array_equal(few.attempts["direct"].measured.deployed.label, np.argmax(logits, axis=1))
 
     @pytest.mark.parametrize(("draws", "raised"), [(2, True), (20, False)])
@@ -223,7 +223,7 @@ class TestRandomPredictor:
 
     def test_attacks_average_over_the_draws(self, few, tmp_path):
         other = evaluate(replace(RANDOM_CONFIG, draws=3), tmp_path)
-        assert not np.array_equal(other.attempts["direct"].x_adv, few.attempts["direct"].x_adv)
+        assert not np.array_equal(other.attempts["direct"].read(), few.attempts["direct"].read())
 
     def test_without_draws_it_cannot_be_asked(self, tmp_path):
         with pytest.raises(InputError, match="RandomDirection: the defence is random, expected keys"):

@@ -12,7 +12,8 @@ from deq_jax.attacks import Linf
 from deq_jax.core import AtState, Injection, cross_entropy
 from deq_jax.data import Images
 from deq_jax.evaluation import EvalConfig, EvaluationRecord, worst_case
-from deq_jax.evaluation.measure import Spread, adjoint_residuals, spread
+from deq_jax.evaluation.measure import adjoint_residuals
+from deq_jax.evaluation.rows import Spread, spread
 from deq_jax.evaluation.terminal import states_table
 from deq_jax.models import SmallCNN
 from deq_jax.training import fit

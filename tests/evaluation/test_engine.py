@@ -50,7 +50,7 @@ from deq_jax.evaluation import (
 )
 from deq_jax.evaluation.measure import attack_batch, spectral_radii
 from deq_jax.evaluation.plan import auto_attack_trials
-from deq_jax.evaluation.results import worst_of
+from deq_jax.evaluation.results import Worst
 from deq_jax.evaluation.transfers import is_within
 from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
 from deq_jax.storage import from_tree, read_json, to_tree, write_json
@@ -169,7 +169,7 @@ class TestWorstCase:
 
     def test_noise_goes_to_the_surface_of_the_ball(self, own):
         """But for a pixel that [0, 1] stops."""
-        moved = own[0].attempts["uniform"].x_adv - IMAGES.x
+        moved = own[0].attempts["uniform"].read() - IMAGES.x
         np.testing.assert_allclose(THREAT.length(moved), THREAT.epsilon, rtol=0.1)
         assert 0.2 < np.mean(moved > 0) < 0.8
 
@@ -191,14 +191,28 @@ class TestWorstCase:
         config = EvalConfig(THREAT, (TRIALS[0], TRIALS[1], still, on), batch_size=16, skip_broken=False)
         result = evaluate(config, tmp_path)
         before = {trial.name: result.attempts[trial.name] for trial in TRIALS[:2]}
-        x_adv, worst = worst_of(IMAGES.x, IMAGES.y, result.clean, before)
-        np.testing.assert_allclose(result.attempts["still"].x_adv, x_adv, atol=2e-7)
+        worst = Worst(IMAGES.x, result.clean)
+        for attempt in before.values():
+            worst = worst.updated(IMAGES.y, attempt.read(), attempt.measured, attempt.inside)
+        np.testing.assert_allclose(result.attempts["still"].read(), worst.x_adv, atol=2e-7)
         union = np.logical_and.reduce([result.robust()[name].deployed for name in before])
         assert (result.robust()["on"].deployed <= union).all()
-        higher = result.attempts["on"].measured.deployed.margin - worst.deployed.margin
+        higher = result.attempts["on"].measured.deployed.margin - worst.measured.deployed.margin
         assert higher.min() > -1e-4 and np.mean(higher) > 1e-2
         with pytest.raises(InputError, match="from_worst is for attacks that take a start, got Noise"):
             replace(TRIALS[0], from_worst=True)
+
+    def test_no_trial_is_read_again_for_the_worst_case(self, tmp_path, monkeypatch):
+        """Neither at first, nor when the evaluation is resumed."""
+        trials = (*TRIALS, *(Trial(f"on-{i}", ATTACK, from_worst=True) for i in range(2)))
+        config = EvalConfig(THREAT, trials, batch_size=16, max_images=16)
+        first = evaluate(config, tmp_path)
+        folders = []
+        monkeypatch.setattr("deq_jax.evaluation.store.read_trial", lambda path, x: folders.append(path.name) or x)
+        again = evaluate(config, tmp_path)
+        np.testing.assert_array_equal(again.x_adv, first.x_adv)
+        assert folders == []
+        assert again.attempts["on-0"].read() is not None and folders == ["on-0"]
 
     def test_cumulative_trials_attack_what_is_left_with_the_same_result(self, own, cumulative):
         (every, _), (left, _) = own, cumulative
@@ -207,7 +221,7 @@ class TestWorstCase:
         for trial in TRIALS:
             attempt = left.attempts[trial.name]
             np.testing.assert_array_equal(attempt.attacked, alive)
-            same = np.abs(attempt.x_adv - every.attempts[trial.name].x_adv) < 1e-6
+            same = np.abs(attempt.read() - every.attempts[trial.name].read()) < 1e-6
             assert np.mean(same[alive]) > 0.99  # but for signs of gradients that are 0 to rounding
             np.testing.assert_array_equal(left.robust()[trial.name].deployed, alive & ~left.broken(trial.name))
             alive = alive & ~left.broken(trial.name)
@@ -219,7 +233,7 @@ class TestWorstCase:
         config = replace(OWN, trials=TRIALS[1:2], diagnostics=None, batch_size=batch_size)
         found = evaluate(config, tmp_path).attempts["direct"]
         expected = own[0].attempts["direct"]
-        assert np.mean(np.abs(found.x_adv - expected.x_adv) < 1e-6) > 0.99
+        assert np.mean(np.abs(found.read() - expected.read()) < 1e-6) > 0.99
         np.testing.assert_array_equal(found.measured.deployed.label, expected.measured.deployed.label)
 
     def test_one_device_finds_what_eight_do(self, own):
@@ -227,7 +241,7 @@ class TestWorstCase:
         batch = evaluation_batches(IMAGES, 60)[0]
         one = jax.jit(lambda b: attack_batch(CLASSIFIER, trained(), ATTACK, b, seed=0, surrogate=Direct()))
         x_adv, measured = one(batch)
-        assert np.mean(np.abs(x_adv - own[0].attempts["direct"].x_adv) < 1e-6) > 0.99
+        assert np.mean(np.abs(x_adv - own[0].attempts["direct"].read()) < 1e-6) > 0.99
         np.testing.assert_array_equal(measured.deployed.label, own[0].attempts["direct"].measured.deployed.label)
 
     def test_logits_that_are_not_finite_are_an_error(self, tmp_path):
@@ -327,7 +341,7 @@ def test_surrogates_that_differ_in_numbers_are_compiled_once(deq, tmp_path):
     result = worst_case(config, *deq, tmp_path)
     assert len(TRACES) == 1
     first, second, _ = result.attempts.values()
-    assert not np.array_equal(first.x_adv, second.x_adv)
+    assert not np.array_equal(first.read(), second.read())
 
 
 def arrays(folder):
@@ -432,12 +446,12 @@ def run(out):
 class TestTransfer:
     def test_images_come_back_from_a_file_and_from_a_folder(self, own, tmp_path):
         result, out = own
-        np.savez(tmp_path / "images.npz", x_adv=result.attempts["direct"].x_adv, y=IMAGES.y)
+        np.savez(tmp_path / "images.npz", x_adv=result.attempts["direct"].read(), y=IMAGES.y)
         paths = {"file": tmp_path / "images.npz", "folder": out / "trials" / "direct"}
         trials = tuple(Trial(name, Transfer(str(path))) for name, path in paths.items())
         found = evaluate(EvalConfig(THREAT, trials, batch_size=16, skip_broken=False), tmp_path / "out")
         for attempt in found.attempts.values():
-            np.testing.assert_array_equal(attempt.x_adv, result.attempts["direct"].x_adv)
+            np.testing.assert_array_equal(attempt.read(), result.attempts["direct"].read())
             expected = result.attempts["direct"].measured
             np.testing.assert_array_equal(attempt.measured.deployed.label, expected.deployed.label)
 

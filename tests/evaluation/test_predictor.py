@@ -64,7 +64,7 @@ class TestAssess:
         assert list(memory.attempts) == ["pgd", "apgd", "square"]
         assert memory.red_flags == disk.red_flags and len(memory.red_flags) == 9
         for name, attempt in memory.attempts.items():
-            np.testing.assert_array_equal(attempt.x_adv, disk.attempts[name].x_adv)
+            np.testing.assert_array_equal(attempt.read(), disk.attempts[name].read())
         np.testing.assert_array_equal(memory.x_adv, disk.x_adv)
         assert 0 <= memory.robust_accuracy < memory.clean_accuracy == LINEAR.accuracy(X, Y)
         config = EvalConfig(BALL, TRIALS, batch_size=24)

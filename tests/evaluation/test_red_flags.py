@@ -24,7 +24,6 @@ from deq_jax.evaluation import (
     red_flags,
     worst_case,
 )
-from deq_jax.evaluation.measure import Spread
 from deq_jax.evaluation.red_flags import (
     batch_dependence,
     no_collapse,
@@ -35,6 +34,7 @@ from deq_jax.evaluation.red_flags import (
     randomness,
     zero_gradients,
 )
+from deq_jax.evaluation.rows import Spread
 from deq_jax.evaluation.terminal import accuracy_table
 from deq_jax.surrogates import BPDA
 from tests.helpers.linear import DATA, Linear, trained

@@ -507,9 +507,10 @@ def test_converted_networks_are_evaluated_and_trained_on(place, tmp_path, capfd)
     result = read_json(run / "evaluation" / "test-pgd" / "evaluation.json")
     assert result["images"] == 20
     assert result["checkpoint"] == "best, step 0"
-    before = load_run(run, best=False)[1]
+    before = load_run(run, best=False).variables
     train.main(["--config", str(file), "--workdir", str(run)])
-    _, after, step = load_run(run, best=False)
+    loaded = load_run(run, best=False)
+    after, step = loaded.variables, loaded.step
     assert step == 2
     # Adam's first two steps move no entry by more than the learning rate each: it started from these weights.
     moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"]))

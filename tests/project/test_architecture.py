@@ -146,6 +146,30 @@ def test_pmap_is_called_in_one_file():
     assert [module_name(path) for path in FILES if "jax.pmap(" in path.read_text()] == ["parallel.devices"]
 
 
+PLACES = {
+    "training.workdir": {
+        "config.json",
+        "environment.json",
+        "origin.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+    },
+    "evaluation.folder": {"manifest.json", "evaluation.json", "evaluation.npz", "batch-*.npz"},
+}
+
+
+def test_names_of_files_have_one_place():
+    """Messages, which name them among other words, are none."""
+    found = {}
+    for path in [*FILES, *ROOT.glob("benchmarks/*.py")]:
+        texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        known = texts & set().union(*PLACES.values())
+        if known:
+            found[module_name(path) if path.is_relative_to(PACKAGE) else path.name] = known
+    assert found == PLACES
+
+
 def test_every_file_says_what_it_is_for():
     for path in PACKAGE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -28,7 +28,7 @@ from deq_jax.evaluation import (
     summary,
     write_evaluation,
 )
-from deq_jax.evaluation.measure import from_columns
+from deq_jax.evaluation.rows import from_columns
 from deq_jax.reporting import (
     Estimate,
     Group,

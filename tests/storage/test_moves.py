@@ -62,7 +62,8 @@ def folder(tmp_path, monkeypatch):
 
 def test_its_config_is_the_present_one(folder):
     old = read_json(folder / "run" / "config.json")
-    config, variables, step = load_run(folder / "run")
+    loaded = load_run(folder / "run")
+    config, variables, step = loaded.config, loaded.variables, loaded.step
     assert isinstance(config, TrainConfig) and step == 3
     assert config.validation_attack == PGD(Linf(0.1), steps=2, step_size=0.05, best_of=False)
     dynamics = config.classifier.dynamics
@@ -110,7 +111,7 @@ def test_it_is_resumed_and_evaluated_and_reported(folder):
     train.main(["--config", "config.py", "--workdir", "run"])
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 13))
-    assert load_run("run", best=False)[2] == 12
+    assert load_run("run", best=False).step == 12
     report.main(["run", "--out", "report"])
     assert "24 images" in (folder / "report" / "index.html").read_text()
 

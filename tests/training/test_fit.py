@@ -28,7 +28,8 @@ def test_memory_and_a_workdir_give_the_same_bits(runs):
     memory, disk, workdir = runs
     same(memory.state, disk.state)
     same(memory.predictor, disk.predictor)
-    config, best, _ = load_run(workdir)
+    loaded = load_run(workdir)
+    config, best = loaded.config, loaded.variables
     same(disk.predictor.variables, best)
     assert memory.config == disk.config == config == CONFIG
 

@@ -176,10 +176,11 @@ def test_what_a_training_leaves(uninterrupted):
     assert [line["step"] for line in timed if "compile_seconds" in line] == [1, 3]  # both phases
     np.testing.assert_allclose([line["seconds_per_step"] * line["images_per_second"] for line in timed], 64)
     assert json.loads((workdir / "environment.json").read_text()) == [{"step": 0, **environment()}]
-    config, variables, step = load_run(workdir, best=False)
+    loaded = load_run(workdir, best=False)
+    config, variables, step = loaded.config, loaded.variables, loaded.step
     assert config == tiny.get_config() and step == 17
     assert_trees_equal(variables, state.variables)
-    assert load_run(workdir)[2] == 17
+    assert load_run(workdir).step == 17
 
 
 def test_a_finished_training_is_not_repeated(uninterrupted):
@@ -309,7 +310,7 @@ def test_an_optimizer_of_ones_own_trains_and_is_recorded(tuned):
     lines = [line for line in metrics_of(workdir) if line["split"] == "train"]
     np.testing.assert_allclose([line["learning_rate"] for line in lines[:4]], [0, 0.1 / 3, 0.2 / 3, 0.1], rtol=1e-6)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
-    assert load_run(workdir)[0] == TUNED
+    assert load_run(workdir).config == TUNED
 
 
 def test_a_run_starts_from_the_variables_of_another(uninterrupted, tuned, tmp_path):
@@ -424,7 +425,7 @@ def test_killed_at_five_moments_and_resumed_equals_never_killed(tmp_path):
         process.wait()
     assert start(killed).wait() == 0
     whole, resumed = (load_run(path, best=False) for path in (tmp_path / "whole", killed))
-    assert_trees_equal(whole[1], resumed[1])
+    assert_trees_equal(whole.variables, resumed.variables)
     assert metrics_of(tmp_path / "whole") == metrics_of(killed)
 
 

@@ -1,0 +1,55 @@
+"""What is checked before an evaluation begins, and whose folder it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deq_jax.attacks.inputs import check_oracle
+from deq_jax.core.errors import InputError, require
+from deq_jax.core.readouts import IntermediateState
+from deq_jax.data.datasets import Images
+from deq_jax.defences.states import deployed
+from deq_jax.evaluation.folder import EvaluationFolder
+from deq_jax.evaluation.plan import REFERENCE, EarlyState, EvalConfig
+from deq_jax.evaluation.transfers import Transfer
+from deq_jax.models.base import Classifier, Variables
+from deq_jax.parallel.processes import agreed, is_primary
+from deq_jax.storage.files import make_folder, read_json, write_json
+from deq_jax.storage.trees import first_difference
+from deq_jax.surrogates.base import Direct, judged
+
+
+def check_trials(config: EvalConfig, classifier: Classifier, variables: Variables, images: Images) -> None:
+    """Has every surrogate check that it fits what is deployed, whose logits must fit the images and all labels."""
+    predictor = config.predictor or classifier
+    if isinstance(predictor, EarlyState):
+        predictor = deployed(predictor.classifier or classifier, IntermediateState(1))
+    check_oracle(judged(Direct(), predictor, variables, config.draws), images.x, images.y)
+    for trial in config.all_trials:
+        try:
+            trial.surrogate(predictor, variables)
+        except InputError as error:
+            raise InputError(f"trial {trial.name}: {error}") from None
+
+
+def check_reference(config: EvalConfig, variables: str) -> None:
+    """Refuses images as those of the undefended predictor that were made against another one."""
+    for trial in config.trials:
+        made = trial.attack.manifest if isinstance(trial.attack, Transfer) and trial.suite == REFERENCE else None
+        undefended = made is None or (made["config"]["predictor"] is None and made["variables"] == variables)
+        expected = "expected images made against the undefended predictor of this training and checkpoint"
+        require(undefended, f"trial {trial.name}: {expected}, but its evaluation attacked another one")
+
+
+def claim(out: Path, manifest: dict[str, Any]) -> None:
+    """Makes the folder this evaluation's; refuses that of another one, naming the first difference."""
+    path = EvaluationFolder(out).manifest
+    with agreed():
+        if path.exists():
+            old = {"settings": manifest["settings"], **read_json(path)}  # older ones do not tell
+            difference = first_difference(old, manifest)
+            require(difference is None, f"{out} holds another evaluation: {difference}; choose another folder (--out)")
+        elif is_primary():
+            make_folder(out)
+            write_json(path, manifest)
