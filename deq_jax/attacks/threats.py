@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Real
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class Linf:
     epsilon: float
 
     def __post_init__(self):
-        require(self.epsilon >= 0, f"Linf: epsilon must be >= 0, got {self.epsilon!r}")
+        _check_radius("Linf", self.epsilon)
         unit = f"did you mean {self.epsilon:g}/255?" if self.epsilon <= 255 else "1 is the whole range"
         require(self.epsilon <= 1, f"Linf: epsilon is in the unit of x, [0, 1], got {self.epsilon!r}; {unit}")
 
@@ -114,7 +115,7 @@ class L2:
     epsilon: float
 
     def __post_init__(self):
-        require(self.epsilon >= 0, f"L2: epsilon must be >= 0, got {self.epsilon!r}")
+        _check_radius("L2", self.epsilon)
 
     def length(self, delta: Array) -> Array:
         """Euclidean length of each perturbation, [B]."""
@@ -158,6 +159,11 @@ class L2:
 def per_image(values: Array, x: Array) -> Array:
     """One value per image, [B], shaped to broadcast against images [B, ...]."""
     return values.reshape(values.shape + (1,) * (x.ndim - 1))
+
+
+def _check_radius(name: str, epsilon: Any) -> None:
+    is_number = isinstance(epsilon, Real | jax.Array) and not isinstance(epsilon, bool)
+    require(is_number and epsilon >= 0, f"{name}: epsilon must be >= 0, got {epsilon!r}")
 
 
 def _flat(x: Array) -> Array:

@@ -8,6 +8,10 @@ With J the cell's Jacobian at z* and g the incoming cotangent, the implicit func
 gradient ``w^T df/d(params, u)`` where ``w = (I - J^T)^{-1} g``. `Implicit` solves for w, `Neumann` sums
 the first terms of its (damped) series, `Phantom` differentiates a few damped steps, which is a
 truncation of the same series, and `Unrolled` differentiates plain steps.
+
+Derivatives of any order are right in reverse mode: ``jax.grad(jax.grad(f))``, ``jax.jacrev(jax.jacrev(f))`` for a
+Hessian. JAX refuses forward mode (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) through `Implicit` and `Neumann` with a
+TypeError about custom_vjp; `Phantom` and `Unrolled` have both modes.
 """
 
 from __future__ import annotations
@@ -178,7 +182,8 @@ class Backprop:
 class Implicit:
     """The exact gradient: value f(z*), backward pass by solving ``w = J^T w + g`` from w = 0.
 
-    Where g is not finite, neither is the gradient.
+    Where g is not finite, neither is the gradient. JAX refuses forward mode: take ``jax.jacrev(jax.jacrev(f))`` in place
+    of ``jax.hessian(f)``, or `Phantom` or `Unrolled` where a ``jax.jvp`` is needed.
 
     Attributes:
       solver: solves the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
@@ -231,7 +236,7 @@ class Implicit:
 @dataclass(frozen=True)
 class Neumann:
     """Value f(z*), backward pass ``w = damping * sum_{i=0..terms} (J_d^T)^i g`` with the damped Jacobian
-    ``J_d = (1 - damping) I + damping J``.
+    ``J_d = (1 - damping) I + damping J``. Forward mode is refused, as by `Implicit`.
 
     References: Geng et al. 2021, eq. 12 (Neumann-series phantom gradient).
     """

@@ -60,13 +60,19 @@ def relative_distance(a: PyTree, b: PyTree) -> Array:
 
 
 def residual_of(solver: Any, memory: Any) -> Array:
-    """Relative residuals [B]."""
+    """Relative residuals [B]; see `Solution`.
+
+    Norms are taken in a unit that holds f(z) itself. In that of f(z0) the square of a state that has grown 2e19 times
+    is infinite, and any change would be small beside it.
+    """
     z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic; its gradient at 0 would be NaN
-    difference, scale = in_unit(memory, fz - z), in_unit(memory, fz)
+    unit = jnp.maximum(lax.stop_gradient(memory.unit), unit_of(solver, fz))
+    difference, scale = (fz - z) * (1 / unit), fz * (1 / unit)
     difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]
     if getattr(solver, "batch_joint", False):
         difference, scale = (jnp.broadcast_to(jnp.sum(norm), norm.shape) for norm in (difference, scale))
-    return jnp.sqrt(difference) / (jnp.sqrt(scale) + RESIDUAL_FLOOR)
+    floor = RESIDUAL_FLOOR * (memory.unit / unit)[:, 0]
+    return jnp.sqrt(difference) / (jnp.sqrt(scale) + floor)
 
 
 def inner(a: Array, b: Array) -> Array:

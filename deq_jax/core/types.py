@@ -164,8 +164,15 @@ class Keys(NamedTuple):
         Args:
           key: a seed or a PRNG key; see `prng_key`.
           batch_size: B.
+
+        Raises:
+          InputError: `key` is `Keys` of another number of images, or no key.
         """
-        return key if isinstance(key, Keys) else cls(prng_key(key), jnp.arange(batch_size, dtype=jnp.int32))
+        if not isinstance(key, Keys):
+            return cls(prng_key(key), jnp.arange(batch_size, dtype=jnp.int32))
+        images = jnp.shape(key.images)
+        require(images == (batch_size,), f"keys: expected those of {batch_size} images, got images of shape {images}")
+        return key
 
     def fold(self, number: Purpose | int | Array) -> Keys:
         """Fresh keys for a purpose, or for the step or restart with this number, below 2^30."""

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from deq_jax.evaluation.measure import is_correct, row_names
 from deq_jax.evaluation.results import WorstCase
 from deq_jax.evaluation.sanity import SIGNIFICANT, plain_warnings
 
+TINY = np.finfo(float).tiny
 
-def exact_interval(accuracy: float, images: int, level: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of an accuracy on other images of the same kind.
+
+def exact_interval(accuracy: ArrayLike, images: ArrayLike, level: float = 0.95) -> tuple[Any, Any]:
+    """The confidence interval of an accuracy on other images of the same kind; arrays give arrays.
 
     Args:
       accuracy: from 0 to 1.
-      images: on which it was measured.
+      images: on how many it was measured; not an integer where the mean of several outcomes varies less than one.
       level: of confidence.
 
-    References: Clopper & Pearson 1934.
+    References: Clopper & Pearson 1934; Korn & Graubard 1998 for numbers that are not integers.
     """
-    right, tail = round(accuracy * images), (1 - level) / 2
-    wrong = images - right
-    low = special.betaincinv(right, wrong + 1, tail) if right > 0 else 0.0
-    high = special.betaincinv(right + 1, wrong, 1 - tail) if wrong > 0 else 1.0
-    return float(low), float(high)
+    accuracy, images, tail = np.asarray(accuracy, float), np.asarray(images, float), (1 - level) / 2
+    right, wrong = accuracy * images, (1 - accuracy) * images
+    low = np.where(right > 0, special.betaincinv(np.maximum(right, TINY), wrong + 1, tail), 0.0)
+    high = np.where(wrong > 0, special.betaincinv(right + 1, np.maximum(wrong, TINY), 1 - tail), 1.0)
+    return low[()], high[()]
 
 
 def warnings_of(result: WorstCase) -> list[str]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import stats
 
 from deq_jax.core.errors import require
+from deq_jax.evaluation.verdicts import exact_interval
 
 CONFIDENCE = 0.95
-
-TINY = np.finfo(float).tiny
 
 NORMAL = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
@@ -140,9 +139,7 @@ def accuracy_sides(correct: np.ndarray) -> Sides:
     p, variance = per_image.mean(axis=-1), per_image.var(axis=-1)
     single = p * (1 - p)
     n = images * np.divide(single, np.maximum(variance, single / seeds), out=np.ones_like(p), where=single > 0)
-    right, wrong, tail = p * n, (1 - p) * n, (1 - CONFIDENCE) / 2
-    low = np.where(right > 0, special.betaincinv(np.maximum(right, TINY), wrong + 1, tail), 0)
-    high = np.where(wrong > 0, special.betaincinv(right + 1, np.maximum(wrong, TINY), 1 - tail), 1)
+    low, high = exact_interval(p, n, CONFIDENCE)
     return _joined(correct, p, low, high)
 
 

@@ -236,6 +236,11 @@ def test_radii_in_another_unit():
         Linf(1000.0)
     with pytest.raises(InputError, match="epsilon must be >= 0"):
         Linf(float("nan"))
+    for threat in (Linf, L2):
+        for epsilon in ("0.1", None, True, (0.1,)):
+            with pytest.raises(InputError, match=rf"{threat.__name__}: epsilon must be >= 0, got "):
+                threat(epsilon)
+        assert threat(np.float32(0.5)).epsilon == threat(jnp.float32(0.5)).epsilon == 0.5
     assert diagnostics(Linf(0.3)).far.attack.threat == Linf(1.0)
 
 
@@ -243,6 +248,12 @@ def test_radii_in_another_unit():
 def test_a_seed_is_a_key(name):
     np.testing.assert_array_equal(attack(name, key=7), attack(name, key=jax.random.key(7)))
     np.testing.assert_array_equal(attack(name, key=np.int64(7)), attack(name, key=Keys.of(7, BATCH)))
+
+
+@EVERY
+def test_keys_of_other_images_are_refused(name):
+    with pytest.raises(InputError, match="keys: expected those of 6 images, got images of shape"):
+        attack(name, key=Keys.of(0, 4))
 
 
 # --- labels, classes and precision ------------------------------------------------------------------------------

@@ -286,6 +286,22 @@ class TestHigherDerivatives:
         got, expected = run(*problem(), gradient), run(*problem(), Unrolled(200))
         assert max(relative_errors(got, expected)) < 1e-8
 
+    @pytest.mark.parametrize("gradient", [Implicit(), Neumann(), AtState(Implicit()), Phantom(200, 1.0)], ids=repr)
+    def test_forward_mode_is_refused_or_right(self, x64, gradient):
+        """A hessian of 0 would be worse than none; `Phantom` has forward mode."""
+
+        def z(x):
+            scalar_cell, start = lambda p, z, u: 0.5 * jnp.tanh(z) + u, jnp.zeros((1, 1))
+            solver = FixedPoint(200, tolerance=0.0)
+            return deq(scalar_cell, None, jnp.full((1, 1), x), start, solver=solver, gradient=gradient)[0][0, 0]
+
+        if isinstance(gradient, Phantom):
+            assert jax.hessian(z)(0.7) == pytest.approx(jax.jacrev(jax.jacrev(z))(0.7)) == pytest.approx(-0.520393)
+            return
+        for derivative in (jax.jacfwd(z), jax.hessian(z), jax.jit(jax.hessian(z))):
+            with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
+                derivative(0.7)
+
     def test_finite_differences(self, x64):
         def penalty(params, u):
             return jnp.sum(jax.grad(loss, argnums=1)(params, u) ** 2)

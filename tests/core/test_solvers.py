@@ -255,6 +255,30 @@ def test_divergence_is_data_and_leaves_other_samples_alone():
     np.testing.assert_allclose(solution.z[3], good.z[3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("growth", [1.5, 2.0, -1.9, 10.0])
+@pytest.mark.parametrize("joint", [False, True])
+def test_divergence_is_never_called_convergence(growth, joint):
+    """The square of a state that has grown 2e19 times leaves float32 before the square of its last change does."""
+    u = jnp.array([[1.0], [1e-3]])
+    solver = FixedPoint(250, batch_joint=joint)
+    solution = solve(solver, lambda p, z, u: growth * z + u, None, jnp.zeros_like(u), u)
+    changes = growth ** np.arange(251.0)  # f(z_t) - z_t = growth^t u
+    values = np.cumsum(changes)[1:]  # f(z_t) / u
+    expected, known = np.abs(changes[1:] / values), np.abs(values) < 1e37
+    assert 30 < known.sum() < 250
+    np.testing.assert_allclose(solution.residuals[known], np.stack([expected, expected], 1)[known], rtol=1e-4)
+    assert not (solution.residuals < 0.05).any()
+    np.testing.assert_array_equal(solution.evaluations, 251)
+
+
+def test_an_equilibrium_far_larger_than_the_first_state_is_found():
+    """tanh(3 z) + u leaves 0, and u tells how slowly; it ends near 0.995."""
+    u = jnp.array([[1e-25], [1e-10], [1e-3]])
+    solution = solve(FixedPoint(200), lambda p, z, u: jnp.tanh(3 * z) + u, None, jnp.zeros_like(u), u)
+    np.testing.assert_allclose(solution.z, 0.995, atol=1e-3)
+    assert np.isfinite(solution.residuals).all() and (solution.residuals[-1] < 1e-3).all()
+
+
 def test_no_solver_is_the_start():
     u = jnp.ones((2, 3))
     solution = solve(None, tanh_cell, jnp.eye(3), u, u)
