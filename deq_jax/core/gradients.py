@@ -182,8 +182,8 @@ class Backprop:
 class Implicit:
     """The exact gradient: value f(z*), backward pass by solving ``w = J^T w + g`` from w = 0.
 
-    Where g is not finite, neither is the gradient. JAX refuses forward mode: take ``jax.jacrev(jax.jacrev(f))`` in place
-    of ``jax.hessian(f)``, or `Phantom` or `Unrolled` where a ``jax.jvp`` is needed.
+    Where g is not finite, neither is the gradient. JAX refuses forward mode: ``jax.jacrev(jax.jacrev(f))`` takes the
+    place of ``jax.hessian(f)``; where a ``jax.jvp`` is needed, `Phantom` or `Unrolled` have it.
 
     Attributes:
       solver: solves the adjoint equation. Few steps can be far from its solution; see `adjoint_residual`.
