@@ -65,7 +65,7 @@ def residual_of(solver: Any, memory: Any) -> Array:
     Norms are taken in a unit that holds f(z) itself. In that of f(z0) the square of a state that has grown 2e19 times
     is infinite, and any change would be small beside it.
     """
-    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic, whose gradient at 0 would be NaN
+    z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic; its gradient at 0 would be NaN
     unit = jnp.maximum(lax.stop_gradient(memory.unit), unit_of(solver, fz))
     difference, scale = (fz - z) * (1 / unit), fz * (1 / unit)
     difference, scale = inner(difference, difference)[:, 0], inner(scale, scale)[:, 0]

@@ -26,6 +26,11 @@ SAFE_TORCH = (2, 10)  # older ones can be made to corrupt memory or run code by 
 
 DEPTH = 3  # of entries within entries
 
+RENAMED = {  # by torch.nn.utils.parametrizations.weight_norm, which torch.nn.utils.weight_norm has become
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+
 
 class StateDict(NamedTuple):
     """The entries that were read of a network.
@@ -44,7 +49,8 @@ def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
 
     The network may be the whole file, or an entry of a file of PyTorch at whatever place (``state_dict``, ``ema``), and
     all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): entry
-    and prefix are those under which all expected names are found, or most of them if there are no such ones.
+    and prefix are those under which all expected names are found, or most of them if there are no such ones. Weights
+    normalised by a parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
 
     Args:
       path: ``.pth.tar``, ``.pth`` or ``.pt``; ``.safetensors``; ``.npz``.
@@ -58,13 +64,23 @@ def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     read = _by_ending(path, _READERS)
     require(path.is_file(), f"{path}: no such file")
     try:
-        found = _network(path, read(path), frozenset(expected))
+        entries = {
+            place: {_classic(name): array for name, array in arrays.items()} for place, arrays in read(path).items()
+        }
+        found = _network(path, entries, frozenset(expected))
         return found._replace(arrays={name: _to_numpy(array) for name, array in found.arrays.items()})
     except InputError:
         raise
     except Exception as error:  # torch, pickle, numpy, zipfile and safetensors each have their own
         message = "not read: damaged, or more than arrays by name; no code in it was run"
         raise InputError(f"{path}: {message} ({_reason(error)}){_way_out(path)}") from None
+
+
+def _classic(name: str) -> str:
+    for new, old in RENAMED.items():
+        if name == new or name.endswith(f".{new}"):
+            return name.removesuffix(new) + old
+    return name
 
 
 def _network(path: Path, entries: Entries, expected: frozenset[str]) -> StateDict:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -234,6 +235,7 @@ class _ModuleCell:
     def _compute(self, params: PyTree, z: PyTree, u: PyTree) -> PyTree:
         if self.compute_dtype is not None:
             params, z, u = jax.tree.map(self._cast, (params, z, u))
+        _check_signature(self.module, "z, injection", (z, u))
         try:
             return self.module.apply({"params": params}, z, u)
         except InvalidRngError:
@@ -265,6 +267,7 @@ def _apply(
         output, _ = _apply(module, variables, one[0], train, one[1], axis_name, takes_keys)
         return jax.tree.map(lambda leaf: leaf[:0], output), variables["batch_stats"]
     inputs = (x, train, keys, axis_name) if takes_keys else (x, train, axis_name)
+    _check_signature(module, "x, train, keys, axis_name" if takes_keys else "z, train, axis_name", inputs)
     mutable = ["batch_stats"] if train else []
     rngs = {} if keys is None else {"dropout": keys.fold(Purpose.MODULE).shared}
     try:
@@ -283,6 +286,14 @@ def _at_least_one(batch: PyTree) -> PyTree:
         return jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) if leaf.shape[:1] == (0,) else leaf
 
     return jax.tree.map(fill, batch)
+
+
+def _check_signature(module: nn.Module, names: str, inputs: tuple) -> None:
+    """Refuses a module that cannot be called with these inputs."""
+    try:
+        inspect.signature(type(module).__call__).bind(module, *inputs)
+    except TypeError as error:
+        raise InputError(f"{type(module).__name__}: expected a module called as ({names}), {error}") from None
 
 
 def _check_collections(module: nn.Module, variables: Any, allowed=COLLECTIONS, advice: str = "") -> None:

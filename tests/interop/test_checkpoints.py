@@ -288,6 +288,22 @@ def test_any_prefix_of_all_names_is_left_out(prefix, place, tmp_path):
     equal(found, place.arrays | counters)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weight_normalisation_of_pytorch_2_has_other_names(prefix, place, tmp_path):
+    """``torch.nn.utils.parametrizations.weight_norm``, as a network that is trained today has it."""
+    new = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    named = {}
+    for name, array in place.arrays.items():
+        module, _, last = name.rpartition(".")
+        named[f"{prefix}{module}.{new.get(last, last)}"] = array
+    assert sum("parametrizations" in name for name in named) > 4
+    np.savez(tmp_path / "a.npz", **named)
+    found, left_out = read_state_dict(tmp_path / "a.npz", place.arrays)
+    assert left_out == []
+    equal(found, place.arrays)
+    place.run(f"{tmp_path}/a.npz --config {{}}/mdeq.py --out {tmp_path}/run")
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_what_lies_beside_a_prefix_is_left_out_and_named(prefix, place, tmp_path, capfd):
     """The counter of averaged modules; a normalisation before the network."""

@@ -118,6 +118,30 @@ class TestTrainingMode:
             self.start(dense.Net(collection="noise", classes=10))
 
 
+def test_a_module_that_is_called_otherwise_is_refused_in_one_line():
+    class Plain(nn.Module):
+        """As Flax's examples have it."""
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(x.reshape(len(x), -1))
+
+    class Renamed(nn.Module):
+        @nn.compact
+        def __call__(self, x, training, rngs, axis):  # only the order counts
+            return nn.Dense(4)(x.reshape(len(x), -1))
+
+    plain = Explicit(Plain())
+    words = r"Plain: expected a module called as \(x, train, keys, axis_name\), too many positional arguments"
+    with pytest.raises(InputError, match=words):
+        plain(plain.init(0, X), X)
+    decoder = replace(BASE, decoder=Plain())
+    with pytest.raises(InputError, match=r"Plain: expected a module called as \(z, train, axis_name\), "):
+        decoder(decoder.init(0, X), X)
+    variables = Explicit(Plain()).init(0, X)
+    assert Explicit(Renamed())(variables, X).logits.shape == (len(X), 4)
+
+
 class TestDropoutOfFlax:
     NET = Explicit(dense.Net())
 
