@@ -15,6 +15,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import logit_difference, margin
+from deq_jax.core.norms import power_of_two
 from deq_jax.core.types import Array, Keys, Purpose
 
 
@@ -109,11 +110,15 @@ class FAB:
         return jnp.clip((1 - alpha) * (point + self.eta * from_point) + alpha * (x + self.eta * from_x), 0, 1)
 
     def _nearest_boundary(self, oracle, point, labels, aims, keys):
-        """Gap [B] and its gradient, for the class (of aims [C, B]) with the boundary nearest to the point."""
+        """Gap [B] and its gradient, in a common unit, for the class (of aims [C, B]) with the nearest boundary."""
 
         def linearise(aim):
             pairs = jnp.stack([labels, aim], axis=1)
             gap, _, normal = oracle.grad(logit_difference, point, pairs, keys)
+            unit = power_of_two(
+                jnp.max(jnp.abs(normal), axis=tuple(range(1, point.ndim)))
+            )  # whose squares are in range
+            gap, normal = gap / unit, normal / per_image(unit, normal)
             return gap, normal, jnp.abs(gap) / jnp.maximum(self.threat.dual_length(normal), 1e-12)
 
         def nearer(nearest, aim):

@@ -369,6 +369,18 @@ def test_numpy_images_in_double_precision():
         assert attack(name, x=x).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("threat", [Linf(0.03), L2(0.3)], ids=["linf", "l2"])
+def test_fab_finds_the_same_at_any_scale_of_the_logits(threat):
+    """Squares of the gradients are 0 or infinite in float32; boundaries are where they were."""
+    fab, found = FAB(threat, steps=5), []
+    for exponent in (0, -80, -40, 40, 90):
+        scale = jnp.float32(2.0**exponent)
+        found.append(fab(oracle_of(lambda x, keys, scale=scale: scale * MODEL(x)), X, Y, KEY))
+    assert jnp.any(jnp.argmax(MODEL(found[0]), axis=1) != Y)
+    for x_adv in found[1:]:
+        np.testing.assert_array_equal(x_adv, found[0])
+
+
 # --- compilation ------------------------------------------------------------------------------------------------
 
 
