@@ -7,7 +7,6 @@ All else is in rooms, which load when they are first used: `dj.attacks`, `dj.mod
 
 A training run, an attack and an evaluation::
 
-    import jax
     import deq_jax as dj
     from deq_jax import attacks, surrogates
 
@@ -17,7 +16,7 @@ A training run, an attack and an evaluation::
     run = dj.fit(config)                                        # in memory; workdir="runs/a" keeps, resumes and logs
     x, y = run.data.test.x[:120], run.data.test.y[:120]
     oracle = run.predictor.oracle(surrogates.Intermediate(4))   # gradients of z_4, success on what is deployed
-    x_adv = attacks.PGD(ball, steps=20)(oracle, x, y, jax.random.key(0))
+    x_adv = attacks.PGD(ball, steps=20)(oracle, x, y, 0)
     print(run.predictor.accuracy(x_adv, y))                     # deployed; .measure(x_adv, y) for z_1 .. z_8
     result = dj.assess(run.predictor, (x, y), dj.evaluation.auto_attack_trials(ball))
     print(result.robust_accuracy, result.red_flags)             # a number never without its flags
