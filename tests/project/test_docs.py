@@ -34,7 +34,10 @@ def prose(page):
     return BLOCK.sub("", page.read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+TRAINS = pytest.param(README, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [TRAINS, *(page for page in PAGES[1:] if blocks(page, "python"))], ids=name)
 def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
