@@ -117,3 +117,9 @@ def test_examples_in_docstrings_print_what_they_say(room):
     for example in examples:
         runner.run(example)
     assert len(examples) > 0 and runner.failures == 0
+
+
+def test_examples_in_docstrings_have_their_section():
+    for path in ROOT.glob("deq_jax/**/*.py"):
+        for text in re.findall(r'"""(.*?)"""', path.read_text(), re.DOTALL):
+            assert ">>> " not in text or re.search(r"^ +Examples:\n +>>> ", text, re.MULTILINE), f"{path}: {text}"
