@@ -88,12 +88,13 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
       logits: ``x [B, H, W, C] -> logits [B, K]``; or, of a random predictor, ``(x, keys)``: a function is called with
         `Keys` if it has a parameter of the name `keys`, or two that must be given.
 
-    >>> import jax.numpy as jnp
-    >>> from deq_jax import Keys
-    >>> from deq_jax.attacks import oracle_of
-    >>> oracle = oracle_of(lambda x: x.reshape(len(x), -1))
-    >>> oracle.logits(jnp.ones((2, 1, 1, 3)), Keys.of(0, 2)).shape
-    (2, 3)
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.attacks import oracle_of
+      >>> oracle = oracle_of(lambda x: x.reshape(len(x), -1))
+      >>> oracle.logits(jnp.ones((2, 1, 1, 3)), Keys.of(0, 2)).shape
+      (2, 3)
     """
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     further = [p for p in inspect.signature(logits).parameters.values() if p.kind in kinds][1:]

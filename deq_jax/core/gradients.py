@@ -156,7 +156,7 @@ class Backprop:
       then: the estimator whose value this has: `Phantom` and `Unrolled` are differentiated as they are computed,
         `Implicit` and `Neumann` count as the one application of the cell that they make.
 
-    Example:
+    Examples:
       >>> from deq_jax import Backprop, Broyden, Dynamics
       >>> dynamics = Dynamics(Broyden(8), gradient=Backprop())
     """

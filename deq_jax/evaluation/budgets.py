@@ -63,7 +63,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
 
     References: Croce & Hein 2020a (APGD, APGD-T), Andriushchenko et al. 2020 (Square).
 
-    Example:
+    Examples:
       >>> from deq_jax.attacks import Linf
       >>> from deq_jax.models import small_cnn
       >>> [trial.name for trial in default_trials(small_cnn(), Linf(0.1))]

@@ -32,10 +32,11 @@ class Predictor:
       classifier: such as an `Equilibrium`, or a defence around one.
       variables: its parameters and batch statistics.
 
-    >>> import jax, jax.numpy as jnp, deq_jax as dj
-    >>> model, x = dj.models.small_cnn(classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
-    >>> dj.Predictor(model, model.init(0, x)).logits(x).shape
-    (2, 10)
+    Examples:
+      >>> import jax, jax.numpy as jnp, deq_jax as dj
+      >>> model, x = dj.models.small_cnn(classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
+      >>> dj.Predictor(model, model.init(0, x)).logits(x).shape
+      (2, 10)
     """
 
     classifier: Any = field(metadata={"static": True})  # a Classifier; that of a defence is known to its surrogates

@@ -99,10 +99,11 @@ def correctness(outcomes: Outcomes) -> tuple[Correct, Correct | None]:
 def named(rows: Rows[T]) -> dict[str, T]:
     """The rows by their names, each without an axis of states: z_1 .. z_T, ensemble, deployed.
 
-    >>> import numpy as np
-    >>> from deq_jax.evaluation import Rows, named
-    >>> list(named(Rows(np.ones((4, 3)), np.ones(4), np.ones(4))))
-    ['z_1', 'z_2', 'z_3', 'ensemble', 'deployed']
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Rows, named
+      >>> list(named(Rows(np.ones((4, 3)), np.ones(4), np.ones(4))))
+      ['z_1', 'z_2', 'z_3', 'ensemble', 'deployed']
     """
     found: dict[str, T] = {}
     if rows.states is not None:

@@ -118,9 +118,10 @@ def small_deq(
       dropout: rate of the variational dropout inside the cell.
       jacobian: see `Equilibrium`.
 
-    >>> import deq_jax as dj
-    >>> dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8))).dynamics.solver.steps
-    8
+    Examples:
+      >>> import deq_jax as dj
+      >>> dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8))).dynamics.solver.steps
+      8
     """
     modules = SmallEncoder(channels, strides, dropout), SmallCell(channels, expansion, groups), SmallDecoder(classes)
     return Equilibrium(*modules, dynamics, jacobian)

@@ -34,7 +34,10 @@ def prose(page):
     return BLOCK.sub("", page.read_text())
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+TRAINS = pytest.param(README, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [TRAINS, *(page for page in PAGES[1:] if blocks(page, "python"))], ids=name)
 def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -114,3 +117,9 @@ def test_examples_in_docstrings_print_what_they_say(room):
     for example in examples:
         runner.run(example)
     assert len(examples) > 0 and runner.failures == 0
+
+
+def test_examples_in_docstrings_have_their_section():
+    for path in ROOT.glob("deq_jax/**/*.py"):
+        for text in re.findall(r'"""(.*?)"""', path.read_text(), re.DOTALL):
+            assert ">>> " not in text or re.search(r"^ +Examples:\n +>>> ", text, re.MULTILINE), f"{path}: {text}"
