@@ -29,6 +29,7 @@ from deq_jax.attacks import (
 from deq_jax.attacks.inputs import check_oracle
 from deq_jax.core import LowEntropy, logit_difference, losses, targeted_dlr
 from deq_jax.evaluation import diagnostics
+from tests.helpers.cases import mostly_slow
 
 KEY = jax.random.key(0)
 SHAPE, CLASSES, BATCH = (4, 4, 1), 5, 6
@@ -60,6 +61,7 @@ def attacks_within(threat):
 
 ATTACKS = attacks_within(Linf(0.1))
 EVERY = pytest.mark.parametrize("name", ATTACKS)
+FEW = pytest.mark.parametrize("name", mostly_slow(ATTACKS, 0, 4))  # all share the entry that is tested
 ASKING = pytest.mark.parametrize("name", [name for name in ATTACKS if name != "noise"])
 
 
@@ -89,7 +91,7 @@ def test_images_that_are_none(name, x, found):
         attack(name, x=x, y=Y[: len(x)])
 
 
-@EVERY
+@FEW
 def test_within_jit_an_image_outside_the_box_comes_back_as_nan(name):
     """It cannot be refused there, and a classifier of normalised images would look robust."""
     x = X.at[1].add(1.0).at[2, 0, 0, 0].set(-3e-8).at[3].set(jnp.nan)
@@ -99,7 +101,7 @@ def test_within_jit_an_image_outside_the_box_comes_back_as_nan(name):
     assert jnp.all((x_adv >= 0) & (x_adv <= 1) | jnp.isnan(x_adv))
 
 
-@EVERY
+@FEW
 def test_rounding_at_the_edges_of_the_box_is_clipped(name):
     x = np.array(X)
     x[0, 0, 0, 0], x[1, 0, 0, 0] = -2.98e-8, np.float32(1.0000001)
@@ -244,7 +246,7 @@ def test_radii_in_another_unit():
     assert diagnostics(Linf(0.3)).far.attack.threat == Linf(1.0)
 
 
-@EVERY
+@FEW
 def test_a_seed_is_a_key(name):
     np.testing.assert_array_equal(attack(name, key=7), attack(name, key=jax.random.key(7)))
     np.testing.assert_array_equal(attack(name, key=np.int64(7)), attack(name, key=Keys.of(7, BATCH)))
@@ -259,7 +261,7 @@ def test_keys_of_other_images_are_refused(name):
 # --- labels, classes and precision ------------------------------------------------------------------------------
 
 
-@ASKING
+@FEW
 def test_labels_of_any_integer_type_mean_the_same(name):
     """With 300 classes a label of 200 and the class aimed at do not fit into uint8."""
     logits = linear(300)
@@ -296,7 +298,12 @@ def test_losses_of_few_classes_lead_to_every_class(num_classes):
 
 @pytest.mark.parametrize(
     ("version", "num_classes"),
-    [(AutoAttack.standard, 2), (AutoAttack.standard, 3), (AutoAttack.plus, 2), (AutoAttack.rand, 2)],
+    [
+        (AutoAttack.standard, 2),
+        pytest.param(AutoAttack.standard, 3, marks=pytest.mark.slow),
+        pytest.param(AutoAttack.plus, 2, marks=pytest.mark.slow),
+        pytest.param(AutoAttack.rand, 2, marks=pytest.mark.slow),
+    ],
     ids=["standard-2", "standard-3", "plus-2", "rand-2"],
 )
 def test_auto_attack_of_few_classes(version, num_classes):
@@ -326,8 +333,8 @@ def _shortened(attacks):
 
 
 @EVERY
-@pytest.mark.parametrize("threat", [Linf(8 / 255), L2(0.3)], ids=["linf", "l2"])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("threat", mostly_slow([Linf(8 / 255), L2(0.3)], 0), ids=["linf", "l2"])
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float16, jnp.bfloat16], 1))
 def test_half_precision_images_stay_in_the_ball(name, threat, dtype):
     attack, x = attacks_within(threat)[name], X.astype(dtype).at[0, 0, 0].set(0).at[0, 0, 1].set(1)
     x_adv = attack(oracle_of(MODEL), x, jnp.argmax(MODEL(x), axis=1), KEY)
@@ -347,14 +354,14 @@ def test_half_precision_images_that_are_returned_were_judged():
         assert jnp.all(after >= before) and jnp.any(after > before)
 
 
-@EVERY
+@FEW
 def test_half_precision_logits_and_parameters(name):
     half = linear(dtype=jnp.bfloat16)
     x_adv = attack(name, lambda x, keys: half(x.astype(jnp.bfloat16)))
     assert x_adv.dtype == X.dtype and jnp.all(jnp.abs(x_adv - X) <= 0.1 + 1e-6)
 
 
-@EVERY
+@FEW
 def test_mixed_single_and_double_precision(name, x64):
     for x, logits in ((X, linear(dtype=jnp.float64)), (jnp.asarray(X, jnp.float64), linear(dtype=jnp.float32))):
         x_adv = attack(name, logits, x, Y.astype(jnp.int64))
@@ -398,7 +405,7 @@ def compilations():
     monitoring.unregister_event_duration_listener(listen)
 
 
-@EVERY
+@FEW
 def test_eager_calls_compile_once(name, compilations):
     """Also of a new lambda; and what it closes over is read at every call."""
     trained = [jnp.asarray(np.random.default_rng(seed).normal(size=(16, CLASSES)), jnp.float32) for seed in (0, 1)]

@@ -32,6 +32,7 @@ from deq_jax.core import AtState, Injection, PhantomUpTo, jacobian_norm, spectra
 from deq_jax.evaluation import measure, named
 from deq_jax.evaluation.measure import spectral_radii
 from tests.helpers import dense
+from tests.helpers.cases import mostly_slow
 
 GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]
 SOLVERS = [FixedPoint(4), Anderson(4), Broyden(4), None]
@@ -125,7 +126,7 @@ def test_other_states_are_refused(kind):
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: type(g).__name__)
+    @pytest.mark.parametrize("gradient", mostly_slow(GRADIENTS, 0, 2), ids=lambda g: type(g).__name__)
     @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
     def test_a_cell_may_compute_in_half_precision(self, solver, gradient):
         half = lambda p, z, u: cell(p, z, u).astype(jnp.bfloat16)  # noqa: E731

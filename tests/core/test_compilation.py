@@ -30,6 +30,7 @@ from deq_jax.core import AtState, PhantomUpTo, cross_entropy, jacobian_norm, spe
 from deq_jax.models import JacobianRegularization, SmallCNN
 from deq_jax.surrogates import adaptive
 from tests.helpers import dense
+from tests.helpers.cases import mostly_slow
 
 GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]
 SOLVERS = [FixedPoint(4), Anderson(4), Broyden(4), None]
@@ -126,7 +127,7 @@ def classifiers():
 
 
 class TestCallsOutsideJit:
-    @pytest.mark.parametrize("entries", [layers, classifiers, oracles])
+    @pytest.mark.parametrize("entries", mostly_slow([layers, classifiers, oracles], 0))
     def test_nothing_is_compiled_after_the_first_call(self, entries):
         again = {}
         for name, call in entries():

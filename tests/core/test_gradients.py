@@ -30,6 +30,7 @@ from deq_jax import (
 from deq_jax.core import AtState, PhantomUpTo, adjoint_residual
 from deq_jax.surrogates import simultaneous_adjoint
 from tests.helpers import tiny
+from tests.helpers.cases import mostly_slow
 
 BATCH, SIZE = 3, 10
 EXACT = Broyden(60, tolerance=1e-14)
@@ -242,10 +243,10 @@ class TestContract:
 
 SMOOTH = [
     pytest.param(IMPLICIT, id="Broyden"),
-    pytest.param(Implicit(FixedPoint(300, tolerance=0.0)), id="FixedPoint"),
-    pytest.param(Implicit(Anderson(100, tolerance=0.0)), id="Anderson"),
+    pytest.param(Implicit(FixedPoint(300, tolerance=0.0)), id="FixedPoint", marks=pytest.mark.slow),
+    pytest.param(Implicit(Anderson(100, tolerance=0.0)), id="Anderson", marks=pytest.mark.slow),
     pytest.param(Neumann(300, 1.0), id="Neumann"),
-    pytest.param(AtState(IMPLICIT), id="AtState"),
+    pytest.param(AtState(IMPLICIT), id="AtState", marks=pytest.mark.slow),
 ]
 
 
@@ -308,6 +309,7 @@ class TestHigherDerivatives:
 
         check_grads(penalty, problem(), order=1, modes=("rev",), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_of_a_convolutional_cell(self, x64):
         """Its convolution has a derivative rule of its own."""
         classifier = tiny.classifier(dropout=0.0)
@@ -346,7 +348,7 @@ SCALE_FREE = [
 ]
 
 
-@pytest.mark.parametrize("gradient", SCALE_FREE, ids=repr)
+@pytest.mark.parametrize("gradient", mostly_slow(SCALE_FREE, 1, 2, 5, 6), ids=repr)
 def test_the_gradient_of_a_scaled_loss_is_the_scaled_gradient(gradient):
     """Also of each sample of a batch by its own scale."""
     params, u = problem(np.float32)
@@ -397,7 +399,7 @@ def test_cotangents_that_are_zero_or_not_finite_stay_so(gradient):
         np.testing.assert_array_equal(got[0::2], ordinary[0::2])
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", mostly_slow([1e-30, 1.0, 1e30], 0))
 def test_adjoint_residual(scale):
     params, u = problem(np.float32)
     z = solve(Broyden(30), cell, params, jnp.zeros_like(u), u).z

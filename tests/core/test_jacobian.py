@@ -166,7 +166,7 @@ def test_only_final_states_are_jittered():
     ("objective", "purposes"),
     [
         (PGDAdversarialTraining(tiny.ATTACK), [Purpose.ADVERSARIAL]),
-        (Trades(tiny.TRADES_ATTACK), [Purpose.NATURAL, Purpose.ADVERSARIAL]),
+        pytest.param(Trades(tiny.TRADES_ATTACK), [Purpose.NATURAL, Purpose.ADVERSARIAL], marks=pytest.mark.slow),
     ],
     ids=["pgd_at", "trades"],
 )
@@ -251,6 +251,7 @@ def test_tied_passes_draw_the_same_state():
     assert max(independent) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_training_with_penalised_steps(tmp_path):
     """Penalised are the drawn steps alone: their loss tells."""
     penalty, schedule = replace(PENALTY, weight=1e4), PenaltySchedule(probability=0.3)
