@@ -79,6 +79,7 @@ def test_images_that_are_not_finite_do_not_hide_the_others():
     assert spread(np.array([np.nan])) == spread(None) == Spread(None, None)
 
 
+@pytest.mark.slow
 def test_a_training_run_logs_it_at_validation(tmp_path):
     classifier = replace(tiny.classifier(), dynamics=replace(tiny.classifier().dynamics, gradient=Implicit(Broyden(3))))
     lines = []

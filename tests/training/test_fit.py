@@ -24,6 +24,7 @@ def same(a, b):
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.slow
 def test_memory_and_a_workdir_give_the_same_bits(runs):
     memory, disk, workdir = runs
     same(memory.state, disk.state)
@@ -34,6 +35,7 @@ def test_memory_and_a_workdir_give_the_same_bits(runs):
     assert memory.config == disk.config == config == CONFIG
 
 
+@pytest.mark.slow
 def test_the_lines_of_metrics_are_the_same_but_for_times(runs):
     memory, disk, workdir = runs
     assert disk.metrics == read_metrics(workdir / "metrics.jsonl")
@@ -55,6 +57,7 @@ def test_in_memory_nothing_is_written(tmp_path, monkeypatch):
     assert accuracy == pytest.approx(run.metrics[-1]["accuracy"])
 
 
+@pytest.mark.slow
 def test_a_finished_workdir_is_read_again(runs):
     _, disk, workdir = runs
     again = dj.fit(CONFIG, workdir)

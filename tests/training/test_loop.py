@@ -40,6 +40,7 @@ from deq_jax.training import (
 )
 from deq_jax.training.meters import TIMINGS, Meter
 from tests.helpers import tiny
+from tests.helpers.cases import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 TRADES = Trades(replace(tiny.ATTACK, loss=kl, start=gaussian_start))
@@ -66,7 +67,7 @@ def metrics_of(workdir):
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 0))
 def test_eight_devices_equal_one_and_each_step_is_traced_once(name):
     config = CONFIGS[name]
     optimizer, state, batch = setup(config)
@@ -190,7 +191,7 @@ def test_a_finished_training_is_not_repeated(uninterrupted):
     assert metrics_of(workdir) == before
 
 
-@pytest.mark.parametrize("stop_after", [1, 9])
+@pytest.mark.parametrize("stop_after", mostly_slow([1, 9], 1))
 def test_stopped_and_resumed_equals_never_stopped_on_eight_devices(uninterrupted, tmp_path, stop_after):
     _, state, _ = uninterrupted
 
@@ -205,6 +206,7 @@ def test_stopped_and_resumed_equals_never_stopped_on_eight_devices(uninterrupted
     assert metrics_of(tmp_path) == metrics_of(uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_a_line_has_the_means_of_its_interval_even_if_it_was_stopped(uninterrupted, tmp_path):
     """A signal at the line of step 5 stops the run after step 6, one step into the next interval."""
 
@@ -240,6 +242,7 @@ def test_a_meter_counts_each_metric_where_it_is_and_keeps_nan():
     assert meter.sums == {} and "compile_seconds" not in line
 
 
+@pytest.mark.slow
 def test_lines_after_the_last_checkpoint_are_dropped_on_resume(uninterrupted, tmp_path):
     """As if killed after logging step 10 and half of step 11, with the last checkpoint at step 8."""
     config = tiny.get_config(checkpoint_every=8)
