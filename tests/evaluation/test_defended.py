@@ -210,6 +210,7 @@ def few(tmp_path_factory):
 
 
 class TestRandomPredictor:
+    @pytest.mark.slow
     def test_it_is_judged_by_a_draw_that_attacks_have_not_seen(self, few):
         keys = Keys.of(jax.random.key(0), len(X)).fold(Purpose.DEPLOYED)
         logits = RANDOM(VARIABLES, few.attempts["direct"].read(), keys=keys).logits
@@ -221,6 +222,7 @@ class TestRandomPredictor:
         flags = {flag.name: flag.raised for flag in red_flags(replace(few, config=config))}
         assert flags["randomness"] is raised
 
+    @pytest.mark.slow
     def test_attacks_average_over_the_draws(self, few, tmp_path):
         other = evaluate(replace(RANDOM_CONFIG, draws=3), tmp_path)
         assert not np.array_equal(other.attempts["direct"].read(), few.attempts["direct"].read())
@@ -271,6 +273,7 @@ def test_attacks_of_the_adaptive_evaluation_can_cross_the_ball(epsilon):
         assert attack.steps * attack.step_size >= 0.999 * epsilon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [1e-3, 0.5])
 def test_control_of_more_steps_costs_what_the_defence_does(tolerance):
     """Also where images converge on the way."""

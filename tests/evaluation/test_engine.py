@@ -292,6 +292,7 @@ def in_l2(tmp_path_factory):
 class TestL2:
     """Softmax regression: its boundaries are hyperplanes, so that distances to them are known."""
 
+    @pytest.mark.slow
     def test_no_flag_is_raised_and_all_are_checked_but_transfers(self, in_l2):
         raised = {flag.name: flag.raised for flag in red_flags(in_l2)}
         assert raised.pop("transfer beats direct attacks") is None

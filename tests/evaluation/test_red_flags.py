@@ -182,6 +182,7 @@ class Quantised:
         return self.base(variables, jnp.round(8 * x) / 8, **options)
 
 
+@pytest.mark.slow
 def test_bpda_finds_what_rounding_hides_and_the_flags_go_down(masked, honest, tmp_path):
     predictor, still = Quantised(Explicit(Linear())), replace(ATTACK, start=clean_start)
     trials = (

@@ -4,6 +4,7 @@ import re
 import textwrap
 
 import numpy as np
+import pytest
 
 import deq_jax as dj
 from deq_jax.attacks import PGD, Square
@@ -22,12 +23,12 @@ def test_it_is_short_and_takes_all_names_from_faces():
     lines = [line for line in example().splitlines() if line.strip()]
     assert len(lines) <= 15 and max(map(len, lines)) <= 120
     assert [line for line in lines if "import" in line] == [
-        "import jax",
         "import deq_jax as dj",
         "from deq_jax import attacks, surrogates",
     ]
 
 
+@pytest.mark.slow
 def test_it_runs(monkeypatch, capsys, tmp_path):
     def short(ball):
         return Trial("pgd", PGD(ball, steps=3)), Trial("square", Square(ball, queries=10))

@@ -306,6 +306,7 @@ def tuned(uninterrupted, tmp_path_factory):
     return workdir, state
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_trains_and_is_recorded(tuned):
     workdir, _ = tuned
     recorded = json.loads((workdir / "config.json").read_text())["optimizer"]
@@ -316,6 +317,7 @@ def test_an_optimizer_of_ones_own_trains_and_is_recorded(tuned):
     assert load_run(workdir).config == TUNED
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_variables_of_another(uninterrupted, tuned, tmp_path):
     workdir, state = tuned
     source = shutil.copytree(uninterrupted[0], tmp_path / "source")

@@ -12,6 +12,7 @@ from deq_jax.attacks import PGD
 from deq_jax.core import Purpose, losses
 from deq_jax.surrogates import ThroughSolver, classifier_oracle
 from tests.helpers import tiny
+from tests.helpers.cases import mostly_slow
 
 CLASSIFIER = tiny.classifier()
 KEYS = Keys.of(jax.random.key(2), 8)
@@ -51,7 +52,7 @@ def test_pgd_at_trains_on_the_attacked_images(batch):
     jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, prediction.batch_stats)
 
 
-@pytest.mark.parametrize("objective", [PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)])
+@pytest.mark.parametrize("objective", mostly_slow([PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)], 0))
 def test_attacks_draw_random_states_or_see_the_full_dynamics(batch, objective):
     variables, x, _, y = batch
     random = tiny.classifier(RandomIntermediateState(best_so_far=False))
@@ -61,7 +62,7 @@ def test_attacks_draw_random_states_or_see_the_full_dynamics(batch, objective):
     assert not np.allclose(objective.perturb(random, variables, x, y, KEYS), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("objective", [PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)])
+@pytest.mark.parametrize("objective", mostly_slow([PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK)], 0))
 def test_attacks_take_their_gradient_from_the_surrogate(batch, objective):
     variables, x, _, y = batch
     through = replace(objective, surrogate=ThroughSolver())
