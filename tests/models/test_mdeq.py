@@ -14,6 +14,7 @@ from deq_jax.core import Injection
 from deq_jax.interop import from_torch, to_torch
 from deq_jax.interop.mdeq_names import IGNORED
 from deq_jax.models import ResNet18, WideResNet, mdeq, mdeq_large, mdeq_xl
+from tests.helpers.cases import mostly_slow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGES = jnp.zeros((1, 32, 32, 3))
@@ -40,7 +41,7 @@ def images():
     return jax.random.uniform(jax.random.key(1), (3, 16, 16, 3))
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+@pytest.fixture(scope="module", params=mostly_slow([1, 2, 3], 1))
 def branched(request, images):
     """A classifier with that many branches, and its variables."""
     classifier = small(request.param)
@@ -121,6 +122,7 @@ def test_shapes_and_batch_independence(branched, images):
     np.testing.assert_allclose(prediction.logits[0], others.logits[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cell_jit_and_weight_norm():
     """Jit changes nothing; neither does the length of v, since the kernel is g v / ||v||; g scales it."""
     cell = small(2).cell

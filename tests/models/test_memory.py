@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from deq_jax import Anderson, Broyden, Dynamics, Equilibrium, Implicit, Phantom, Standard
 from deq_jax.core import cross_entropy
@@ -63,6 +64,7 @@ def test_bfloat16_cells_agree_to_half_precision():
     assert full @ half / (jnp.linalg.norm(full) * jnp.linalg.norm(half)) > 0.99
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_the_mean_over_the_parts():
     config = tiny.get_config(objective=Standard(), classifier=tiny.classifier(dropout=0.0), optimizer=AdamCosine(1e-3))
     optimizer = config.optimizer.transformation(100)

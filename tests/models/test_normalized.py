@@ -71,6 +71,7 @@ def test_is_attacked_in_the_box(pair):
     assert after > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", "mdeq"])
 def test_states_are_measured_and_surrogates_work(name):
     classifier = CLASSIFIERS[name]

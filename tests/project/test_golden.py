@@ -80,6 +80,7 @@ def joint_residuals_close(case, key, solution):
     assert np.argmin(residuals[:, 0]) + 1 == case.golden[f"{key}/nstep"]
 
 
+@pytest.mark.slow
 def test_broyden_states(case):
     solution = case.solution
     case.state_close("broyden/results", solution.states)
@@ -112,6 +113,7 @@ def test_anderson_states(case):
     case.close("anderson/logits", np.stack(logits))
 
 
+@pytest.mark.slow
 def test_phantom_gradients(case):
     case.gradient_close("phantom/ris", Phantom(5, 0.5), case.solution.z)
     case.gradient_close("phantom/ris_t5", Phantom(5, 0.5), IntermediateState(5)(case.solution))
