@@ -67,7 +67,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
       >>> from deq_jax.attacks import Linf
       >>> from deq_jax.evaluation import default_trials
       >>> from deq_jax.models import small_cnn
-      >>> [trial.name for trial in default_trials(small_cnn(), Linf(0.1))]
+      >>> [trial.name for trial in default_trials(small_cnn(10, 12), Linf(0.1))]
       ['apgd-ce', 'apgd-t', 'square', 'pgd-20.from-worst']
     """
     require(budget in _SIZES, f"budget: expected {' or '.join(_SIZES)}, got {budget!r}")
