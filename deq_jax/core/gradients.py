@@ -114,6 +114,10 @@ class AtState:
 
     gradient: Gradient
 
+    def __post_init__(self):
+        way = "Backprop(AtState(...)) is the raw state with the derivative of the solver's steps"
+        require(not isinstance(self.gradient, Backprop), f"AtState: expected another estimator, got Backprop; {way}")
+
     @property
     def applications(self) -> int:
         """Number of cell applications in the forward pass; see `Gradient`."""
@@ -153,8 +157,8 @@ class Backprop:
     solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver differentiably.
 
     Attributes:
-      then: the estimator whose value this has: `Phantom` and `Unrolled` are differentiated as they are computed,
-        `Implicit` and `Neumann` count as the one application of the cell that they make.
+      then: the estimator whose value this has. `Phantom` and `Unrolled` are differentiated as they are computed,
+        `Implicit` and `Neumann` as the one application of the cell that they make, `AtState` as the state itself.
 
     Examples:
       >>> from deq_jax import Backprop, Broyden, Dynamics
@@ -172,6 +176,11 @@ class Backprop:
         return self.then.applications
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        """The estimator `then`: of a state that is held constant there are no steps to go back through."""
+        return self.then(cell, params, u, z)
+
+    def through(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
+        """The same value for a state that carries the derivative of the solver's steps."""
         if isinstance(self.then, AtState):
             return z
         advance = Phantom(0) if has_adjoint(self.then) else self.then
@@ -291,6 +300,11 @@ def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: Py
     w = gradient.adjoint(vjp, cotangent)
     following = jax.tree.map(jnp.add, vjp(w)[0], cotangent)
     return relative_distance(following, w)
+
+
+def at_state(gradient: Gradient) -> AtState | Backprop:
+    """The estimator for a predictor that classifies the raw state, with the gradient that `gradient` has there."""
+    return Backprop(AtState(gradient.then)) if isinstance(gradient, Backprop) else AtState(gradient)
 
 
 def has_adjoint(gradient: Any) -> bool:

@@ -54,15 +54,15 @@ def deq(
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
 
     Raises:
-      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`. `Backprop` has no
-        solver.
+      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`; or
+        `Backprop` is asked for without a solver.
     """
     constant = lax.stop_gradient
     if isinstance(gradient, Backprop):
         if solver is None:
             raise InputError("deq: Backprop differentiates a solver's steps, got solver=None; expected Unrolled")
         solution = solve(differentiable(solver), cell, params, constant(z0), u)
-        return gradient(cell, params, u, readout(solution, keys)), constant(solution)
+        return gradient.through(cell, params, u, readout(solution, keys)), constant(solution)
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))
     state = readout(solution, keys)
     return gradient(cell, params, u, constant(state)), solution

@@ -114,11 +114,25 @@ def test_backprop_has_the_value_of_the_estimator_it_wraps(x64, then):
     np.testing.assert_allclose(loss(*problem(), few, Backprop(then)), loss(*problem(), few, then), rtol=1e-12)
 
 
+@pytest.mark.parametrize("then", [Phantom(2, 0.5), IMPLICIT, AtState(Phantom(2))])
+def test_backprop_at_a_constant_state_is_the_estimator_it_wraps(x64, then):
+    """As input entropy reduction calls it, which solves by itself."""
+    params, u = problem()
+    z = solve(EXACT, cell, params, jnp.zeros_like(u), u).z
+
+    def derivative(gradient):
+        return jax.grad(lambda params, u: jnp.sum(jnp.sin(gradient(cell, params, u, z))), (0, 1))(params, u)
+
+    jax.tree.map(np.testing.assert_array_equal, derivative(Backprop(then)), derivative(then))
+
+
 def test_backprop_needs_a_solver_and_no_second_backprop():
     with pytest.raises(InputError, match="got solver=None; expected Unrolled"):
         loss(*problem(np.float32), None, Backprop())
     with pytest.raises(InputError, match="then must be another estimator"):
         Backprop(Backprop())
+    with pytest.raises(InputError, match=r"got Backprop; Backprop\(AtState\(...\)\) is"):
+        AtState(Backprop())
 
 
 def test_neumann_is_the_sum_that_it_claims(x64):
