@@ -1,19 +1,9 @@
 """The mathematics of equilibria: solvers, readouts, gradients and losses. No images, classifiers or files."""
 
+from deq_jax.core.adjoints import Implicit, Neumann, adjoint_residual
 from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require
-from deq_jax.core.gradients import (
-    AtState,
-    Backprop,
-    Implicit,
-    Neumann,
-    Phantom,
-    PhantomUpTo,
-    Unrolled,
-    adjoint_residual,
-    has_adjoint,
-    straight_through,
-)
+from deq_jax.core.gradients import AtState, Backprop, Phantom, PhantomUpTo, Unrolled, has_adjoint, straight_through
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, jacobian_norm, spectral_radius
 from deq_jax.core.layer import deq
 from deq_jax.core.losses import LowEntropy, cross_entropy, dlr, entropy, kl, logit_difference, margin, targeted_dlr

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from deq_jax.attacks.oracles import Attack
-from deq_jax.core.gradients import adjoint_residual, has_adjoint
+from deq_jax.core.adjoints import adjoint_residual
+from deq_jax.core.gradients import has_adjoint
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, spectral_radius
 from deq_jax.core.losses import cross_entropy, entropy, margin
 from deq_jax.core.readouts import EnsembleState
