@@ -56,7 +56,7 @@ class Best(NamedTuple):
         return Best(x, fooled, losses.astype(self.loss.dtype)).where(better, self)
 
     def query(self, oracle: Oracle, loss: Loss, x: Array, labels: Array, keys: Keys) -> Best:
-        """The better of this and images x, of which the oracle is asked for the logits."""
+        """The better of this and images x; costs one query of the logits."""
         logits = oracle.logits(x, keys)
         return self.update(x, loss(logits, labels), logits, labels)
 

@@ -94,7 +94,7 @@ class Guard:
       oracle: answers the queries.
       centre: the images [B, H, W, C] around which the attack looks, in the working precision.
       given: dtype of the images as they were given.
-      labels: of the whole attack, to be compared with the number of classes; None if another does that.
+      labels: labels of the whole attack, checked against the number of classes; None if they are checked elsewhere.
     """
 
     oracle: Oracle

@@ -25,11 +25,11 @@ class _Sizes:
     """Steps and queries per image of a budget.
 
     Attributes:
-      steps: of APGD on the cross-entropy.
+      steps: steps of APGD on the cross-entropy.
       targets: number of wrong classes that APGD aims at.
-      target_steps: for each of them.
-      queries: of Square.
-      last_steps: of PGD from the worst image so far.
+      target_steps: steps of APGD for each of them.
+      queries: queries of Square.
+      last_steps: steps of PGD from the worst image so far.
     """
 
     steps: int
@@ -59,7 +59,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
         again, so most cost less.
 
     Raises:
-      InputError: there is no such budget.
+      InputError: the budget is unknown.
 
     References: Croce & Hein 2020a (APGD, APGD-T), Andriushchenko et al. 2020 (Square).
 

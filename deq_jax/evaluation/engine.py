@@ -103,7 +103,7 @@ class Batches:
       images: that are evaluated.
       size: images at a time; the last batch is filled by repetition.
       store: keeps what each batch finds.
-      names: of all stages, in their order, for the report.
+      names: names of all stages in their order, for the report.
       report: called before the first batch that is computed, and after each.
     """
 
@@ -201,7 +201,8 @@ def _attempt(
     """What a trial finds for the images that are left to attack, and all its images; others are untouched.
 
     Args:
-      stages, batches, stage: of the trial.
+      stages, batches: all parts of the evaluation, and how their batches are kept.
+      stage: the trial.
       untouched: clean images.
       left: [N] bool, which are attacked.
       before: [N] bool, which count as correct before it.

@@ -11,44 +11,30 @@ import numpy as np
 import pytest
 
 from deq_jax import (
-    Anderson,
     Broyden,
     Dynamics,
     EnsembleState,
     Equilibrium,
     Explicit,
-    FixedPoint,
     Implicit,
     InputError,
     Keys,
     LastState,
-    Neumann,
     Phantom,
     Unrolled,
     deq,
     solve,
 )
-from deq_jax.core import AtState, Injection, PhantomUpTo, jacobian_norm, spectral_radius
+from deq_jax.core import Injection, jacobian_norm, spectral_radius
 from deq_jax.evaluation import measure, named
 from deq_jax.evaluation.measure import spectral_radii
 from tests.helpers import dense
 from tests.helpers.cases import mostly_slow
+from tests.helpers.cells import GRADIENTS, SOLVER, SOLVERS, P, U, cell, layer
 
-GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]
-SOLVERS = [FixedPoint(4), Anderson(4), Broyden(4), None]
-P, U = 0.3 * jnp.eye(3), jnp.linspace(-1, 1, 6).reshape(2, 3)
 X = jnp.linspace(0, 1, 2 * 16).reshape(2, 4, 4, 1)
 Y = jnp.array([0, 1])
 KEYS = Keys.of(0, 2)
-SOLVER = Broyden(3, tolerance=0)
-
-
-def cell(params, z, u):
-    return jnp.tanh(z @ params + u)
-
-
-def layer(params=P, u=U, z0=None, f=cell, solver=SOLVER, gradient=GRADIENTS[0], **options):
-    return deq(f, params, u, jnp.zeros_like(U) if z0 is None else z0, solver=solver, gradient=gradient, **options)[0]
 
 
 @cache

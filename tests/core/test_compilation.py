@@ -12,33 +12,25 @@ import pytest
 from jax import monitoring
 
 from deq_jax import (
-    Anderson,
     Broyden,
     Dynamics,
     Explicit,
-    FixedPoint,
     Implicit,
     Keys,
-    Neumann,
     Phantom,
-    Unrolled,
-    deq,
     solve,
     surrogates,
 )
-from deq_jax.core import AtState, PhantomUpTo, cross_entropy, jacobian_norm, spectral_radius
+from deq_jax.core import PhantomUpTo, cross_entropy, jacobian_norm, spectral_radius
 from deq_jax.models import JacobianRegularization, SmallCNN
 from deq_jax.surrogates import adaptive
 from tests.helpers import dense
 from tests.helpers.cases import mostly_slow
+from tests.helpers.cells import GRADIENTS, SOLVER, SOLVERS, P, U, cell, layer
 
-GRADIENTS = [Phantom(3), Neumann(3), Implicit(Broyden(4)), Unrolled(3), AtState(Phantom(1)), PhantomUpTo(4, 2, 0.5)]
-SOLVERS = [FixedPoint(4), Anderson(4), Broyden(4), None]
-P, U = 0.3 * jnp.eye(3), jnp.linspace(-1, 1, 6).reshape(2, 3)
 X = jnp.linspace(0, 1, 2 * 16).reshape(2, 4, 4, 1)
 Y = jnp.array([0, 1])
 KEYS = Keys.of(0, 2)
-SOLVER = Broyden(3, tolerance=0)
 
 
 COMPILATIONS = []
@@ -50,14 +42,6 @@ def record(name, seconds, **_):
 
 
 monitoring.register_event_duration_secs_listener(record)
-
-
-def cell(params, z, u):
-    return jnp.tanh(z @ params + u)
-
-
-def layer(params=P, u=U, z0=None, f=cell, solver=SOLVER, gradient=GRADIENTS[0], **options):
-    return deq(f, params, u, jnp.zeros_like(U) if z0 is None else z0, solver=solver, gradient=gradient, **options)[0]
 
 
 @cache
