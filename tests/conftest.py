@@ -1,9 +1,16 @@
-"""Shared by all tests: eight simulated devices, and double precision on request."""
+"""Shared by all tests: eight simulated devices, programs that compile fast, and double precision on request."""
 
 import os
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Nearly all the time of the tests is compilation, and unoptimised code compiles twice as fast.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A command switches the persistent cache on for its whole process, and so for all later tests. JAX was seen to crash
 # when it read or wrote executables of eight simulated devices.

@@ -40,7 +40,8 @@ def simultaneous_adjoint(
     ``u_n^T df(z_n; .)`` to the exact gradient. Each step costs a cell evaluation and a vector-Jacobian product.
 
     Args:
-      solver: solver of the states. A converged sample no longer moves, while its adjoint continues.
+      solver: solver of the states. A converged sample no longer moves, while its adjoint continues. With
+        ``tolerance=0`` it moves within rounding, which tells nothing of the Jacobian, and the adjoint can grow.
       cell, params, u, z0: as in `deq`.
       cotangent: ``z -> dL/dz`` of the loss at a state, leaves [B, ...].
 
