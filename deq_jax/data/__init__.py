@@ -1,13 +1,17 @@
 """Datasets, and the batches made of them."""
 
 from deq_jax.data.batches import CropFlip, EvaluationBatch, batch_indices, evaluation_batches, to_unit
+from deq_jax.data.cifar import Cifar
 from deq_jax.data.datasets import Dataset, Digits, Images, Npz, Splits, Tfds, hold_out
+from deq_jax.data.folders import ImageFolder
 
 __all__ = [
+    "Cifar",
     "CropFlip",
     "Dataset",
     "Digits",
     "EvaluationBatch",
+    "ImageFolder",
     "Images",
     "Npz",
     "Splits",

@@ -37,7 +37,7 @@ class Splits(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Anything with ``load() -> Splits``."""
+    """Anything with ``load() -> Splits``. Where it has ``class_names``, figures and tables use them."""
 
     def load(self) -> Splits: ...
 
@@ -84,7 +84,7 @@ class Npz:
     channels: str | None = None
 
     def __post_init__(self):
-        _check_share("Npz", self.validation)
+        check_share("Npz", self.validation)
         known = self.channels in ("last", "first", None)
         require(known, f"Npz: channels must be 'last', 'first' or None, got {self.channels!r}")
 
@@ -93,7 +93,7 @@ class Npz:
         train, test = (self._images(arrays, part) for part in ("train", "test"))
         same = train.x.shape[1:] == test.x.shape[1:]
         require(same, f"{self.path}: x_train has images {train.x.shape[1:]}, x_test {test.x.shape[1:]}")
-        return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+        return Splits(*hold_out_share(train, self.validation), test)
 
     def _images(self, arrays: dict[str, np.ndarray], part: str) -> Images:
         x, where = arrays[f"x_{part}"], f"{self.path}: {part}"
@@ -103,7 +103,7 @@ class Npz:
             found = f"images must be [N, H, W, C], and {x.shape} looks like [N, C, H, W]"
             ways = 'pass Npz(..., channels="first") for that, or channels="last" if it is not so'
             raise InputError(f"{where}: {found}: {ways}")
-        return _checked_images(x, arrays[f"y_{part}"], where)
+        return checked_images(x, arrays[f"y_{part}"], where)
 
     def _read(self) -> dict[str, np.ndarray]:
         names = ["x_train", "y_train", "x_test", "y_test"]
@@ -139,11 +139,11 @@ class Tfds:
     data_dir: str | None = None
 
     def __post_init__(self):
-        _check_share("Tfds", self.validation)
+        check_share("Tfds", self.validation)
 
     def load(self) -> Splits:
         train, test = (self._read(split) for split in ("train", "test"))
-        return Splits(*hold_out(train, _held_out(len(train.y), self.validation)), test)
+        return Splits(*hold_out_share(train, self.validation), test)
 
     def _read(self, split: str) -> Images:
         import tensorflow_datasets as tfds  # noqa: PLC0415 (seconds to import)
@@ -171,7 +171,7 @@ class Tfds:
         except (KeyError, ValueError) as error:
             expected = f"Tfds {self.name} {split}: expected examples with an image, all of one size, and a label"
             raise InputError(f"{expected} ({_first_line(error)})") from None
-        return _checked_images(images, labels, f"Tfds {self.name} {split}")
+        return checked_images(images, labels, f"Tfds {self.name} {split}")
 
 
 def _first_line(error: Exception) -> str:
@@ -191,12 +191,14 @@ def hold_out(data: Images, count: int) -> tuple[Images, Images]:
     return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
 
 
-def _check_share(name: str, share: float) -> None:
-    require(0 < share < 1, f"{name}: validation must be a share in (0, 1), got {share!r}")
+def check_share(name: str, share: float, field: str = "validation") -> None:
+    """Raises `InputError` for a share that splits nothing off, or all."""
+    require(0 < share < 1, f"{name}: {field} must be a share in (0, 1), got {share!r}")
 
 
-def _held_out(size: int, share: float) -> int:
-    return max(1, round(size * share))
+def hold_out_share(data: Images, share: float) -> tuple[Images, Images]:
+    """Splits off a share of the images, at least one; see `hold_out`."""
+    return hold_out(data, max(1, round(len(data.y) * share)))
 
 
 def _looks_channels_first(shape: tuple[int, ...]) -> bool:
@@ -204,7 +206,8 @@ def _looks_channels_first(shape: tuple[int, ...]) -> bool:
     return len(shape) == 4 and shape[1] in COLOURS and shape[2] > 1 and shape[3] > 4
 
 
-def _checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
+def checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
+    """Images in one of the two forms, with a label each; raises `InputError`, beginning with `where`."""
     if x.ndim == 3:
         x = x[..., None]
     require(x.ndim == 4, f"{where}: images must be [N, H, W, C], got shape {x.shape}")
