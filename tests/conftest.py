@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A command switches the persistent cache on for its whole process, and so for all later tests. JAX was seen to crash
-# when it read or wrote executables of eight simulated devices.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# when it read or wrote executables of eight simulated devices; benchmarks/faults.py takes the risk.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("TESTS_COMPILATION_CACHE", "")
 
 import jax
 import pytest
