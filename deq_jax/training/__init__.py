@@ -1,9 +1,10 @@
 """Objectives, the training step, and the loop that logs, validates, saves and resumes."""
 
-from deq_jax.training.config import AdamCosine, PenaltySchedule, Phase, TrainConfig, threat_of, with_readout
+from deq_jax.training.config import PenaltySchedule, Phase, TrainConfig, threat_of, with_readout
 from deq_jax.training.loop import Interrupted, NonFiniteLoss, Run, fit
 from deq_jax.training.metrics import read_metrics
 from deq_jax.training.objectives import Objective, Outcome, PGDAdversarialTraining, Standard, Trades
+from deq_jax.training.optimizers import AdamCosine, AdamW, Cosine, OneCycle, Piecewise, Schedule, Sgd, WeightAverage
 from deq_jax.training.step import (
     Batch,
     TrainState,
@@ -17,21 +18,28 @@ from deq_jax.training.workdir import LoadedRun, Origin, Workdir, load_run
 
 __all__ = [
     "AdamCosine",
+    "AdamW",
     "Batch",
+    "Cosine",
     "Interrupted",
     "LoadedRun",
     "NonFiniteLoss",
     "Objective",
+    "OneCycle",
     "Origin",
     "Outcome",
     "PGDAdversarialTraining",
     "PenaltySchedule",
     "Phase",
+    "Piecewise",
     "Run",
+    "Schedule",
+    "Sgd",
     "Standard",
     "Trades",
     "TrainConfig",
     "TrainState",
+    "WeightAverage",
     "Workdir",
     "fit",
     "initial_state",

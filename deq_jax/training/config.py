@@ -1,4 +1,4 @@
-"""What a training run is: `TrainConfig`, and the optimiser of the papers."""
+"""What a training run is: `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from enum import Enum
 from typing import cast
 
 import numpy as np
-import optax
 
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD
@@ -21,33 +20,7 @@ from deq_jax.data.batches import CropFlip
 from deq_jax.data.datasets import Dataset
 from deq_jax.models.classifiers import Equilibrium, Explicit
 from deq_jax.training.objectives import Objective, Standard
-
-
-@dataclass(frozen=True)
-class AdamCosine:
-    """Adam whose learning rate falls along a cosine, step by step.
-
-    Attributes:
-      learning_rate: at the first step.
-      final_learning_rate: at the last step.
-    """
-
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-6
-
-    def __post_init__(self):
-        rates = 0 <= self.final_learning_rate <= self.learning_rate and self.learning_rate > 0
-        message = "AdamCosine: expected 0 <= final_learning_rate <= learning_rate and learning_rate > 0, got "
-        require(rates, f"{message}{self.final_learning_rate!r} and {self.learning_rate!r}")
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The learning rate at each step, from 0, of a run of `steps` steps."""
-        alpha = self.final_learning_rate / self.learning_rate
-        return optax.cosine_decay_schedule(self.learning_rate, steps, alpha)
-
-    def transformation(self, steps: int) -> optax.GradientTransformation:
-        """The optax optimiser of a run of `steps` steps."""
-        return optax.adam(self.schedule(steps))
+from deq_jax.training.optimizers import AdamCosine
 
 
 @dataclass(frozen=True)
@@ -92,7 +65,7 @@ class TrainConfig:
       dataset: where the images come from.
       validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
         training images.
-      optimizer: `AdamCosine`, or one of your own; see `Optimizer`.
+      optimizer: `AdamCosine`, `Sgd`, `AdamW`, any of them in a `WeightAverage`, or one of your own; see `Optimizer`.
       batch_size: images per step, over all devices.
       accumulate: parts into which each device divides its images of a step, one after the other, to save memory;
         their gradients are averaged, and each part is normalised by its own statistics.

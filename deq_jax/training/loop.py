@@ -73,7 +73,8 @@ def fit(
 
     The workdir gets ``config.json``, ``environment.json`` (settings and versions), ``metrics.jsonl``, TensorBoard
     events under ``tensorboard/``, and checkpoints under ``checkpoints/latest`` and ``checkpoints/best`` (by accuracy
-    under the config's validation attack on held-out training images).
+    under the config's validation attack on held-out training images). With a `WeightAverage` the best one has the
+    averaged parameters, and the latest one both.
 
     A line of training metrics has means over the steps since the last one, and the largest value of `residual_max`;
     an interval in which a run was stopped and resumed is whole. `learning_rate` is that of the last step, where the
@@ -201,7 +202,7 @@ class _Training:
         finally:
             self.kept.close()
         with agreed():
-            best, lines = self.kept.best(self.state.variables), self.kept.lines()
+            best, lines = self.kept.best(self.state.to_deploy().variables), self.kept.lines()
         best = from_primary(best)
         return Run(self.config, self.data, Predictor(self.config.classifier, best), self.state, lines)
 
@@ -261,7 +262,8 @@ class _Training:
         if not self.is_validated:
             self.say("compiling: validation ...")
             self.is_validated = True
-        outcomes = self.evaluate(self.state.variables, self.data.validation)
+        state = self.state.to_deploy()
+        outcomes = self.evaluate(state.variables, self.data.validation)
         row = summary(outcomes)["deployed"]
         assert row.attacked is not None  # there is a validation attack
         accuracy, residual = row.attacked.accuracy, row.clean.residual
@@ -277,7 +279,7 @@ class _Training:
         with agreed():
             if accuracy > self.meta["best_accuracy"]:
                 self.meta["best_accuracy"] = accuracy
-                self.kept.save_best(self.done, self.state, self._meta())
+                self.kept.save_best(self.done, state, self._meta())
 
     def _meta(self) -> dict[str, Any]:
         return self.meta | {"interval": self.meter.sums}

@@ -21,6 +21,7 @@ from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import AXIS
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.objectives import Outcome
+from deq_jax.training.optimizers import deployed_params
 
 
 class TrainState(NamedTuple):
@@ -33,7 +34,12 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> Variables:
+        """What the next step starts from."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def to_deploy(self) -> TrainState:
+        """The state with the variables to validate and deploy: see `WeightAverage`."""
+        return self._replace(params=deployed_params(self.params, self.opt_state))
 
 
 class Batch(NamedTuple):

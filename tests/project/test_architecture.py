@@ -125,7 +125,7 @@ def test_outside_only_faces_are_imported(path):
         assert not name.startswith("deq_jax.") or name.count(".") == 1, f"imports {name}"
 
 
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
+DISTRIBUTIONS = {"PIL": "pillow", "orbax": "orbax-checkpoint", "tensorflow_datasets": "tensorflow-datasets"}
 
 
 def test_what_is_imported_is_declared():

@@ -1,12 +1,15 @@
 """Training in one call: in memory and in a workdir, with the same result."""
 
+import os
+import signal
+
 import jax
 import numpy as np
 import pytest
 
 import deq_jax as dj
 from deq_jax import InputError
-from deq_jax.training import load_run, read_metrics
+from deq_jax.training import Interrupted, OneCycle, Sgd, WeightAverage, load_run, read_metrics
 from tests.helpers import tiny
 
 CONFIG = tiny.get_config(epochs=2, log_every=5)
@@ -65,3 +68,23 @@ def test_a_finished_workdir_is_read_again(runs):
     assert again.metrics == disk.metrics
     with pytest.raises(InputError, match="holds a training of another config: seed was 0, now 1"):
         dj.fit(tiny.get_config(epochs=2, log_every=5, seed=1), workdir)
+
+
+@pytest.mark.slow
+def test_the_average_of_the_parameters_is_deployed_and_survives_a_stop(tmp_path):
+    linear = dj.models.small_cnn(10, 4, strides=4, expansion=1)
+    descent = Sgd(0.05, clip=1.0, rates=OneCycle())
+    plain, averaged = (
+        tiny.get_config(classifier=linear, objective=dj.Standard(), pretrain_steps=0, optimizer=optimizer)
+        for optimizer in (descent, WeightAverage(descent, decay=0.9))
+    )
+    whole = dj.fit(averaged)
+    same(whole.state.params, dj.fit(plain).state.params)
+    same(whole.predictor.variables["params"], whole.state.opt_state.average)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), whole.state.params, whole.state.opt_state.average)
+    assert all(jax.tree.leaves(moved))
+    with pytest.raises(Interrupted):
+        dj.fit(averaged, tmp_path / "run", report=lambda line: os.kill(os.getpid(), signal.SIGTERM))
+    resumed = dj.fit(averaged, tmp_path / "run")
+    same(resumed.state, whole.state)
+    same(load_run(tmp_path / "run").variables, whole.predictor.variables)
