@@ -25,6 +25,9 @@ from deq_jax.core.solve import solve
 from deq_jax.core.solvers import Broyden
 from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver
 
+LinearMap = Callable[[PyTree], tuple[PyTree]]
+"""``w -> (J^T w,)``, as `jax.vjp` gives it."""
+
 
 @dataclass(frozen=True)
 class Implicit:
@@ -61,16 +64,16 @@ class Implicit:
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         return _apply_with_adjoint(partial(apply, cell), self, params, u, z)
 
-    def solve_adjoint(self, vjp: Callable, cotangent: PyTree) -> Solution:
+    def solve_adjoint(self, vjp: LinearMap, cotangent: PyTree) -> Solution:
         """Solution w of ``w = vjp(w) + cotangent``."""
 
-        def linear_cell(vjp, w, cotangent):
+        def linear_cell(vjp: LinearMap, w: PyTree, cotangent: PyTree) -> PyTree:
             return jax.tree.map(jnp.add, vjp(w)[0], cotangent)
 
         start = jax.tree.map(jnp.zeros_like, cotangent)
         return solve(self.solver, linear_cell, vjp, start, cotangent)
 
-    def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
+    def adjoint(self, vjp: LinearMap, cotangent: PyTree) -> PyTree:
         solution = self.solve_adjoint(vjp, cotangent)
         finite = [jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(cotangent)]
         is_finite = jnp.stack(finite).all(axis=0)
@@ -92,7 +95,7 @@ class Neumann:
     terms: int = 8
     damping: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.terms >= 0, f"Neumann: terms must be >= 0, got {self.terms!r}")
         require(0 < self.damping <= 1, f"Neumann: damping must be in (0, 1], got {self.damping!r}")
 
@@ -105,9 +108,9 @@ class Neumann:
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
         return _apply_with_adjoint(partial(apply, cell), self, params, u, z)
 
-    def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree:
-        def add_term(w, _):
-            def damped(w, jw, g):
+    def adjoint(self, vjp: LinearMap, cotangent: PyTree) -> PyTree:
+        def add_term(w: PyTree, _: None) -> tuple[PyTree, None]:
+            def damped(w: Array, jw: Array, g: Array) -> Array:
                 return g + (1 - self.damping) * w + self.damping * jw
 
             return jax.tree.map(damped, w, vjp(w)[0], cotangent), None
@@ -142,7 +145,7 @@ def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: Py
 
 
 class _Adjoint(Protocol):
-    def adjoint(self, vjp: Callable, cotangent: PyTree) -> PyTree: ...
+    def adjoint(self, vjp: LinearMap, cotangent: PyTree) -> PyTree: ...
 
 
 class _Point(NamedTuple):
@@ -160,7 +163,7 @@ class _Jacobian:
     cell: Cell
     transposed: bool = True
 
-    def at(self, point: _Point) -> Callable[[PyTree], tuple[PyTree]]:
+    def at(self, point: _Point) -> LinearMap:
         """The linear map at a point, which is visited once."""
         vjp = jax.vjp(lambda z: self.cell(point.params, z, point.u), point.z)[1]
         if self.transposed:
@@ -178,13 +181,13 @@ def _apply_with_adjoint(cell: Cell, method: _Adjoint, params: Params, u: PyTree,
     return cell(params, z, u)
 
 
-def _forward(cell, method, params, u, z):
+def _forward(cell: Cell, method: _Adjoint, params: Params, u: PyTree, z: PyTree) -> tuple[PyTree, _Point]:
     fz = _apply_with_adjoint(cell, method, params, u, z)
     # To further derivatives the saved z is the equilibrium, which depends on params and u as the output does.
     return fz, _Point(params, u, straight_through(z, fz))
 
 
-def _backward(cell, method, point, cotangent):
+def _backward(cell: Cell, method: _Adjoint, point: _Point, cotangent: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     w = _linear_solution(method, _Jacobian(cell), point, cotangent)
     gradient = jax.vjp(lambda params, u: cell(params, point.z, u), point.params, point.u)[1](w)
     return *gradient, jax.tree.map(jnp.zeros_like, point.z)
@@ -199,12 +202,16 @@ def _linear_solution(method: _Adjoint, jacobian: _Jacobian, point: _Point, g: Py
     return method.adjoint(jacobian.at(point), g)
 
 
-def _linear_forward(method, jacobian, point, g):
+def _linear_forward(
+    method: _Adjoint, jacobian: _Jacobian, point: _Point, g: PyTree
+) -> tuple[PyTree, tuple[_Point, PyTree]]:
     x = _linear_solution(method, jacobian, point, g)
     return x, (point, x)
 
 
-def _linear_backward(method, jacobian, saved, cotangent):
+def _linear_backward(
+    method: _Adjoint, jacobian: _Jacobian, saved: tuple[_Point, PyTree], cotangent: PyTree
+) -> tuple[_Point, PyTree]:
     point, x = saved
     t = _linear_solution(method, jacobian.transpose, point, cotangent)
     return jax.vjp(lambda point: jacobian.at(point)(x)[0], point)[1](t)[0], t

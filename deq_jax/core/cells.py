@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Cell, Params, PyTree
+from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree
 
 
 def apply(cell: Cell, params: Params, z: PyTree, u: PyTree) -> PyTree:
@@ -52,7 +52,7 @@ def batch_size(z: PyTree, u: PyTree = None) -> int:
     return size
 
 
-def flat_cell(cell: Cell, params: Params, z0: PyTree) -> tuple[Callable, Array, Callable[[Array], PyTree]]:
+def flat_cell(cell: Cell, params: Params, z0: PyTree) -> tuple[FlatCell, Array, Callable[[Array], PyTree]]:
     """The input of a solver: ``f(z, u)`` over flat states, z0 as a flat state [B, N], and the way back."""
     unravel = _unraveler(z0)
     return lambda z, u: ravel(apply(cell, params, unravel(z), u)), ravel(z0), unravel

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
-def compiled(*static: str) -> Callable[[Function], Function]:
+def compiled(*static: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
     """Decorator: compiles a function once for equal static arguments and shapes; within `jax.jit` it changes nothing.
 
     A callable that is not hashable, or made anew for every call, is compiled at every call.
@@ -21,17 +22,17 @@ def compiled(*static: str) -> Callable[[Function], Function]:
       static: names of the arguments that are not arrays. They are compared by value, and must be pure.
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:
         signature = inspect.signature(function)
-        jitted = jax.jit(function, static_argnames=static)
+        jitted: Callable[Given, Result] = jax.jit(function, static_argnames=static)
 
         @wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
             given = signature.bind(*args, **kwargs).arguments
             keep = _is_hashable([given.get(name) for name in static])
             return (jitted if keep else function)(*args, **kwargs)
 
-        return call  # type: ignore[return-value]
+        return call
 
     return decorate
 

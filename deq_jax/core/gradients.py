@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from deq_jax.core.cells import apply
@@ -40,7 +41,7 @@ class Phantom:
     steps: int = 5
     damping: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 0, f"Phantom: steps must be >= 0, got {self.steps!r}")
         require(0 < self.damping <= 1, f"Phantom: damping must be in (0, 1], got {self.damping!r}")
 
@@ -51,7 +52,7 @@ class Phantom:
 
     @compiled("self", "cell")
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        def step(z, damping):
+        def step(z: PyTree, damping: Array) -> tuple[PyTree, None]:
             return _damped_step(cell, params, u, z, damping), None
 
         # The plain step is a step of damping 1, so that the cell is compiled once.
@@ -84,7 +85,7 @@ class PhantomUpTo:
     @staticmethod
     @compiled("cell", "max_steps")
     def _take(cell: Cell, params: Params, u: PyTree, z: PyTree, max_steps: int, steps: Any, damping: Any) -> PyTree:
-        def step(z, scheduled):
+        def step(z: PyTree, scheduled: tuple[Array, Array]) -> tuple[PyTree, None]:
             number, damping = scheduled
             advance = partial(_damped_step, cell, params, u)
             return lax.cond(number <= steps, advance, lambda z, damping: z, z, damping), None
@@ -106,7 +107,7 @@ class AtState:
 
     gradient: Gradient
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         way = "Backprop(AtState(...)) is the raw state with the derivative of the solver's steps"
         require(not isinstance(self.gradient, Backprop), f"AtState: expected another estimator, got Backprop; {way}")
 
@@ -129,7 +130,7 @@ class Unrolled:
 
     steps: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 1, f"Unrolled: steps must be >= 1, got {self.steps!r}")
 
     @property
@@ -159,7 +160,7 @@ class Backprop:
 
     then: Gradient = Phantom()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(not isinstance(self.then, Backprop), "Backprop: then must be another estimator, got Backprop")
 
     @property
@@ -206,12 +207,12 @@ straight_through.defvjp(
 
 
 def _damped_step(cell: Cell, params: Params, u: PyTree, z: PyTree, damping: Array) -> PyTree:
-    def step(a, b):
+    def step(a: Array, b: Array) -> Array:
         weight = damping.astype(a.dtype)
         return (1 - weight) * a + weight * b
 
     return jax.tree.map(step, z, apply(cell, params, z, u))
 
 
-def _dtype(tree: PyTree):
+def _dtype(tree: PyTree) -> np.dtype:
     return jnp.result_type(*jax.tree.leaves(tree))

@@ -55,7 +55,7 @@ def jacobian_norm(cell: Cell, params: Params, u: PyTree, z: PyTree, probes: PyTr
     """
     vjp = jax.vjp(lambda z: apply(cell, params, z, u), lax.stop_gradient(z))[1]
     products = jax.vmap(lambda v: vjp(v)[0])(probes)
-    size = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(z))
+    size: int = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(z))
     return jnp.mean(jax.vmap(_dot)(products, products), axis=0) / size
 
 
@@ -109,7 +109,8 @@ def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree,
     vjp, wide = jax.vjp(lambda z: f(z, u), flat)[1], jnp.promote_types(start.dtype, jnp.float32)
 
     def multiply(w: Array) -> Array:
-        return vjp(w.astype(flat.dtype))[0].astype(wide)
+        product: Array = vjp(w.astype(flat.dtype))[0]
+        return product.astype(wide)
 
     powers = steps // 3
     w = lax.fori_loop(0, powers, lambda _, w: _normalised(multiply(w))[0], _normalised(start.astype(wide))[0])
@@ -134,7 +135,7 @@ def _projection(multiply: Callable[[Array], Array], w: Array, size: int) -> Arra
         return basis.at[number + 1].set(w), column.at[number + 1].set(norm)
 
     basis = jnp.zeros((size + 1, *w.shape), w.dtype).at[0].set(w)
-    columns = lax.scan(step, basis, jnp.arange(size))[1]
+    columns: Array = lax.scan(step, basis, jnp.arange(size))[1]
     return columns.transpose(2, 1, 0)[:, :-1]
 
 

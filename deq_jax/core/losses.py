@@ -23,7 +23,7 @@ class LowEntropy:
 
     weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.weight >= 0, f"LowEntropy: weight must be >= 0, got {self.weight!r}")
 
     def __call__(self, logits: Array, labels: Array) -> Array:

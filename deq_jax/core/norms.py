@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.core.cells import ravel
-from deq_jax.core.types import Array, PyTree
+from deq_jax.core.types import Array, Memory, PyTree
 
 RESIDUAL_FLOOR = 1e-9  # in units of f(z0); keeps an equilibrium at 0 within reach
+
+
+class MeasuredMemory(Memory, Protocol):
+    """A solver's memory with the unit of its residuals, [B, 1]; see `Memory` and `unit_of`."""
+
+    @property
+    def unit(self) -> Array: ...
 
 
 class Measured(NamedTuple):
@@ -28,10 +35,11 @@ class Measured(NamedTuple):
     own: Any
 
 
-def measured(solver: Any, memory: Any) -> Any:
+def measured(solver: Any, memory: Any) -> MeasuredMemory:
     """A solver's memory with a unit; that of f(z0), if it is the memory at the start."""
     if hasattr(memory, "unit"):
-        return memory
+        known: MeasuredMemory = memory
+        return known
     return Measured(memory.z, memory.fz, unit_of(solver, memory.fz), memory)
 
 
@@ -56,10 +64,11 @@ def relative_distance(a: PyTree, b: PyTree) -> Array:
     a, b = (wide(ravel(tree)) for tree in (a, b))
     unit = power_of_two(jnp.max(jnp.abs(b), axis=1, keepdims=True, initial=0))
     difference, size = (jnp.linalg.norm(x / unit, axis=1) for x in (a - b, b))
-    return jnp.where(difference == 0, 0, difference / size)
+    ratio: Array = jnp.where(difference == 0, 0, difference / size)
+    return ratio
 
 
-def residual_of(solver: Any, memory: Any) -> Array:
+def residual_of(solver: Any, memory: MeasuredMemory) -> Array:
     """Relative residuals [B]; see `Solution`.
 
     Norms are taken in a unit that holds f(z) itself. In that of f(z0) the square of a state that has grown 2e19 times
@@ -80,7 +89,7 @@ def inner(a: Array, b: Array) -> Array:
     return jnp.sum(a * b, axis=1, keepdims=True)
 
 
-def in_unit(memory: Any, x: Array) -> Array:
+def in_unit(memory: MeasuredMemory, x: Array) -> Array:
     """x in each sample's unit."""
     return x * (1 / memory.unit)
 

@@ -32,7 +32,7 @@ class IntermediateState:
 
     state: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.state >= 1, f"IntermediateState: state counts from 1, got {self.state!r}")
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
@@ -67,7 +67,7 @@ class RandomIntermediateState:
     best_so_far: bool = True
     first: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.first >= 1, f"RandomIntermediateState: first counts from 1, got {self.first!r}")
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:

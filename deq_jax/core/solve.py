@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,13 @@ from jax import lax
 
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
-from deq_jax.core.norms import Measured, measured, residual_of, wide
-from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver
+from deq_jax.core.norms import Measured, MeasuredMemory, measured, residual_of, wide
+from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree, Solution, Solver
+
+AnyMemory = TypeVar("AnyMemory", bound=MeasuredMemory)
+
+Carry = tuple[MeasuredMemory, Array, Array]
+"""The memory, and of each sample the best state [B, N] and its residual [B]."""
 
 
 @compiled("solver", "cell")
@@ -68,7 +72,7 @@ def solve(
     first_evaluation = 1 if memory is None else 0
     memory = begin(solver, f, flat, u) if memory is None else measured(solver, memory)
 
-    def step(carry, _):
+    def step(carry: Carry, _: None) -> tuple[Carry, tuple[Array, Array, Array]]:
         memory, best, lowest = carry
         memory, residual, active = advance(solver, f, memory, u)
         better = residual < lowest
@@ -82,7 +86,7 @@ def solve(
     return Solution(unravel(best), jax.vmap(unravel)(states), residuals, evaluations, memory)
 
 
-def begin(solver: Solver, f: Callable, z: Array, u: PyTree) -> Any:
+def begin(solver: Solver, f: FlatCell, z: Array, u: PyTree) -> MeasuredMemory:
     """The memory of a solver at its start z [B, N], ready for `advance` and `repeat`.
 
     Args:
@@ -94,7 +98,7 @@ def begin(solver: Solver, f: Callable, z: Array, u: PyTree) -> Any:
     return measured(solver, solver.init(f, z, u))
 
 
-def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, Array, Array]:
+def advance(solver: Solver, f: FlatCell, memory: AnyMemory, u: PyTree) -> tuple[AnyMemory, Array, Array]:
     """One step in which converged samples stay where they are; f is not evaluated once all have converged.
 
     Args:
@@ -109,13 +113,14 @@ def advance(solver: Solver, f: Callable, memory: Any, u: PyTree) -> tuple[Any, A
     active = _active(solver, memory)
 
     def unless_all_converged(z: Array, u: PyTree) -> Array:
-        return lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
+        fz: Array = lax.cond(jnp.any(active), f, lambda z, u: memory.fz, z, u)
+        return fz
 
     memory = _updated(solver, unless_all_converged, memory, u, active)
     return memory, residual_of(solver, memory), active
 
 
-def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
+def repeat(solver: Solver, f: FlatCell, before: AnyMemory, u: PyTree) -> AnyMemory:
     """The last step once more, for another function: the warm start after the injection has changed.
 
     The iterate is the same. f(z; u) is evaluated again, also if a sample had converged, and the step's lesson
@@ -127,16 +132,17 @@ def repeat(solver: Solver, f: Callable, before: Any, u: PyTree) -> Any:
       before: the memory before that step.
       u: the new injection, leaves [B, ...].
     """
-    return _updated(solver, f, before, u, _active(solver, before))
+    after: AnyMemory = _updated(solver, f, before, u, _active(solver, before))
+    return after
 
 
-def _updated(solver: Solver, f: Callable, memory: Any, u: PyTree, active: Array) -> Any:
+def _updated(solver: Solver, f: FlatCell, memory: Any, u: PyTree, active: Array) -> Any:
     if not isinstance(memory, Measured):
         return solver.update(f, memory, u, active)
     own = solver.update(f, memory.own, u, active)
     return Measured(own.z, own.fz, memory.unit, own)
 
 
-def _active(solver: Solver, memory: Any) -> Array:
+def _active(solver: Solver, memory: MeasuredMemory) -> Array:
     tolerance = max(solver.tolerance, float(jnp.finfo(memory.z.dtype).eps))
     return ~(residual_of(solver, memory) < tolerance)

@@ -18,7 +18,6 @@ in this file alone.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from jax import lax
 
 from deq_jax.core.errors import require
 from deq_jax.core.norms import in_unit, inner, unit_of, wide
-from deq_jax.core.types import Array, PyTree, Solver
+from deq_jax.core.types import Array, FlatCell, PyTree, Solver
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
@@ -51,7 +50,7 @@ class _Settings:
     tolerance: float = 1e-3
     batch_joint: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         name = type(self).__name__
         require(_positive_int(self.steps), f"{name}: steps must be a positive integer, got {self.steps!r}")
         require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
@@ -75,12 +74,12 @@ class FixedPoint(_Settings):
 
     damping: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.damping <= 1, f"FixedPoint: damping must be in (0, 1], got {self.damping!r}")
 
-    def init(self, f: Callable, z: Array, u: PyTree) -> FixedPointMemory:
-        def damped(z, u):
+    def init(self, f: FlatCell, z: Array, u: PyTree) -> FixedPointMemory:
+        def damped(z: Array, u: PyTree) -> tuple[Array, Array]:
             fz = f(z, u)
             return z + self.damping * (fz - z) if self.damping < 1 else fz, fz
 
@@ -88,7 +87,7 @@ class FixedPoint(_Settings):
         proposal, state = iteration.update(z, iteration.init_state(z, u), u)
         return FixedPointMemory(z, state.aux, unit_of(self, state.aux), proposal)
 
-    def update(self, f: Callable, memory: FixedPointMemory, u: PyTree, active: Array) -> FixedPointMemory:
+    def update(self, f: FlatCell, memory: FixedPointMemory, u: PyTree, active: Array) -> FixedPointMemory:
         following = self.init(f, jnp.where(active[:, None], memory.proposal, memory.z), u)
         return following._replace(unit=memory.unit)
 
@@ -130,14 +129,14 @@ class Anderson(_Settings):
     beta: float = 1.0
     absolute_ridge: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         size_is_valid = _positive_int(self.history_size) and self.history_size >= 2
         require(size_is_valid, f"Anderson: history_size must be an integer >= 2, got {self.history_size!r}")
         require(self.ridge > 0, f"Anderson: ridge must be > 0, got {self.ridge!r}")
         require(0 < self.beta <= 1, f"Anderson: beta must be in (0, 1], got {self.beta!r}")
 
-    def init(self, f: Callable, z: Array, u: PyTree) -> AndersonMemory:
+    def init(self, f: FlatCell, z: Array, u: PyTree) -> AndersonMemory:
         size, batch = self.history_size, len(z)
         fz, unit = f(z, u), jnp.ones((batch, 1), wide(z).dtype)
         empty = jnp.zeros((size, *z.shape), unit.dtype)
@@ -145,7 +144,7 @@ class Anderson(_Settings):
         memory = AndersonMemory(z, fz, unit_of(self, fz), empty, empty, gram, taken)
         return self._visit(memory, z, fz, jnp.ones(batch, bool))
 
-    def update(self, f: Callable, memory: AndersonMemory, u: PyTree, active: Array) -> AndersonMemory:
+    def update(self, f: FlatCell, memory: AndersonMemory, u: PyTree, active: Array) -> AndersonMemory:
         z = jnp.where(active[:, None], self._mixed(memory).astype(memory.z.dtype), memory.z)
         return self._visit(memory, z, f(z, u), active)
 
@@ -164,7 +163,8 @@ class Anderson(_Settings):
         system = off_diagonal / (norms[:, :, None] * norms[:, None]) + jnp.eye(size, dtype=memory.gram.dtype)
         alpha = weights * jnp.linalg.solve(system, weights[:, :, None])[:, :, 0]
         alpha /= jnp.sum(alpha, axis=1, keepdims=True)
-        return sum(alpha[:, i : i + 1] * memory.targets[i] for i in range(size))
+        mixed: Array = sum(alpha[:, i : i + 1] * memory.targets[i] for i in range(size))
+        return mixed
 
     def _visit(self, memory: AndersonMemory, z: Array, fz: Array, active: Array) -> AndersonMemory:
         """The memory with z as its newest point; where a sample is not active, as its last one once more."""
@@ -212,19 +212,19 @@ class Broyden(_Settings):
     history_size: int | None = None
     history_dtype: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         valid = self.history_size is None or _positive_int(self.history_size)
         require(valid, f"Broyden: history_size must be a positive integer or None, got {self.history_size!r}")
 
-    def init(self, f: Callable, z: Array, u: PyTree) -> BroydenMemory:
+    def init(self, f: FlatCell, z: Array, u: PyTree) -> BroydenMemory:
         fz = f(z, u)
         size, step, unit = 1 + (self.history_size or self.steps), wide(fz) - wide(z), unit_of(self, fz)
         steps = jnp.zeros((size, *z.shape), self.history_dtype or z.dtype)
         weights = jnp.zeros((size, len(z)), unit.dtype)
         return BroydenMemory(z, fz, unit, step, steps, weights, jnp.zeros((), jnp.int32))
 
-    def update(self, f: Callable, memory: BroydenMemory, u: PyTree, active: Array) -> BroydenMemory:
+    def update(self, f: FlatCell, memory: BroydenMemory, u: PyTree, active: Array) -> BroydenMemory:
         steps = self._with_next_step(memory)
         z = jnp.where(active[:, None], (memory.z + memory.step).astype(memory.z.dtype), memory.z)
         fz = f(z, u)
@@ -245,11 +245,12 @@ class Broyden(_Settings):
         """``w^T B`` for vectors w [B, N]."""
         steps, count = self._with_next_step(memory), self.count(memory)
 
-        def apply(k, w):
+        def apply(k: Array, w: Array) -> Array:
             step, following, weight = _pair(steps, memory, 1 + k)
             return w + step * (weight * inner(following, w))
 
-        return lax.fori_loop(0, count, apply, -wide(w))
+        product: Array = lax.fori_loop(0, count, apply, -wide(w))
+        return product
 
     def count(self, memory: BroydenMemory) -> Array | int:
         """How many pairs of consecutive steps the memory holds, the next step included."""
@@ -263,11 +264,12 @@ class Broyden(_Settings):
     def _multiply(self, steps: Array, memory: BroydenMemory, g: Array) -> Array:
         count = self.count(memory)
 
-        def apply(k, product):
+        def apply(k: Array, product: Array) -> Array:
             step, following, weight = _pair(steps, memory, count - k)
             return product + following * (weight * inner(step, product))
 
-        return lax.fori_loop(0, count, apply, -wide(g))
+        product: Array = lax.fori_loop(0, count, apply, -wide(g))
+        return product
 
     def _with_next_step(self, memory: BroydenMemory) -> Array:
         step = in_unit(memory, memory.step).astype(memory.steps.dtype)
@@ -276,14 +278,15 @@ class Broyden(_Settings):
 
 def differentiable(solver: Any) -> Solver:
     """The same solver in a form whose own steps can be differentiated backwards; see `Solver`."""
-    return solver.reverse_mode() if hasattr(solver, "reverse_mode") else solver
+    form: Solver = solver.reverse_mode() if hasattr(solver, "reverse_mode") else solver
+    return form
 
 
 @cache
 def _with_static_loops(kind: Any) -> type[Broyden]:
     """The class, with loops over all places for pairs: those not filled do nothing."""
 
-    def count(self, memory: BroydenMemory) -> int:
+    def count(self: Broyden, memory: BroydenMemory) -> int:
         return len(memory.steps) - 1
 
     return type(kind.__name__, (kind,), {"count": count, "reverse_mode": lambda self: self})

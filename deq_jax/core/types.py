@@ -32,6 +32,9 @@ Params = PyTree
 Cell = Callable[[Params, PyTree, PyTree], PyTree]
 """``(params, z, u) -> f(z; u)``; every leaf of z and u has a leading batch axis, samples independent."""
 
+FlatCell = Callable[[Array, PyTree], Array]
+"""``f(z [B, N], u) -> [B, N]``: a cell with its parameters, over flat states; see `cells.flat_cell`."""
+
 Loss = Callable[[Array, Array], Array]
 """``(logits [B, K], labels) -> [B]``; larger is worse for the classifier. See `attacks.Attack` for the labels."""
 
@@ -261,7 +264,7 @@ class Solver(Protocol):
     @property
     def tolerance(self) -> float: ...
 
-    def init(self, f: Callable[[Array, PyTree], Array], z: Array, u: PyTree) -> Memory:
+    def init(self, f: FlatCell, z: Array, u: PyTree) -> Memory:
         """The memory at the start.
 
         Args:
@@ -271,7 +274,7 @@ class Solver(Protocol):
         """
         ...
 
-    def update(self, f: Callable[[Array, PyTree], Array], memory: Any, u: PyTree, active: Array) -> Memory:
+    def update(self, f: FlatCell, memory: Any, u: PyTree, active: Array) -> Memory:
         """The memory after one new iterate and one evaluation of f, of the same shapes and dtypes as before.
 
         Args:
