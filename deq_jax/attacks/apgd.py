@@ -16,7 +16,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
 from deq_jax.core.losses import cross_entropy
-from deq_jax.core.types import Array, Keys, Loss, Purpose
+from deq_jax.core.types import AnyArray, Array, Keys, Loss, Purpose
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -82,7 +82,7 @@ class APGD:
 
     uses_gradients: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 1, f"APGD: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"APGD: restarts must be >= 1, got {self.restarts!r}")
 
@@ -112,24 +112,25 @@ class APGD:
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, labels, keys, start):
-        def restart(number, best):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
+        def restart(number: Array, best: Best) -> Best:
             own = keys.fold(1 + number)
             begin = self.threat.project(x + self.threat.epsilon * self.threat.random_direction(own, x), x)
             begin = begin if start is None else jnp.where(number == 0, start, begin)
             return self._restart(oracle, x, labels, own, best, begin)
 
         best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
-        return until_fooled(restart, best, self.restarts).x
+        x_adv: Array = until_fooled(restart, best, self.restarts).x
+        return x_adv
 
-    def _restart(self, oracle, x, labels, keys, best, start):
+    def _restart(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, best: Best, start: Array) -> Best:
         queries = keys.fold(Purpose.QUERY)
 
-        def query(x_adv, number, best):
+        def query(x_adv: Array, number: int | Array, best: Best) -> tuple[Array, Array, Best]:
             losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, queries.fold(number))
             return losses, gradient, best.update(x_adv, losses, logits, labels)
 
-        def step(carry, schedule):
+        def step(carry: tuple[_Ascent, Best], schedule: tuple[Array, AnyArray]) -> tuple[tuple[_Ascent, Best], None]:
             number, interval = schedule
             ascent, best = carry
             x_adv = self._move(ascent, x, jnp.where(number == 1, 1, 0.75).astype(x.dtype))
@@ -141,17 +142,17 @@ class APGD:
         numbers = jnp.arange(1, self.steps + 1)
         return lax.scan(step, (ascent, best), (numbers, _intervals(self.steps)))[0][1]
 
-    def _begin(self, x, gradient, loss):
+    def _begin(self, x: Array, gradient: Array, loss: Array) -> _Ascent:
         step_size = jnp.full_like(loss, 2 * self.threat.epsilon)
         count, halved = jnp.zeros(loss.shape, jnp.int32), jnp.ones(loss.shape, bool)
         return _Ascent(x, x, gradient, loss, x, gradient, loss, step_size, count, halved, loss)
 
-    def _move(self, ascent, x, inertia):
+    def _move(self, ascent: _Ascent, x: Array, inertia: Array) -> Array:
         project, here = self.threat.project, ascent.x
         ahead = project(here + per_image(ascent.step_size, x) * self.threat.steepest(ascent.gradient), x)
         return project(here + inertia * (ahead - here) + (1 - inertia) * (here - ascent.previous), x)
 
-    def _adapt(self, ascent, interval):
+    def _adapt(self, ascent: _Ascent, interval: Array) -> _Ascent:
         """Halves the step size and goes back to the peak, if this is a checkpoint and it is called for."""
         few_rises = ascent.rises < 0.75 * interval
         stuck = ~ascent.halved & (ascent.peak_loss <= ascent.last_peak_loss)

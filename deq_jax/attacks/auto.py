@@ -33,7 +33,7 @@ from deq_jax.attacks.targeted import Targeted
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import require
 from deq_jax.core.losses import dlr, margin, targeted_dlr
-from deq_jax.core.types import Array, Keys, Purpose
+from deq_jax.core.types import AnyArray, Array, Keys, Purpose
 
 
 def auto_attack(
@@ -123,7 +123,7 @@ class AutoAttack:
     batch_size: int = 128
     draws: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(len(self.attacks) > 0, "AutoAttack: expected at least one attack, got none")
         require(self.batch_size >= 1, f"AutoAttack: batch_size must be >= 1, got {self.batch_size!r}")
         require(self.draws >= 1, f"AutoAttack: draws must be >= 1, got {self.draws!r}")
@@ -208,7 +208,15 @@ class AutoAttack:
         attempts = [Compiled(partial(_attempt_batch, attack, oracle, self.threat)) for attack in self.attacks]
         return partial(self._stages, judge, attempts)
 
-    def _stages(self, judge, attempts, x, labels, key, start=None):
+    def _stages(
+        self,
+        judge: Compiled,
+        attempts: list[Compiled],
+        x: AnyArray,
+        labels: AnyArray,
+        key: int | Array | Keys,
+        start: AnyArray | None = None,
+    ) -> Iterator[Stage]:
         x, labels = check_inputs(x, labels, pairs=False)
         begin = None if start is None else np.asarray(check_start(start, x, self.threat))
         keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
@@ -237,14 +245,15 @@ class AutoAttack:
                 _write(best, rows, attempt(so_far, x[padded], labels[padded], own, given))
             yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
 
-    def _run(self, oracle, x, labels, keys, start):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
         for number, attack in enumerate(self.attacks):
             tried = _attempt(attack, oracle, best, x, labels, keys.fold(1 + number), start)
             best = best.where(best.fooled, tried)
-        return best.x
+        x_adv: Array = best.x
+        return x_adv
 
-    def _averaged(self, oracle):
+    def _averaged(self, oracle: Oracle) -> Oracle:
         return expectation(oracle, self.draws) if self.draws > 1 else oracle
 
 

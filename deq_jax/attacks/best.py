@@ -62,7 +62,8 @@ class Best(NamedTuple):
 
     def where(self, condition: Array, other: Best) -> Best:
         """This where the condition [B] holds, else the other."""
-        return jax.tree.map(lambda a, b: jnp.where(per_image(condition, a), a, b), self, other)
+        chosen: Best = jax.tree.map(lambda a, b: jnp.where(per_image(condition, a), a, b), self, other)
+        return chosen
 
 
 def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: int) -> Best:
@@ -71,11 +72,11 @@ def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: i
     A fooled image no longer changes, so it does not depend on its batch-mates.
     """
 
-    def resists(carry):
+    def resists(carry: tuple[Array, Best]) -> Array:
         number, best = carry
         return (number < attempts) & jnp.any(~best.fooled)
 
-    def body(carry):
+    def body(carry: tuple[Array, Best]) -> tuple[Array, Best]:
         number, best = carry
         return number + 1, best.where(best.fooled, attempt(number, best))
 

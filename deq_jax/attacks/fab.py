@@ -49,7 +49,7 @@ class FAB:
     uses_gradients: ClassVar[bool] = True
     gradient_queries: ClassVar[None] = None  # depends on the number of classes
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"FAB: restarts must be >= 1, got {self.restarts!r}")
         require(0 <= self.alpha_max <= 1, f"FAB: alpha_max must be in [0, 1], got {self.alpha_max!r}")
@@ -66,12 +66,12 @@ class FAB:
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, labels, keys, start):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         given, labels = labels, labels_of(labels)
         num_classes = jax.eval_shape(lambda: oracle.logits(x, keys)).shape[-1]
         aims = given[None, :, 1] if given.ndim == 2 else _others(labels, num_classes)
 
-        def restart(number, best):
+        def restart(number: Array, best: Best) -> Best:
             own = keys.fold(1 + number)
             radius = jnp.where(number == 0, 0, self.threat.epsilon / 2)
             begin = jnp.clip(x + radius * self.threat.random_direction(own, x), 0, 1)
@@ -81,13 +81,14 @@ class FAB:
             return best.query(oracle, margin, found, labels, queries.fold(2 * self.steps + 1))
 
         best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
-        return until_fooled(restart, best, self.restarts).x
+        found: Array = until_fooled(restart, best, self.restarts).x
+        return found
 
-    def _walk(self, oracle, x, start, labels, aims, queries):
+    def _walk(self, oracle: Oracle, x: Array, start: Array, labels: Array, aims: Array, queries: Keys) -> Array:
         """The nearest misclassified iterate, x where there was none."""
         length = self.threat.length
 
-        def step(carry, number):
+        def step(carry: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
             point, found, distance = carry
             gap = self._nearest_boundary(oracle, point, labels, aims, queries.fold(2 * number - 1))
             point = self._step(x, point, *gap)
@@ -100,7 +101,7 @@ class FAB:
         carry = start, x, jnp.full(x.shape[0], jnp.inf, x.dtype)
         return lax.scan(step, carry, 1 + jnp.arange(self.steps))[0][1]
 
-    def _step(self, x, point, gap, normal):
+    def _step(self, x: Array, point: Array, gap: Array, normal: Array) -> Array:
         """From the iterate and the image towards the hyperplane ``gap + <normal, z - point> = 0``."""
         to_plane, length = self.threat.to_hyperplane, self.threat.length
         tilt = jnp.sum(normal * (x - point), axis=tuple(range(1, x.ndim)))
@@ -109,10 +110,12 @@ class FAB:
         alpha = per_image(jnp.minimum(near / (near + far), self.alpha_max), x)
         return jnp.clip((1 - alpha) * (point + self.eta * from_point) + alpha * (x + self.eta * from_x), 0, 1)
 
-    def _nearest_boundary(self, oracle, point, labels, aims, keys):
+    def _nearest_boundary(
+        self, oracle: Oracle, point: Array, labels: Array, aims: Array, keys: Keys
+    ) -> tuple[Array, Array]:
         """Gap [B] and its gradient, in a common unit, for the class (of aims [C, B]) with the nearest boundary."""
 
-        def linearise(aim):
+        def linearise(aim: Array) -> tuple[Array, Array, Array]:
             pairs = jnp.stack([labels, aim], axis=1)
             gap, _, normal = oracle.grad(logit_difference, point, pairs, keys)
             unit = power_of_two(
@@ -121,7 +124,7 @@ class FAB:
             gap, normal = gap / unit, normal / per_image(unit, normal)
             return gap, normal, jnp.abs(gap) / jnp.maximum(self.threat.dual_length(normal), 1e-12)
 
-        def nearer(nearest, aim):
+        def nearer(nearest: tuple[Array, Array, Array], aim: Array) -> tuple[tuple[Array, Array, Array], None]:
             other = linearise(aim)
             closer = other[2] < nearest[2]
             return jax.tree.map(lambda a, b: jnp.where(per_image(closer, a), a, b), other, nearest), None

@@ -62,7 +62,8 @@ def carry_out(
     given, (x, labels) = x, check_inputs(x, labels, pairs=pairs, reference=reference)
     start = None if start is None else check_start(start, x, threat)
     if len(x) == 0:
-        return given
+        unchanged: Array = given
+        return unchanged
     keys = Keys.of(key, len(x))
 
     def attack(x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
@@ -83,7 +84,8 @@ def carry_out(
         return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if _is_traced(x) else x_adv
     if asks:
         refuse_not_finite(Compiled(finite)(x, keys.fold(Purpose.QUERY)))
-    return Compiled(attack)(x, labels, keys, start)
+    found: Array = Compiled(attack)(x, labels, keys, start)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,8 @@ class Guard:
         require(shape[1] >= 2, f"attack: expected logits [B, K] with K >= 2, got {_described(logits)}; {way}")
         if self.labels is not None:
             check_classes(self.labels, shape[1])
-        return logits.astype(self.centre.dtype)
+        checked: Array = logits.astype(self.centre.dtype)
+        return checked
 
 
 def check_inputs(

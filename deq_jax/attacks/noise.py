@@ -32,5 +32,5 @@ class Noise:
         require(start is None, "Noise: expected no start, since noise is added to the images themselves")
         return carry_out(self._run, oracle, x, labels, key, asks=False)
 
-    def _run(self, oracle, x, labels, keys, start):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         return self.threat.project(x + self.threat.epsilon * self.threat.random_direction(keys, x), x)

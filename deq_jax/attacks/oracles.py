@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jax import lax
 
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Keys, Loss
+
+Answer = TypeVar("Answer")
 
 
 def average(oracles: Sequence[Oracle]) -> Oracle:
@@ -31,7 +33,8 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
 
     def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
         answers = [oracle.grad(loss, x, labels, keys.fold(i)) for i, oracle in enumerate(oracles)]
-        return jax.tree.map(lambda *parts: sum(parts) / len(oracles), *answers)
+        mean: tuple[Array, Array, Array] = jax.tree.map(lambda *parts: sum(parts) / len(oracles), *answers)
+        return mean
 
     return Oracle(logits, grad)
 
@@ -49,12 +52,13 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
     """
     require(draws >= 1, f"expectation: draws must be >= 1, got {draws!r}")
 
-    def mean(query):
-        def add(total, number):
+    def mean(query: Callable[[int | Array], Answer]) -> Answer:
+        def add(total: Answer, number: Array) -> tuple[Answer, None]:
             return jax.tree.map(jnp.add, total, query(number)), None
 
         total, _ = lax.scan(add, query(0), jnp.arange(1, draws))
-        return jax.tree.map(lambda part: part / draws, total)
+        averaged: Answer = jax.tree.map(lambda part: part / draws, total)
+        return averaged
 
     def logits(x: Array, keys: Keys) -> Array:
         return mean(lambda number: oracle.logits(x, keys.fold(number)))
@@ -116,7 +120,7 @@ class _Gradient:
     logits: Callable[[Array, Keys], Array]
 
     def __call__(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        def total(x):
+        def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
             scores = self.logits(x, keys)
             losses = loss(scores, labels)
             return jnp.sum(losses), (losses, scores)

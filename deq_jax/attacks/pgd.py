@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from deq_jax.core.types import Array, Keys, Loss, Purpose
 
 Start = Callable[[Keys, Array, Threat], Array]
 """``(keys, x, threat) -> x_0``; the attack projects the result."""
+
+Kept = TypeVar("Kept", Best, None)
 
 
 def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
@@ -63,7 +65,7 @@ class PGD:
 
     uses_gradients: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.step_size is None or self.step_size > 0, f"PGD: step_size must be > 0, got {self.step_size!r}")
         require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"PGD: restarts must be >= 1, got {self.restarts!r}")
@@ -96,8 +98,8 @@ class PGD:
         checks: Any = {"threat": self.threat, "reference": True, "asks": self.best_of}
         return carry_out(self._run, oracle, x, labels, key, start, **checks)
 
-    def _run(self, oracle, x, labels, keys, start):
-        def restart(number, best):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
+        def restart(number: int | Array, best: Kept) -> tuple[Array, Kept]:
             own = keys.fold(number)
             first = None if start is None else jnp.where(number == 0, start, self.start(own, x, self.threat))
             return self._restart(oracle, x, labels, own, best, first)
@@ -105,15 +107,19 @@ class PGD:
         if not self.best_of:
             return restart(0, None)[0]
         best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
-        return lax.scan(lambda best, number: (restart(number, best)[1], None), best, jnp.arange(self.restarts))[0].x
+        best = lax.scan(lambda best, number: (restart(number, best)[1], None), best, jnp.arange(self.restarts))[0]
+        x_adv: Array = best.x
+        return x_adv
 
-    def _restart(self, oracle, x, labels, keys, best, start):
+    def _restart(
+        self, oracle: Oracle, x: Array, labels: Array, keys: Keys, best: Kept, start: Array | None
+    ) -> tuple[Array, Kept]:
         """The last iterate, and the best so far; None stays None."""
         threat, step_size, queries = self.threat, self.step_size, keys.fold(Purpose.QUERY)
         if step_size is None:
             step_size = 2.5 * threat.epsilon / self.steps
 
-        def step(carry, number):
+        def step(carry: tuple[Array, Kept], number: Array) -> tuple[tuple[Array, Kept], None]:
             x_adv, best = carry
             losses, logits, gradient = oracle.grad(self.loss, x_adv, labels, queries.fold(number))
             if best is not None:

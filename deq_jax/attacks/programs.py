@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from deq_jax.core.types import PyTree
+from deq_jax.core.types import Array, PyTree
 
 KEPT = 64  # executables
 
@@ -63,10 +63,10 @@ def _program(function: Callable[..., PyTree], *args: PyTree) -> Callable[..., Py
 @dataclass(frozen=True)
 class _Executable:
     digest: bytes
-    run: Callable[..., list] = field(compare=False)
+    run: Callable[..., list[Array]] = field(compare=False)
 
 
 @lru_cache(maxsize=KEPT)
-def _kept(executable: _Executable) -> Callable[..., list]:
+def _kept(executable: _Executable) -> Callable[..., list[Array]]:
     """The first one with this digest."""
     return executable.run

@@ -47,7 +47,7 @@ class SPSA:
     uses_gradients: ClassVar[bool] = False
     gradient_queries: ClassVar[int] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 1, f"SPSA: steps must be >= 1, got {self.steps!r}")
         require(self.samples >= 1, f"SPSA: samples must be >= 1, got {self.samples!r}")
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
@@ -59,8 +59,8 @@ class SPSA:
         """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, labels, keys, start):
-        def ascend(number, carry):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
+        def ascend(number: Array, carry: tuple[Array, Best]) -> tuple[Array, Best]:
             x_adv, best = carry
             own = keys.fold(number)
             estimate = self._estimate(oracle, x_adv, labels, own.fold(Purpose.ATTACK))
@@ -68,14 +68,16 @@ class SPSA:
             tried = best.query(oracle, self.loss, x_adv, labels, own.fold(Purpose.QUERY))
             return x_adv, best.where(best.fooled, tried)
 
-        def step(carry, number):
+        def step(carry: tuple[Array, Best], number: Array) -> tuple[tuple[Array, Best], None]:
             return lax.cond(jnp.all(carry[1].fooled), lambda number, carry: carry, ascend, number, carry), None
 
         best = Best.clean(oracle, self.loss, x, labels, keys.fold(Purpose.QUERY), start)
-        return lax.scan(step, (x if start is None else start, best), 1 + jnp.arange(self.steps))[0][1].x
+        best = lax.scan(step, (x if start is None else start, best), 1 + jnp.arange(self.steps))[0][1]
+        x_adv: Array = best.x
+        return x_adv
 
     def _estimate(self, oracle: Oracle, x: Array, labels: Array, keys: Keys) -> Array:
-        def add(total, number):
+        def add(total: Array, number: Array) -> tuple[Array, None]:
             own = keys.fold(number // 2)  # the same direction and, of a random predictor, the same draw
             side = 1 - 2 * (number % 2)
             direction = side * own.draw(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))

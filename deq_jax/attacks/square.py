@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +42,7 @@ class Square:
     uses_gradients: ClassVar[bool] = False
     gradient_queries: ClassVar[int] = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(isinstance(self.threat, Linf | L2), f"Square: threat must be Linf or L2, got {self.threat!r}")
         require(self.queries >= 1, f"Square: queries must be >= 1, got {self.queries!r}")
         require(0 < self.p_init <= 1, f"Square: p_init must be in (0, 1], got {self.p_init!r}")
@@ -55,19 +56,19 @@ class Square:
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
-    def _run(self, oracle, x, labels, keys, start):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         labels = labels_of(labels)
         pattern, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 
-        def query(number, candidate):
+        def query(number: int | Array, candidate: Callable[[Keys], Array]) -> tuple[Array, Array, Array, Array]:
             own = keys.fold(1 + number)
             x_adv = self.threat.project(candidate(own), x)
             logits = oracle.logits(x_adv, own.fold(Purpose.QUERY))
             return x_adv, margin(logits, labels), logits, labels
 
-        def attempt(number, best):
-            def changed(own):
+        def attempt(number: Array, best: Best) -> Best:
+            def changed(own: Keys) -> Array:
                 return change(own, x, best.x, sides[number], self.threat.epsilon)
 
             return best.update(*query(1 + number, changed))
@@ -76,7 +77,8 @@ class Square:
         nothing = clean._replace(loss=jnp.full_like(clean.loss, -jnp.inf))
         first = nothing.update(*query(0, lambda own: pattern(own, x, self.threat.epsilon) if start is None else start))
         found = until_fooled(attempt, clean.where(clean.fooled, first), self.queries - 1)
-        return found.where(found.fooled | (found.loss > clean.loss), clean).x
+        best: Array = found.where(found.fooled | (found.loss > clean.loss), clean).x
+        return best
 
     def _sides(self, shape: tuple[int, ...]) -> np.ndarray:
         """[queries], side of the square at each query, in pixels; odd and at least 3 in ℓ2."""
@@ -88,7 +90,8 @@ class Square:
         if isinstance(self.threat, Linf):
             return sides
         largest = max(min(height, width) - 1 + min(height, width) % 2, 1)
-        return np.clip(sides + 1 - sides % 2, min(3, largest), largest)
+        odd: np.ndarray = np.clip(sides + 1 - sides % 2, min(3, largest), largest)
+        return odd
 
 
 def _stripes(keys: Keys, x: Array, epsilon: float) -> Array:
@@ -120,7 +123,8 @@ def _tiles(keys: Keys, x: Array, epsilon: float) -> Array:
     def tiles(key: Array) -> Array:
         signs = jax.random.rademacher(key, grid, x.dtype)
         delta = bumps.astype(x.dtype)[:, :, None] * signs[rows // side][:, columns // side]
-        return delta * epsilon / jnp.linalg.norm(delta)
+        scaled: Array = delta * epsilon / jnp.linalg.norm(delta)
+        return scaled
 
     return x + keys.draw(tiles)
 

@@ -28,7 +28,7 @@ class Targeted:
     attack: Attack
     classes: int = 9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.classes >= 1, f"Targeted: classes must be >= 1, got {self.classes!r}")
 
     @property
@@ -56,18 +56,19 @@ class Targeted:
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 
-    def _run(self, oracle, x, labels, keys, start):
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         attack, clean = self.attack if start is None else partial(self.attack, start=start), keys.fold(Purpose.QUERY)
         wrong = _wrong_classes(oracle.logits(x, clean), labels)
 
-        def attempt(number, best):
+        def attempt(number: Array, best: Best) -> Best:
             pairs = jnp.stack([labels, wrong[:, number]], axis=1)
             own = keys.fold(1 + number)
             x_adv = attack(oracle, x, pairs, own.fold(Purpose.ATTACK))
             return best.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
 
         best = Best.clean(oracle, margin, x, labels, clean, start)
-        return until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
+        x_adv: Array = until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
+        return x_adv
 
 
 def _wrong_classes(logits: Array, labels: Array) -> Array:

@@ -64,7 +64,7 @@ class Linf:
 
     epsilon: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_radius("Linf", self.epsilon)
         unit = f"did you mean {self.epsilon:g}/255?" if self.epsilon <= 255 else "1 is the whole range"
         require(self.epsilon <= 1, f"Linf: epsilon is in the unit of x, [0, 1], got {self.epsilon!r}; {unit}")
@@ -114,12 +114,13 @@ class L2:
 
     epsilon: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_radius("L2", self.epsilon)
 
     def length(self, delta: Array) -> Array:
         """Euclidean length of each perturbation, [B]."""
-        return jnp.linalg.norm(_flat(delta), axis=1)
+        lengths: Array = jnp.linalg.norm(_flat(delta), axis=1)
+        return lengths
 
     def dual_length(self, gradient: Array) -> Array:
         """The ℓ2 norm of each gradient, [B]."""
@@ -196,10 +197,11 @@ def _water_level(weights: Array, caps: Array, total: Array) -> Array:
         missing = total - jnp.sum(jnp.where(full, weights * caps, 0), axis=1)
         return jnp.where(rate > 0, missing / jnp.where(rate > 0, rate, 1), jnp.max(caps, axis=1))
 
-    def fill(carry):
+    def fill(carry: tuple[Array, Array | bool]) -> tuple[Array, Array | bool]:
         full, _ = carry
         filled = full | (caps <= level(full)[:, None])
         return filled, jnp.any(filled != full)
 
-    full, _ = lax.while_loop(lambda carry: carry[1], fill, (jnp.zeros_like(caps, bool), True))
+    empty: tuple[Array, Array | bool] = jnp.zeros_like(caps, bool), True
+    full, _ = lax.while_loop(lambda carry: carry[1], fill, empty)
     return level(full)
