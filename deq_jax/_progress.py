@@ -24,7 +24,7 @@ class Display:
         self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def show(self, done: float, total: float, text: str, line: str) -> None:

@@ -83,7 +83,7 @@ class Npz:
     validation: float = 0.1
     channels: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_share("Npz", self.validation)
         known = self.channels in ("last", "first", None)
         require(known, f"Npz: channels must be 'last', 'first' or None, got {self.channels!r}")
@@ -138,7 +138,7 @@ class Tfds:
     validation: float = 0.1
     data_dir: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_share("Tfds", self.validation)
 
     def load(self) -> Splits:

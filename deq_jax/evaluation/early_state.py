@@ -10,7 +10,7 @@ import numpy as np
 
 from deq_jax.attacks.oracles import Attack
 from deq_jax.core.readouts import EnsembleState
-from deq_jax.core.types import Array, Keys, PyTree, Solution
+from deq_jax.core.types import AnyArray, Keys, PyTree, Solution
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
@@ -46,7 +46,7 @@ def choose_early_state(
     """
     check_batch_size(batch_size)
 
-    def on_device(state: tuple[Variables, Array], batch: EvaluationBatch) -> Outcomes:
+    def on_device(state: tuple[Variables, AnyArray], batch: EvaluationBatch) -> Outcomes:
         variables, t = state
 
         def readout(solution: Solution, keys: Keys | None = None) -> PyTree:
@@ -63,6 +63,7 @@ def choose_early_state(
         robust = []
         for batch in evaluation_batches(images, batch_size):
             found = run((variables, np.int32(t)), batch)
+            assert found.attacked is not None  # there is an attack
             correct = both(is_correct(found.clean, found.y), is_correct(found.attacked, found.y))
             robust.append(correct.deployed[~batch.is_padding])
         return float(np.mean(np.concatenate(robust)))

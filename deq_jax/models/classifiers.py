@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,10 +162,14 @@ class Equilibrium:
         """The logits [B, K] of states z, in evaluation mode: no further application of the cell."""
         return self._decode(variables, z, False, None, None)[0]
 
-    def _encode(self, variables, x, train, keys, axis_name):
+    def _encode(
+        self, variables: Variables, x: Array, train: bool, keys: Keys | None, axis_name: str | None
+    ) -> tuple[Injection, PyTree]:
         return _apply(self.encoder, _part(variables, "encoder"), x, train, keys, axis_name)
 
-    def _decode(self, variables, z, train, keys, axis_name):
+    def _decode(
+        self, variables: Variables, z: PyTree, train: bool, keys: Keys | None, axis_name: str | None
+    ) -> tuple[Array, PyTree]:
         return _apply(self.decoder, _part(variables, "decoder"), z, train, keys, axis_name, takes_keys=False)
 
 
@@ -282,13 +287,13 @@ def _apply(
 def _at_least_one(batch: PyTree) -> PyTree:
     """The batch, leaves [B, ...], or one sample of zeros where it is empty."""
 
-    def fill(leaf):
+    def fill(leaf: Array) -> Array:
         return jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) if leaf.shape[:1] == (0,) else leaf
 
     return jax.tree.map(fill, batch)
 
 
-def _check_signature(module: nn.Module, names: str, inputs: tuple) -> None:
+def _check_signature(module: nn.Module, names: str, inputs: tuple[Any, ...]) -> None:
     """Refuses a module that cannot be called with these inputs."""
     try:
         inspect.signature(type(module).__call__).bind(module, *inputs)
@@ -296,7 +301,9 @@ def _check_signature(module: nn.Module, names: str, inputs: tuple) -> None:
         raise InputError(f"{type(module).__name__}: expected a module called as ({names}), {error}") from None
 
 
-def _check_collections(module: nn.Module, variables: Any, allowed=COLLECTIONS, advice: str = "") -> None:
+def _check_collections(
+    module: nn.Module, variables: Any, allowed: Collection[str] = COLLECTIONS, advice: str = ""
+) -> None:
     """Refuses variables that are neither trained nor kept."""
     other, name = sorted(set(variables) - set(allowed)), type(module).__name__
     advice = advice or f"a classifier has {' and '.join(COLLECTIONS)} only"

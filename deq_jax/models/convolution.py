@@ -20,11 +20,13 @@ from deq_jax.core.types import Array
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
+Strides = tuple[int, int]
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+def conv(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
     """2D convolution with gradients that are fast inside loops on the CPU.
 
     Args:
@@ -39,37 +41,42 @@ def conv(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) ->
     return _native_conv(x, kernel, strides, padding)
 
 
-def _native_conv(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+def _native_conv(x: Array, kernel: Array, strides: Strides, padding: Padding) -> Array:
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
 
 
-def _conv_forward(x, kernel, strides, padding):
+def _conv_forward(x: Array, kernel: Array, strides: Strides, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
     return conv(x, kernel, strides, padding), (x, kernel)
 
 
-def _conv_backward(strides, padding, saved, dy):
-    return lax.platform_dependent(
+def _conv_backward(strides: Strides, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    gradients: tuple[Array, Array] = lax.platform_dependent(
         *saved,
         dy,
         cpu=partial(loop_conv_gradients, strides, padding),
         default=partial(native_conv_gradients, strides, padding),
     )
+    return gradients
 
 
 conv.defvjp(_conv_forward, _conv_backward)
 
 
-def native_conv_gradients(strides, padding, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+def native_conv_gradients(
+    strides: Strides, padding: Padding, x: Array, kernel: Array, dy: Array
+) -> tuple[Array, Array]:
     """(dx, dkernel) as XLA derives them."""
-    return jax.vjp(lambda x, kernel: _native_conv(x, kernel, strides, padding), x, kernel)[1](dy)
+    vjp = jax.vjp(lambda x, kernel: _native_conv(x, kernel, strides, padding), x, kernel)[1]
+    dx, dkernel = vjp(dy)
+    return dx, dkernel
 
 
-def loop_conv_gradients(strides, padding, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+def loop_conv_gradients(strides: Strides, padding: Padding, x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
     """(dx, dkernel) as a forward convolution and as matrix products, which are fast inside loops."""
     return _input_gradient(strides, padding, x, kernel, dy), _kernel_gradient(strides, padding, x, kernel, dy)
 
 
-def _input_gradient(strides, padding, x, kernel, dy):
+def _input_gradient(strides: Strides, padding: Padding, x: Array, kernel: Array, dy: Array) -> Array:
     """Convolution of the (zero-stuffed) cotangent with the flipped kernel, its in and out axes swapped."""
     flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
     edges = [(0, 0, 0)]
@@ -82,7 +89,7 @@ def _input_gradient(strides, padding, x, kernel, dy):
     return conv(dy, flipped, (1, 1), ((0, 0), (0, 0)))
 
 
-def _kernel_gradient(strides, padding, x, kernel, dy):
+def _kernel_gradient(strides: Strides, padding: Padding, x: Array, kernel: Array, dy: Array) -> Array:
     height, width, channels, features = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     if channels > features and strides == (1, 1) and height * width > 1:

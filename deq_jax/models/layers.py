@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -108,7 +109,9 @@ class BatchNorm(nn.Module):
         mean, var = running_mean.value, running_var.value
         if train:
             axes = tuple(range(x.ndim - 1))
-            average = (lambda value: lax.pmean(value, axis_name)) if axis_name else (lambda value: value)
+            average: Callable[[Array], Array] = (
+                (lambda value: lax.pmean(value, axis_name)) if axis_name else (lambda value: value)
+            )
             mean = average(jnp.mean(x, axes))
             var = average(jnp.mean(jnp.square(x - mean), axes))
             if not self.is_initializing():
@@ -141,7 +144,9 @@ def dropout_by_image(keys: Keys | None) -> AbstractContextManager[Any]:
     if keys is None:
         return nullcontext()
 
-    def draw(call, args, kwargs, context):
+    def draw(
+        call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
+    ) -> Any:
         dropout = context.module
         if type(dropout) is not nn.Dropout or not args or len(args) > 2 or kwargs.get("rng") is not None:
             return call(*args, **kwargs)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
+from jax.typing import DTypeLike
 
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array, Injection, Keys
@@ -32,7 +33,7 @@ _uniform = initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1 / s
 _normal = initializers.normal(0.01)
 
 
-def _uniform_bias(key: Array, shape: tuple[int, ...], dtype=jnp.float32, *, fan_in: int) -> Array:
+def _uniform_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, *, fan_in: int) -> Array:
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
@@ -132,7 +133,7 @@ class MdeqEncoder(nn.Module):
             return Injection((u, *others))
         return Injection((u, *others), self._masks(keys, u.dtype))
 
-    def _masks(self, keys: Keys, dtype) -> State:
+    def _masks(self, keys: Keys, dtype: DTypeLike) -> State:
         masks = dropout_mask(keys, sum(self.channels), self.dropout, dtype)
         return tuple(jnp.split(masks, list(accumulate(self.channels))[:-1], axis=-1))
 

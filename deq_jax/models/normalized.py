@@ -66,7 +66,7 @@ class Normalized(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def setup(self):
+    def setup(self) -> None:
         nn.share_scope(self, self.module)
 
     def __call__(self, x: Array, *arguments: Any) -> Any:
@@ -74,4 +74,4 @@ class Normalized(nn.Module):
         channels = len(self.mean)
         require(x.shape[-1] == channels, f"Normalized: expected images of {channels} channels, got {x.shape[-1]}")
         mean, std = (jnp.asarray(values, x.dtype) for values in (self.mean, self.std))
-        return self.module((x - mean) / std, *arguments)  # type: ignore[operator]
+        return self.module((x - mean) / std, *arguments)

@@ -29,7 +29,7 @@ class JacobianRegularization:
     fewer: int = 2
     more: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.weight >= 0, f"JacobianRegularization: weight must be >= 0, got {self.weight!r}")
         require(self.probes >= 1, f"JacobianRegularization: probes must be >= 1, got {self.probes!r}")
         counts = self.fewer >= 0 and self.more >= 0

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import PyTree
+from deq_jax.core.types import AnyArray, Array, PyTree
 from deq_jax.parallel.processes import gather
 
 AXIS = "batch"
 
+State = TypeVar("State")
+Rows = TypeVar("Rows")
+Result = TypeVar("Result")
 
-def replicate_and_split(function: Callable, *, joint: bool) -> Callable:
+
+def replicate_and_split(function: Callable[[State, Rows], Result], *, joint: bool) -> Callable[[State, Rows], Result]:
     """``function(state, batch)`` on the devices of all processes, compiled.
 
     Args:
@@ -29,9 +34,10 @@ def replicate_and_split(function: Callable, *, joint: bool) -> Callable:
     """
     mapped = jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=None if joint else 0)
 
-    def run(state: PyTree, batch: PyTree) -> PyTree:
-        result = mapped(state, jax.tree.map(_split, batch))
-        return result if joint else jax.tree.map(_join, result)
+    def run(state: State, batch: Rows) -> Result:
+        result: Result = mapped(state, jax.tree.map(_split, batch))
+        joined: Result = result if joint else jax.tree.map(_join, result)
+        return joined
 
     return run
 
@@ -52,13 +58,13 @@ def check_batch_size(batch_size: int) -> None:
     require(batch_size % devices == 0, f"batch_size {batch_size} is not divisible by the {which}")
 
 
-def _split(leaf):
+def _split(leaf: AnyArray) -> AnyArray:
     """[B, ...] to the rows of this process, [devices, b, ...]."""
     devices, own = jax.device_count(), jax.local_device_count()
     rows = leaf.reshape(devices, leaf.shape[0] // devices, *leaf.shape[1:])
     return rows[jax.process_index() * own : (jax.process_index() + 1) * own]
 
 
-def _join(leaf):
+def _join(leaf: Array) -> np.ndarray:
     """[devices, b, ...] of each process to the rows of all of them, [B, ...]."""
     return gather(np.asarray(leaf).reshape(-1, *leaf.shape[2:]))

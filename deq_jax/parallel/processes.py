@@ -118,7 +118,8 @@ def gather_texts(text: str) -> list[str]:
 
 def gather(rows: np.ndarray) -> np.ndarray:
     """The rows [b, ...] of all processes, one below the other in their order, [B, ...]."""
-    return multihost_utils.process_allgather(rows, tiled=True)
+    every: np.ndarray = multihost_utils.process_allgather(rows, tiled=True)
+    return every
 
 
 def from_primary(tree: PyTree) -> PyTree:
@@ -133,7 +134,7 @@ class StopRequest:
     of JAX, which has been listening to SIGTERM since `connect`, agrees on it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._number: int | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -143,7 +144,7 @@ class StopRequest:
         self._handlers = {number: signal.signal(number, self._pass_on if several else self._note) for number in numbers}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
