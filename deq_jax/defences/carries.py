@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +11,7 @@ from deq_jax.core.errors import require
 from deq_jax.core.norms import unit_of
 from deq_jax.core.solve import repeat
 from deq_jax.core.solvers import Broyden
-from deq_jax.core.types import Array, PyTree, Solver
+from deq_jax.core.types import Array, FlatCell, PyTree, Solver
 
 
 class Carry(Protocol):
@@ -24,7 +23,7 @@ class Carry(Protocol):
     def choose(self, states: Array, residuals: Array) -> Array:
         """The state [B, N], of the block's states [every, B, N], that the next block starts from."""
 
-    def resume(self, solver: Any, f: Callable, before: Any, z: Array, u: PyTree) -> Any:
+    def resume(self, solver: Any, f: FlatCell, before: Any, z: Array, u: PyTree) -> Any:
         """The memory at state z for the new injection u, from the memory before the block's last step."""
 
 
@@ -44,7 +43,7 @@ class FullCarry:
         """The last state of the block."""
         return states[-1]
 
-    def resume(self, solver: Solver, f: Callable, before: Any, z: Array, u: PyTree) -> Any:
+    def resume(self, solver: Solver, f: FlatCell, before: Any, z: Array, u: PyTree) -> Any:
         """The memory before the last step, with that step repeated for the new injection."""
         return repeat(solver, f, before, u)
 
@@ -66,7 +65,7 @@ class ReferenceCarry:
         """The state of lowest residual of the block."""
         return lowest_residual(states, residuals)
 
-    def resume(self, solver: Broyden, f: Callable, before: _PairMemory, z: Array, u: PyTree) -> _PairMemory:
+    def resume(self, solver: Broyden, f: FlatCell, before: _PairMemory, z: Array, u: PyTree) -> _PairMemory:
         """An empty memory at z, with the next step that the old memory gives."""
         memory = repeat(solver, lambda last, u: last + (f(z, u) - z), before, u)
         empty = jnp.zeros_like(memory.u)
@@ -89,11 +88,11 @@ class _PairMemory(NamedTuple):
 class _RestartedBroyden(Broyden):
     """Broyden's method in its textbook form: its pairs hold for any step, such as one kept from another B."""
 
-    def init(self, f: Callable, z: Array, u: PyTree) -> Any:
+    def init(self, f: FlatCell, z: Array, u: PyTree) -> Any:
         fz, pairs = f(z, u), jnp.zeros((self.steps, *z.shape), z.dtype)
         return _PairMemory(z, fz, unit_of(self, fz), fz - z, pairs, pairs, jnp.zeros((), jnp.int32))
 
-    def update(self, f: Callable, memory: Any, u: PyTree, active: Array) -> Any:
+    def update(self, f: FlatCell, memory: Any, u: PyTree, active: Array) -> Any:
         def product(left: Array, right: Array, w: Array) -> Array:
             return -w + jnp.sum(left * jnp.sum(right * w, axis=-1, keepdims=True), axis=0)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,16 @@ from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
 from deq_jax.core.gradients import straight_through
 from deq_jax.core.losses import entropy
+from deq_jax.core.norms import MeasuredMemory
 from deq_jax.core.readouts import LastState
 from deq_jax.core.solve import advance, begin
-from deq_jax.core.types import Array, Keys, Purpose, PyTree, Readout, Solution, Solver
+from deq_jax.core.types import Array, FlatCell, Injection, Keys, Purpose, PyTree, Readout, Solution, Solver
 from deq_jax.defences.carries import Carry, FullCarry, lowest_residual
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.classifiers import Equilibrium
+
+Entropies = Callable[[Array], Array]
+"""``x [B, H, W, C] -> [B]``, in nats, of each image's prediction."""
 
 
 class Direction(Protocol):
@@ -41,7 +45,7 @@ class Direction(Protocol):
     def applications(self) -> int:
         """Applications of the cell in an update; a vector-Jacobian product counts as one."""
 
-    def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]: ...
+    def __call__(self, entropies: Entropies, x: Array, keys: Keys | None) -> tuple[Array, Array]: ...
 
 
 def sign(gradient: Array) -> Array:
@@ -64,7 +68,7 @@ class EntropyGradient:
     ascent: int = -1
     steepest: Callable[[Array], Array] = sign
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.ascent in (-1, 1), f"EntropyGradient: ascent must be -1 or 1, got {self.ascent!r}")
 
     @property
@@ -72,8 +76,8 @@ class EntropyGradient:
         """Number of cell applications in an update; a vector-Jacobian product counts as one."""
         return 2
 
-    def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
-        def total(x):
+    def __call__(self, entropies: Entropies, x: Array, keys: Keys | None) -> tuple[Array, Array]:
+        def total(x: Array) -> tuple[Array, Array]:
             values = entropies(x)
             return jnp.sum(values), values
 
@@ -90,7 +94,7 @@ class RandomDirection:
         """Number of cell applications in an update; a vector-Jacobian product counts as one."""
         return 1
 
-    def __call__(self, entropies: Callable[[Array], Array], x: Array, keys: Keys | None) -> tuple[Array, Array]:
+    def __call__(self, entropies: Entropies, x: Array, keys: Keys | None) -> tuple[Array, Array]:
         require(
             keys is not None,
             "RandomDirection: the defence is random, expected keys (in an evaluation: draws), got none",
@@ -139,7 +143,7 @@ class EntropyReduced:
     carry: Carry = FullCarry()
     readout: Readout = LastState()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         is_equilibrium = isinstance(self.base, Equilibrium) and self.base.dynamics.solver is not None
         require(is_equilibrium, f"EntropyReduced: base must be an Equilibrium with a solver, got {self.base!r}")
         total = self.solver.steps
@@ -222,6 +226,13 @@ class Purified(NamedTuple):
     solution: Solution
 
 
+_Carry = tuple[Array, Injection, MeasuredMemory]
+"""The input, its injection and the solver's memory."""
+
+_Pair = tuple[MeasuredMemory, MeasuredMemory]
+"""The memory before the last step, and after it."""
+
+
 @compiled("defence")
 def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys: Keys | None = None) -> Purified:
     """Solves the equilibrium of images x [B, H, W, C] in [0, 1] while lowering the entropy of their predictions.
@@ -241,12 +252,12 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     f, z0, unravel = flat_cell(base.apply_cell, variables["params"]["cell"], start)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def block(carry, number):
+    def block(carry: _Carry, number: Array) -> tuple[_Carry, tuple[Array, Array, Array, Array, Array]]:
         x_hat, u, memory = carry
         before, states, residuals, active = _solve_block(solver, f, memory, u, defence.every)
         z = defence.carry.choose(states, residuals)
 
-        def entropies(x):
+        def entropies(x: Array) -> Array:
             return entropy(decode(unravel(f(z, encode(x)))))
 
         purified, values = _purify(defence, entropies, x, x_hat, keys and keys.fold(number))
@@ -265,10 +276,12 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     return Purified(x_hat, inputs, values, solution)
 
 
-def _solve_block(solver: Solver, f: Callable, memory: Any, u: PyTree, steps: int):
+def _solve_block(
+    solver: Solver, f: FlatCell, memory: MeasuredMemory, u: PyTree, steps: int
+) -> tuple[MeasuredMemory, Array, Array, Array]:
     """The memory before the last step, and of all steps the states, residuals and which samples moved."""
 
-    def step(carry, _):
+    def step(carry: _Pair, _: None) -> tuple[_Pair, tuple[Array, Array, Array]]:
         _, memory = carry
         following, residual, active = advance(solver, f, memory, u)
         return (memory, following), (following.z, residual, active)
@@ -277,11 +290,13 @@ def _solve_block(solver: Solver, f: Callable, memory: Any, u: PyTree, steps: int
     return before, *trace
 
 
-def _purify(defence: EntropyReduced, entropies: Callable, x: Array, x_hat: Array, keys: Keys | None):
+def _purify(
+    defence: EntropyReduced, entropies: Entropies, x: Array, x_hat: Array, keys: Keys | None
+) -> tuple[Array, Array]:
     """The input after the updates of one block, and the entropies [R, B] before each of them."""
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def update(x_hat, number):
+    def update(x_hat: Array, number: Array) -> tuple[Array, Array]:
         values, direction = defence.direction(entropies, x_hat, keys and keys.fold(number))
         return defence.project(x_hat + defence.step_size * direction, x), values
 

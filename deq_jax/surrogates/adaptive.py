@@ -69,13 +69,16 @@ class BPDA:
             def classify(variables: Variables, seen: Array, **options: Any) -> Prediction:
                 same = seen.shape == proxy.shape
                 require(same, f"BPDA: the classifier is given images {seen.shape}, the proxy has {proxy.shape}")
-                return cast(Any, within)(variables, straight_through(seen, proxy.astype(seen.dtype)), **options)
+                given = straight_through(seen, proxy.astype(seen.dtype))
+                prediction: Prediction = cast(Any, within)(variables, given, **options)
+                return prediction
 
             predictor = replace(classifier, **{self.part: classify})
             try:
-                return predictor(variables, x, keys=keys if self.random else None).logits
+                answer: Array = predictor(variables, x, keys=keys if self.random else None).logits
             except AttributeError as error:
                 raise InputError(f"{expected} and asks nothing else of it ({error})") from None
+            return answer
 
         return oracle_of(logits)
 
@@ -86,8 +89,8 @@ def defended(classifier: Any) -> EntropyReduced:
     Raises:
       InputError: it has no input entropy reduction.
     """
-    is_defended = isinstance(classifier, EntropyReduced)
-    require(is_defended, f"adaptive surrogate: expected an EntropyReduced classifier, got {type(classifier).__name__}")
+    if not isinstance(classifier, EntropyReduced):
+        raise InputError(f"adaptive surrogate: expected an EntropyReduced classifier, got {type(classifier).__name__}")
     return classifier
 
 
@@ -140,7 +143,8 @@ class BPDAHead:
         def lead_on(pair: tuple[Array, PyTree]) -> Array:
             return self._lead_on(defence, variables, x, *pair)
 
-        return lax.map(lead_on, (inputs, found.solution.states))
+        logits: Array = lax.map(lead_on, (inputs, found.solution.states))
+        return logits
 
     def _lead_on(self, defence: EntropyReduced, variables: Variables, x: Array, x_hat: Array, z: PyTree) -> Array:
         u = defence.base.encode(variables, straight_through(x_hat, x))
@@ -177,7 +181,7 @@ class EndToEnd:
     temperature: float = field(default=1.0, metadata={"static": True})
     smooth: bool = field(default=False, metadata={"static": True})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.temperature > 0, f"EndToEnd: temperature must be > 0, got {self.temperature!r}")
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
@@ -187,7 +191,8 @@ class EndToEnd:
     def path(self, defence: EntropyReduced, variables: Variables, x: Array, keys: Keys) -> Array:
         """Logits [T, B, K] of the regulated states."""
         states = reduce_entropy(self.differentiable(defence), variables, x, keys).solution.states
-        return lax.map(partial(defence.decode, variables), states)
+        logits: Array = lax.map(partial(defence.decode, variables), states)
+        return logits
 
     def differentiable(self, classifier: EntropyReduced) -> EntropyReduced:
         """The defence with a smooth sign and a solver that can be differentiated; of the same predictions.
@@ -243,7 +248,7 @@ class PathAverage:
         path = partial(self.source.path, defended(classifier), variables)
 
         def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
-            def total(x):
+            def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
                 logits = path(x, keys)
                 losses = jnp.mean(jax.vmap(loss, (0, None))(logits, labels), axis=0)
                 return jnp.sum(losses), (losses, jnp.mean(logits, axis=0))

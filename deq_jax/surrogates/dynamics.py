@@ -23,11 +23,14 @@ from deq_jax.core.errors import require
 from deq_jax.core.gradients import Backprop, PhantomUpTo
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.solve import advance
-from deq_jax.core.solvers import Broyden
+from deq_jax.core.solvers import Broyden, BroydenMemory
 from deq_jax.core.types import Array, Cell, Keys, Loss, Params, PyTree, Solution
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium, require_deq, zero_state
 from deq_jax.surrogates.base import classifier_oracle
+
+_Carry = tuple[BroydenMemory, Array]
+"""The solver's memory and the adjoint states."""
 
 
 def simultaneous_adjoint(
@@ -52,9 +55,9 @@ def simultaneous_adjoint(
     """
     f, start, unravel = flat_cell(cell, params, z0)
 
-    def step(carry, _):
+    def step(carry: _Carry, _: None) -> tuple[_Carry, tuple[Array, Array]]:
         memory, adjoint = carry
-        _, vjp = jax.vjp(lambda z: f(z, u), memory.z)
+        vjp = jax.vjp(lambda z: f(z, u), memory.z)[1]
         z, flatten = jax.vjp(unravel, memory.z)
         defect = vjp(adjoint.astype(start.dtype))[0] - adjoint + flatten(cotangent(z))[0]
         adjoint -= solver.left_multiply(memory, defect)
@@ -108,7 +111,7 @@ class Intermediate:
     steps: Number = 5
     damping: Number = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_count("Intermediate: state", self.state, 1, np.inf)
         _check_damped_steps(self)
 
@@ -135,7 +138,7 @@ class MeanOverStates:
     steps: Number = 9
     damping: Number = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_damped_steps(self)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
@@ -173,7 +176,7 @@ class SimultaneousAdjoint:
 
     state: Number
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_count("SimultaneousAdjoint: state", self.state, 1, np.inf)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
