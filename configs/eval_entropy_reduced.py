@@ -62,7 +62,12 @@ def trials(threat: Threat, states: int) -> tuple[Trial, ...]:
         ("spsa", SPSA(threat, steps=10, samples=16, step_size=max(threat.epsilon / 10, 1e-6)), Direct()),
         ("square", Square(threat, 5000), Direct()),
     ]
-    sources = {"direct": Direct(), "bpda-head": BPDAHead(), "bpda-solver": BPDASolver(), "end-to-end": EndToEnd()}
+    sources: dict[str, Surrogate] = {
+        "direct": Direct(),
+        "bpda-head": BPDAHead(),
+        "bpda-solver": BPDASolver(),
+        "end-to-end": EndToEnd(),
+    }
     return (
         *(Trial(name, attack, surrogate, suite="adaptive") for name, attack, surrogate in attempts),
         *(

@@ -129,15 +129,16 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
     side = 2 ** (len(encoder.channels) - 1)  # the coarsest branch is one pixel
     images = jnp.zeros((1, side, side, own if channels is None else channels))
     try:
-        return jax.eval_shape(classifier.init, prng_key(0), images)
+        shapes: Variables = jax.eval_shape(classifier.init, prng_key(0), images)
     except InputError:
         raise
     except (TypeError, ValueError, IndexError, ZeroDivisionError, flax.errors.FlaxError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"the parts of the config's MDEQ do not fit together: {reason}") from None
+    return shapes
 
 
-def _as_float32(path: tuple, array: np.ndarray) -> np.ndarray:
+def _as_float32(path: tuple[jax.tree_util.DictKey, ...], array: np.ndarray) -> np.ndarray:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     require(jnp.issubdtype(array.dtype, jnp.floating), f"{name}: expected floating numbers, found {array.dtype}")
     with np.errstate(over="ignore"):

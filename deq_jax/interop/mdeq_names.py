@@ -11,8 +11,10 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.tree_util import DictKey
 
 from deq_jax.core.errors import require
+from deq_jax.core.types import AnyArray
 from deq_jax.models.base import Variables
 
 STEM = "downsample.0.weight"  # of the first convolution, [channels, channels of the images, 3, 3]
@@ -57,11 +59,12 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
     problems = [problem for problem in problems if problem]
     require(not problems, f"the PyTorch entries do not fit this MDEQ: {'; '.join(problems)}")
 
-    def entry(path, _):
-        path = tuple(key.key for key in path)
+    def entry(keys: tuple[DictKey, ...], _: AnyArray) -> np.ndarray:
+        path = tuple(key.key for key in keys)
         return _from_torch(path, arrays[names[path]])
 
-    return jax.tree_util.tree_map_with_path(entry, like)
+    variables: Variables = jax.tree_util.tree_map_with_path(entry, like)
+    return variables
 
 
 def to_torch(variables: Variables) -> dict[str, np.ndarray]:

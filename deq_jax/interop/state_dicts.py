@@ -9,14 +9,16 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from deq_jax.core.errors import InputError, require
 from deq_jax.storage.files import write_npz
+
+Function = TypeVar("Function")
 
 Arrays = dict[str, np.ndarray]
 
@@ -126,7 +128,7 @@ def check_writable(path: str | Path) -> None:
     require(not path.exists(), f"{path} exists already; choose another file")
 
 
-def _by_ending(path: Path, functions: dict[str, Callable]) -> Callable:
+def _by_ending(path: Path, functions: dict[str, Function]) -> Function:
     for ending, function in functions.items():
         if path.name.endswith(ending):
             return function
@@ -170,7 +172,7 @@ def _read_torch(path: Path) -> Entries:
     return entries
 
 
-def _tensors(torch: Any, node: Mapping, path: tuple[str, ...] = ()) -> Entries:
+def _tensors(torch: Any, node: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Entries:
     """Entries that hold tensors, at any place: name with dots -> tensors by name."""
     named = {name: value for name, value in node.items() if isinstance(name, str)}
     own = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
@@ -198,7 +200,9 @@ def _to_numpy(array: Any) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     tensor = array.detach()
-    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()  # numpy has no bfloat16
+    tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor  # numpy has no bfloat16
+    own: np.ndarray = tensor.numpy()
+    return own
 
 
 def _way_out(path: Path) -> str:

@@ -37,7 +37,7 @@ class PenaltySchedule:
     probability: float = 0.02
     epochs: int = 90
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         valid = 0 <= self.probability <= 1
         require(valid, f"PenaltySchedule: probability must be in [0, 1], got {self.probability!r}")
         require(self.epochs >= 0, f"PenaltySchedule: epochs must be >= 0, got {self.epochs!r}")
@@ -93,7 +93,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "epochs", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")

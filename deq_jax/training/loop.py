@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from deq_jax.core.errors import require
+from deq_jax.core.types import Array
 from deq_jax.data.batches import batch_indices
 from deq_jax.data.datasets import Splits
 from deq_jax.evaluation.measure import evaluator
@@ -191,7 +192,7 @@ class _Training:
         return self.meta["origin"] and Origin(**self.meta["origin"])
 
     def run(self) -> Run:
-        self.steps: dict[Phase, Callable] = {}
+        self.steps: dict[Phase, Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]] = {}
         self.meter = Meter(self.config.batch_size, self.meta["interval"])
         self.is_validated = False
         try:

@@ -56,10 +56,19 @@ class Objective(Protocol):
 class Standard:
     """Cross-entropy on the images as they are."""
 
-    def perturb(self, classifier, variables, x, labels, keys):
+    def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         return x
 
-    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
+    def loss(
+        self,
+        classifier: Classifier,
+        variables: Variables,
+        x: Array,
+        x_adv: Array,
+        labels: Array,
+        keys: Keys,
+        axis_name: str | None,
+    ) -> tuple[Array, Outcome]:
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
         loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
         metrics = {"accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
@@ -84,11 +93,20 @@ class PGDAdversarialTraining:
     random_attack: bool = True
     surrogate: Surrogate | None = None
 
-    def perturb(self, classifier, variables, x, labels, keys):
+    def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         oracle = _attacked(self, classifier, variables)
         return self.attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
 
-    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
+    def loss(
+        self,
+        classifier: Classifier,
+        variables: Variables,
+        x: Array,
+        x_adv: Array,
+        labels: Array,
+        keys: Keys,
+        axis_name: str | None,
+    ) -> tuple[Array, Outcome]:
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.ADVERSARIAL), axis_name=axis_name)
         loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
         metrics = {"adversarial_accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
@@ -119,17 +137,26 @@ class Trades:
     tied: bool = False
     surrogate: Surrogate | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
         loss = getattr(self.attack, "loss", kl)
         require(loss is kl, "Trades: the attack must maximise losses.kl, since it gets clean logits for labels")
 
-    def perturb(self, classifier, variables, x, labels, keys):
+    def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         oracle = _attacked(self, classifier, variables)
         clean_logits = oracle.logits(x, keys.fold(Purpose.NATURAL))
         return self.attack(oracle, x, clean_logits, keys.fold(Purpose.ATTACK))
 
-    def loss(self, classifier, variables, x, x_adv, labels, keys, axis_name):
+    def loss(
+        self,
+        classifier: Classifier,
+        variables: Variables,
+        x: Array,
+        x_adv: Array,
+        labels: Array,
+        keys: Keys,
+        axis_name: str | None,
+    ) -> tuple[Array, Outcome]:
         natural = classifier(variables, x, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
         variables = {**variables, "batch_stats": natural.batch_stats}
         adversarial_keys = keys.fold(Purpose.NATURAL if self.tied else Purpose.ADVERSARIAL)

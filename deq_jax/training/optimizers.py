@@ -24,7 +24,7 @@ class AdamCosine:
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rates = 0 <= self.final_learning_rate <= self.learning_rate and self.learning_rate > 0
         message = "AdamCosine: expected 0 <= final_learning_rate <= learning_rate and learning_rate > 0, got "
         require(rates, f"{message}{self.final_learning_rate!r} and {self.learning_rate!r}")

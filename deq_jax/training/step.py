@@ -80,7 +80,7 @@ def train_step(
       InputError: the optimiser's state does not keep its structure, shapes and dtypes.
     """
 
-    def add(carry, part):
+    def add(carry: tuple[PyTree, PyTree], part: Batch) -> tuple[tuple[PyTree, PyTree], dict[str, Array]]:
         total, batch_stats = carry
         gradient, outcome = _gradient(config, state._replace(batch_stats=batch_stats), part, axis_name)
         return (jax.tree.map(jnp.add, total, gradient), outcome.batch_stats), outcome.metrics
@@ -93,7 +93,7 @@ def train_step(
     if axis_name is not None:
         gradient = lax.pmean(gradient, axis_name)
         metrics = {
-            name: (lax.pmax if name.endswith("_max") else lax.pmean)(metric, axis_name)
+            name: lax.pmax(metric, axis_name) if name.endswith("_max") else lax.pmean(metric, axis_name)
             for name, metric in metrics.items()
         }
     metrics["gradient_norm"] = optax.tree.norm(gradient)
@@ -122,7 +122,7 @@ def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: s
     classifier, objective = config.classifier, config.objective
     x_adv = lax.stop_gradient(objective.perturb(classifier, state.variables, x, batch.y, keys))
 
-    def loss(params: PyTree):
+    def loss(params: PyTree) -> tuple[Array, Outcome]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         return objective.loss(classifier, variables, x, x_adv, batch.y, keys, axis_name)
 
