@@ -15,7 +15,10 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 with contextlib.suppress(AttributeError):  # before any library starts its threads; Linux only
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -24,10 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.attacks import PGD, AutoAttack, Linf, is_fooled, oracle_of
+from deq_jax import Keys
+from deq_jax.attacks import PGD, AutoAttack, Linf, Oracle, is_fooled, oracle_of
 from deq_jax.models.convolution import conv
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "attacks"
+
+Arrays = dict[str, np.ndarray]
+
+Peer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""``(x, y) -> robust`` of another library's attack."""
+
 NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
@@ -43,7 +53,7 @@ def main() -> None:
     truth = {name: np.array(official[name]["robust"][: args.images]) == 1 for name in NAMES}
     truth["autoattack"] = np.all([truth[name] for name in NAMES], axis=0)
 
-    results: dict = {"images": len(x), "epsilon": threat.epsilon, "jax": jax.__version__, "rows": []}
+    results: dict[str, Any] = {"images": len(x), "epsilon": threat.epsilon, "jax": jax.__version__, "rows": []}
     auto = AutoAttack.standard(threat, batch_size=args.batch_size)
     suites = {name: AutoAttack((attack,), args.batch_size) for name, attack in zip(NAMES, auto.attacks, strict=True)}
     suites["autoattack"] = auto
@@ -79,15 +89,15 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def save(path: Path, results: dict) -> None:
+def save(path: Path, results: dict[str, Any]) -> None:
     """Writes the results so far."""
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def network(arrays: dict):
+def network(arrays: Arrays) -> Callable[..., jax.Array]:
     """The golden network, ``(x, keys) -> logits``."""
 
-    def logits(x, keys=None):
+    def logits(x: jax.Array, keys: Keys | None = None) -> jax.Array:
         for layer in ("1", "2"):  # "SAME" with stride 2 on an even side
             x = jax.nn.relu(conv(x, arrays["w" + layer], (2, 2), ((1, 2), (1, 2))) + arrays["b" + layer])
         x = jax.nn.relu(x.reshape(len(x), -1) @ arrays["w3"] + arrays["b3"])
@@ -96,7 +106,16 @@ def network(arrays: dict):
     return logits
 
 
-def compare(name, suite, oracle, x, y, truth, seeds, peer) -> dict:
+def compare(
+    name: str,
+    suite: AutoAttack,
+    oracle: Oracle,
+    x: np.ndarray,
+    y: np.ndarray,
+    truth: np.ndarray,
+    seeds: int,
+    peer: Peer | None,
+) -> dict[str, Any]:
     """One row: ours over the seeds, the official outcome, and the peer (a function ``(x, y) -> robust``)."""
     run = suite.bind(oracle)
     robust, seconds = [], []
@@ -105,7 +124,7 @@ def compare(name, suite, oracle, x, y, truth, seeds, peer) -> dict:
         *_, last = run(x, y, jax.random.key(seed))
         seconds.append(time.process_time() - started)
         robust.append(last.robust)
-    row = {
+    row: dict[str, Any] = {
         "name": name,
         "robust": [float(np.mean(r)) for r in robust],
         "official": float(np.mean(truth)),
@@ -121,7 +140,7 @@ def compare(name, suite, oracle, x, y, truth, seeds, peer) -> dict:
     return row
 
 
-def describe(row: dict) -> str:
+def describe(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     ours = " ".join(f"{100 * value:.1f}" for value in row["robust"])
     line = f"{row['name']:<11} ours [{ours}]  official {100 * row['official']:.1f}"
@@ -131,7 +150,7 @@ def describe(row: dict) -> str:
     return line
 
 
-def torch_attacks(arrays: dict, epsilon: float) -> dict:
+def torch_attacks(arrays: Arrays, epsilon: float) -> dict[str, Peer]:
     """The same attacks from torchattacks, as functions ``(x, y) -> robust``."""
     import torch  # noqa: PLC0415 (optional)
     import torchattacks  # noqa: PLC0415
@@ -148,24 +167,25 @@ def torch_attacks(arrays: dict, epsilon: float) -> dict:
         "autoattack": torchattacks.AutoAttack(model, eps=epsilon, norm="Linf", version="standard", n_classes=10),
     }
 
-    def robust(attack, x, y):
+    def robust(attack: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         images, labels = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()
         with torch.no_grad():
-            return (model(attack(images, labels)).argmax(1) == labels).numpy()
+            right: np.ndarray = (model(attack(images, labels)).argmax(1) == labels).numpy()
+            return right
 
-    return {name: lambda x, y, attack=attack: robust(attack, x, y) for name, attack in attacks.items()}
+    return {name: partial(robust, attack) for name, attack in attacks.items()}
 
 
-def torch_network(arrays: dict, torch):
+def torch_network(arrays: Arrays, torch: Any) -> Any:
     """The golden network in PyTorch, NCHW."""
     weights = {name: torch.tensor(value) for name, value in arrays.items() if name not in ("x", "y")}
 
-    class Network(torch.nn.Module):
-        def __init__(self):
+    class Network(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
             super().__init__()
             self.anchor = torch.nn.Parameter(torch.zeros(1))  # by which torchattacks finds the device
 
-        def forward(self, x):
+        def forward(self, x: Any) -> Any:
             for layer in ("1", "2"):
                 kernel = weights["w" + layer].permute(3, 2, 0, 1)
                 x = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1, 2, 1, 2)), kernel, stride=2)
@@ -176,19 +196,19 @@ def torch_network(arrays: dict, torch):
     return Network().eval()
 
 
-def against_foolbox(arrays, x, y, epsilon) -> dict:
+def against_foolbox(arrays: Arrays, x: np.ndarray, y: np.ndarray, epsilon: float) -> dict[str, int]:
     """How many images foolbox's LinfPGD and ours fool with 40 gradient calls, step size epsilon / 10."""
     import foolbox  # noqa: PLC0415 (optional)
 
     logits = network(arrays)
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    images, labels = jnp.asarray(x), jnp.asarray(y)
     start_of = foolbox.attacks.LinfPGD(abs_stepsize=epsilon / 10, steps=40, random_start=True)
-    _, theirs, _ = start_of(foolbox.JAXModel(logits, bounds=(0, 1)), x, y, epsilons=epsilon)
+    _, theirs, _ = start_of(foolbox.JAXModel(logits, bounds=(0, 1)), images, labels, epsilons=epsilon)
     pgd = PGD(Linf(epsilon), steps=40, step_size=epsilon / 10)
-    x_adv = jax.jit(lambda x, y: pgd(oracle_of(logits), x, y, jax.random.key(0)))(x, y)
+    x_adv = jax.jit(lambda x, y: pgd(oracle_of(logits), x, y, jax.random.key(0)))(images, labels)
     return {
-        "foolbox": int(jnp.sum(is_fooled(logits(theirs), y))),
-        "ours": int(jnp.sum(is_fooled(logits(x_adv), y))),
+        "foolbox": int(jnp.sum(is_fooled(logits(theirs), labels))),
+        "ours": int(jnp.sum(is_fooled(logits(x_adv), labels))),
     }
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium, Phantom
 from deq_jax._cli import command_line, console
-from deq_jax.models import mdeq, small_deq
+from deq_jax.models import Variables, mdeq, small_deq
 from deq_jax.storage import make_folder, write_json
 
 DYNAMICS = Dynamics(Broyden(8, tolerance=0), gradient=Phantom(steps=5, damping=0.5))
@@ -66,10 +66,10 @@ def measure(name: str, base: Equilibrium, shape: tuple[int, ...], repeats: int) 
     x = jax.random.uniform(jax.random.key(0), shape)
     variables = base.init(jax.random.key(1), x)
     defended, undefended = (partial(logits, classifier) for classifier in (EntropyReduced(base), base))
-    row = compare(name, defended, "undefended", undefended, (variables, x), repeats)
+    row: dict[str, Any] = compare(name, defended, "undefended", undefended, (variables, x), repeats)
     counts = [evaluations(classifier, variables, x) for classifier in (EntropyReduced(base), base)]
 
-    def bare(variables, x):
+    def bare(variables: Variables, x: jax.Array) -> Any:
         u = base.encode(variables, x)
         z = jax.tree.map(jnp.zeros_like, u.features)
         return cells(base.apply_cell, round(counts[1]), variables["params"]["cell"], z, u)
@@ -86,7 +86,8 @@ def evaluations(classifier: Any, variables: Any, x: jax.Array) -> float:
 
 def logits(classifier: Any, variables: Any, x: jax.Array) -> jax.Array:
     """Logits of the deployed predictor."""
-    return classifier(variables, x).logits
+    found: jax.Array = classifier(variables, x).logits
+    return found
 
 
 if __name__ == "__main__":

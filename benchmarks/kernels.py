@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,13 +27,18 @@ from rich.table import Table
 
 from deq_jax import Anderson, Broyden, FixedPoint, solve
 from deq_jax._cli import command_line, console
-from deq_jax.core import Injection
+from deq_jax.core import Cell, Injection, Solver
 from deq_jax.core.solvers import jaxopt
+from deq_jax.core.types import Params, PyTree
 from deq_jax.models import SmallCell, mdeq_large
 from deq_jax.models.convolution import loop_conv_gradients, native_conv_gradients
 from deq_jax.storage import make_folder, write_json
 
 STEPS, BATCH, SIZE, CHANNELS = 8, 32, 16, 32
+
+Gradients = tuple[jax.Array, jax.Array]
+"""Of the images and of the kernel."""
+
 CONVOLUTIONS = [(32, 160, 32, 1), (160, 32, 32, 1), (32, 64, 32, 2), (128, 640, 8, 1)]  # in, out, side, stride
 
 
@@ -66,14 +72,16 @@ def solver_rows(repeats: int) -> list[dict[str, Any]]:
 
         bare = partial(cells, cell.apply, STEPS + 1)
 
-        def kept(params, z, u, cell=cell):
+        def kept(params: Params, z: PyTree, u: PyTree, cell: nn.Module = cell) -> tuple[PyTree, PyTree]:
             return lax.scan(lambda z, _: (cell.apply(params, z, u), z), z, length=STEPS + 1)
 
-        def ours(solver, params, z, u, cell=cell):
+        def ours(
+            solver: Solver, params: Params, z: PyTree, u: PyTree, cell: nn.Module = cell
+        ) -> tuple[PyTree, PyTree, jax.Array]:
             solution = solve(solver, cell.apply, params, z, u)
             return solution.z, solution.states, solution.residuals
 
-        kernels: dict[str, Callable] = {"the cells, each state kept": kept}
+        kernels: dict[str, Callable[..., PyTree]] = {"the cells, each state kept": kept}
         kernels |= {
             type(solver).__name__: partial(ours, solver)
             for solver in (FixedPoint(STEPS, tolerance=0), Anderson(STEPS, tolerance=0), Broyden(STEPS, tolerance=0))
@@ -86,22 +94,23 @@ def solver_rows(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def cells(apply: Callable, count: int, params, z, u):
+def cells(apply: Cell, count: int, params: Params, z: PyTree, u: PyTree) -> PyTree:
     """Bare applications of the cell, one after the other."""
     return lax.scan(lambda z, _: (apply(params, z, u), None), z, length=count)[0]
 
 
-def vmapped_jaxopt(cell, params, z, u):
+def vmapped_jaxopt(cell: nn.Module, params: Params, z: jax.Array, u: Injection) -> jax.Array:
     """All iterates of jaxopt.Broyden, one sample at a time under vmap."""
 
-    def single(z, u):
-        def residual(flat):
+    def single(z: jax.Array, u: Injection) -> jax.Array:
+        def residual(flat: jax.Array) -> jax.Array:
             image = flat.reshape(1, SIZE, SIZE, CHANNELS)
-            return (cell.apply(params, image, Injection(u.features[None])) - image).ravel()
+            applied = cast(jax.Array, cell.apply(params, image, Injection(u.features[None])))
+            return (applied - image).ravel()
 
         solver = jaxopt.Broyden(residual, gamma=-1.0, stepsize=1.0, history_size=STEPS)
 
-        def step(carry, _):
+        def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple[jax.Array, Any], jax.Array]:
             z, state = solver.update(*carry)
             return (z, state), z
 
@@ -125,8 +134,15 @@ def convolution_rows(repeats: int) -> list[dict[str, Any]]:
             )
         ]
 
-        def in_scan(gradients, x, kernel, dy, strides=strides, padding=padding):
-            def add(carry, _):
+        def in_scan(
+            gradients: Callable[..., Gradients],
+            x: jax.Array,
+            kernel: jax.Array,
+            dy: jax.Array,
+            strides: tuple[int, int] = strides,
+            padding: tuple[tuple[int, int], tuple[int, int]] = padding,
+        ) -> Gradients:
+            def add(carry: Gradients, _: None) -> tuple[Gradients, None]:
                 dx, dkernel = gradients(strides, padding, carry[0], kernel, dy)
                 return (carry[0] + 1e-3 * dx, carry[1] + dkernel), None
 
@@ -138,7 +154,14 @@ def convolution_rows(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(what: str, function: Callable, against: str, baseline: Callable, arguments, repeats: int) -> dict:
+def compare(
+    what: str,
+    function: Callable[..., PyTree],
+    against: str,
+    baseline: Callable[..., PyTree],
+    arguments: Sequence[PyTree],
+    repeats: int,
+) -> dict[str, Any]:
     """Ratio of seconds, from alternating runs."""
     compiled = [jax.jit(function), jax.jit(baseline)]
     times = [[seconds(run, arguments) for run in compiled] for _ in range(repeats + 1)][1:]  # the first compiles
@@ -148,7 +171,7 @@ def compare(what: str, function: Callable, against: str, baseline: Callable, arg
     return row | {"smallest": min(ratios), "largest": max(ratios)}
 
 
-def seconds(run: Callable, arguments) -> float:
+def seconds(run: Callable[..., PyTree], arguments: Sequence[PyTree]) -> float:
     """Wall time of one call."""
     started = time.perf_counter()
     jax.block_until_ready(run(*arguments))

@@ -73,11 +73,12 @@ def planned_memory(config: TrainConfig) -> dict[str, float]:
         params = variables["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         return train_step(config.during(Phase.PLAIN), optimizer, state, batch)
 
     state = jax.eval_shape(initial)
     plan = jax.jit(step, donate_argnums=0).lower(state, Batch(x, label, label)).compile().memory_analysis()
+    assert plan is not None, "XLA plans no memory on this device"
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     whole = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return {"step": whole / GIGABYTE, "state": size / GIGABYTE}

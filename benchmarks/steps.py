@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def measure(name: str, batch_size: int, repeats: int) -> dict[str, Any]:
     return {"first": seconds[0], "run": seconds[1:], "process": size}
 
 
-def step(path: str, batch_size: int):
+def step(path: str, batch_size: int) -> Callable[[], jax.Array]:
     """One training step of a config, beyond its pre-training; returns its loss."""
     config = load_config(path, TrainConfig)
     optimizer = config.optimizer.transformation(1000)
@@ -102,7 +103,7 @@ def step(path: str, batch_size: int):
     return lambda: compiled(state, batch)[1]["loss"]
 
 
-def prediction(batch_size: int):
+def prediction(batch_size: int) -> Callable[[], jax.Array]:
     """The deployed prediction; returns the sum of the logits."""
     classifier = load_config("configs/cifar10_large_pgd_at.py", TrainConfig).classifier
     x, _ = images(batch_size)

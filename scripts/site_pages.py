@@ -6,14 +6,15 @@ The README, CONTRIBUTING and CHANGELOG become pages, and each room of the packag
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds these pages."""
     for name, page in TEXTS.items():
         files.append(File.generated(config, page, content=LINK.sub(moved, (ROOT / name).read_text())))
@@ -24,7 +25,7 @@ def on_files(files, config):
     return files
 
 
-def moved(link):
+def moved(link: re.Match[str]) -> str:
     """A link of a file in the root as a link of the site; only its text where the site has no such page."""
     text, target = link.groups()
     if target.startswith(("http", "#")):
