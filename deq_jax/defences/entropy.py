@@ -165,7 +165,7 @@ class EntropyReduced:
         """Number of blocks, each ending in a purification."""
         return self.solver.steps // self.every
 
-    def init(self, key: Array, x: Array) -> Variables:
+    def init(self, key: int | Array, x: Array) -> Variables:
         """Variables of the base; see `Equilibrium.init`."""
         return self.base.init(key, x)
 

@@ -68,7 +68,7 @@ class Equilibrium:
     dynamics: Dynamics
     jacobian: JacobianRegularization | None = None
 
-    def init(self, key: Array, x: Array) -> Variables:
+    def init(self, key: int | Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``, each with the entries encoder, cell and decoder.
 
         Args:
@@ -179,7 +179,7 @@ class Explicit:
 
     module: nn.Module
 
-    def init(self, key: Array, x: Array) -> Variables:
+    def init(self, key: int | Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``; see `Equilibrium.init`."""
         variables = self.module.init(prng_key(key), _at_least_one(x))
         _check_collections(self.module, variables)
