@@ -470,7 +470,7 @@ def test_the_gradient_through_a_traced_model():
 
 def test_auto_attack_in_l2():
     short = AutoAttack(_shortened(AutoAttack.standard(L2(0.2)).attacks))
-    assert short.attacks[0].threat == L2(0.2)
+    assert short.threat == L2(0.2)
     x_adv = auto_attack(lambda x: MODEL(x), X[:2], Y[:2], 0, threat=L2(0.2), batch_size=2)
     assert jnp.all(L2(1.0).length(x_adv - X[:2]) <= 0.2 + 1e-6)
 

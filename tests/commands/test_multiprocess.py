@@ -21,7 +21,7 @@ from deq_jax.training.meters import TIMINGS
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # for a job to end
-STARTED: list[subprocess.Popen] = []
+STARTED: list[subprocess.Popen[str]] = []
 # Without an attack in the step: the sign of a gradient turns rounding into another image, so that with PGD already one
 # process with two devices leaves one with four. Dropout and crops depend on each image's place in the batch.
 CONFIG = """

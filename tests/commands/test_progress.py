@@ -14,13 +14,14 @@ from deq_jax.storage import duration
 
 
 def shown(monkeypatch, **kind):
-    console = Console(file=io.StringIO(), width=120, highlight=False, color_system=None, **kind)
+    file = io.StringIO()
+    console = Console(file=file, width=120, highlight=False, color_system=None, **kind)
     monkeypatch.setattr(progress, "console", console)
     with Display(MofNCompleteColumn()) as display:
         display.say("compiling [this]")
         display.show(3, 17, "loss 1.5", "step 3/17  loss 1.5")
         display.show(4, 17, "loss 1.4", "step 4/17  loss 1.4")
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def test_a_file_gets_one_line_at_a_time(monkeypatch):

@@ -33,7 +33,7 @@ Y = jnp.array([0, 1])
 KEYS = Keys.of(0, 2)
 
 
-COMPILATIONS = []
+COMPILATIONS: list[str] = []
 
 
 def record(name, seconds, **_):
@@ -142,7 +142,7 @@ class TestCallsOutsideJit:
 
     def test_a_cell_that_is_not_hashable_works(self):
         class Unhashable:
-            __hash__ = None
+            __hash__ = None  # type: ignore[assignment]
 
             def __call__(self, params, z, u):
                 return cell(params, z, u)

@@ -1,6 +1,7 @@
 """Jacobian norm and spectral radius in closed form, and the penalty as training applies it."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +257,7 @@ def test_a_training_with_penalised_steps(tmp_path):
     """Penalised are the drawn steps alone: their loss tells."""
     penalty, schedule = replace(PENALTY, weight=1e4), PenaltySchedule(probability=0.3)
     config = tiny.get_config(classifier=replace(tiny.classifier(), jacobian=penalty), penalty_schedule=schedule)
-    lines = []
+    lines: list[dict[str, Any]] = []
     fit(config, tmp_path / "a", report=lines.append)
     losses = {line["step"] - 1: line["loss"] for line in lines if line["split"] == "train"}
     drawn = {step for step in range(2, 17) if schedule.is_drawn(0, step, 0)}

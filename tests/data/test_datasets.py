@@ -189,7 +189,7 @@ class TestNpz:
         x[0, 0, 0], x[1, 0, 0] = (np.float32(0) - 0.4465) / 0.2010 * 0.2010 + 0.4465 - 2.98e-8, 1.0000001
         path, _ = npz(tmp_path, x_test=x)
         found = Npz(path).load().test.x
-        assert (found.dtype, found[0, 0, 0, 0], found[1, 0, 0, 0]) == (np.float32, 0, 1)
+        assert found.dtype == np.float32 and (found[0, 0, 0, 0], found[1, 0, 0, 0]) == (0, 1)
         np.testing.assert_array_equal(found.ravel()[1:20], x.ravel()[1:20].astype(np.float32))
 
     @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (1, 28, 28), (3, 32, 48), (3, 2, 5)], ids=str)
@@ -352,7 +352,7 @@ def test_tfds_reads_what_was_prepared_on_disk(tmp_path, tfds, has_test):
     pytest.importorskip("tensorflow")
     x, y = np.random.default_rng(0).integers(0, 256, (30, 6, 5, 3), np.uint8), np.arange(30) % 4
 
-    class Patches(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Patches(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[misc, name-defined]
         """Random images; made here, read back by their name and folder."""
 
         VERSION = tfds.core.Version("1.0.0")

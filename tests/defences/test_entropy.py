@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -213,14 +214,15 @@ def test_straight_through_and_sign():
 
 def test_mistakes_are_named():
     base = base_of()
-    for message, changes in {
+    mistakes: dict[str, dict[str, Any]] = {
         "every must divide the solver's 4 steps, got 3": {"every": 3},
         "steps must be >= 0, got -1": {"steps": -1},
         "step_size must be > 0, got 0": {"step_size": 0},
         "epsilon must be >= 0, got -1": {"epsilon": -1},
         "base must be an Equilibrium with a solver": {"base": SmallCNN(10, 4)},
         "ReferenceCarry: the solver must be Broyden": {"base": base_of(Anderson(4)), "carry": ReferenceCarry()},
-    }.items():
+    }
+    for message, changes in mistakes.items():
         with pytest.raises(InputError, match=message):
             EntropyReduced(**{"base": base, **changes})
     with pytest.raises(InputError, match="ascent must be -1 or 1, got 0"):

@@ -65,7 +65,7 @@ CONFIG = EvalConfig(
 )
 FAR = Diagnostics(
     *(Trial(name, Noise(THREAT)) for name in ("noise", "fgsm", "pgd", "half", "long")),
-    far=Trial("far", PGD(Linf(0.8), steps=2, step_size=0.4)),
+    Trial("far", PGD(Linf(0.8), steps=2, step_size=0.4)),
 )
 
 

@@ -1,6 +1,7 @@
 """What an evaluation and a training run tell about the adjoint equation and the spectral radius."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_images_that_are_not_finite_do_not_hide_the_others():
 @pytest.mark.slow
 def test_a_training_run_logs_it_at_validation(tmp_path):
     classifier = replace(tiny.classifier(), dynamics=replace(tiny.classifier().dynamics, gradient=Implicit(Broyden(3))))
-    lines = []
+    lines: list[dict[str, Any]] = []
     fit(tiny.get_config(classifier=classifier), tmp_path / "run", report=lines.append)
     found = [line["adjoint_residual"] for line in lines if line["split"] == "validation"]
     assert len(found) == 1 and 0 < found[0] < 10

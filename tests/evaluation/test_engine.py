@@ -69,7 +69,7 @@ TRIALS = (
     Trial("more", replace(ATTACK, steps=5), suite="both"),
 )
 EXTRA = Diagnostics(
-    *(Trial(name, Noise(THREAT)) for name in ("noise", "fgsm", "pgd", "half", "long")), far=Trial("far", FAR)
+    *(Trial(name, Noise(THREAT)) for name in ("noise", "fgsm", "pgd", "half", "long")), Trial("far", FAR)
 )
 OWN = EvalConfig(THREAT, TRIALS, EXTRA, batch_size=16, skip_broken=False)
 CUMULATIVE = replace(OWN, skip_broken=True)
@@ -208,7 +208,12 @@ class TestWorstCase:
         config = EvalConfig(THREAT, trials, batch_size=16, max_images=16)
         first = evaluate(config, tmp_path)
         folders = []
-        monkeypatch.setattr("deq_jax.evaluation.store.read_trial", lambda path, x: folders.append(path.name) or x)
+
+        def read(path, x):
+            folders.append(path.name)
+            return x
+
+        monkeypatch.setattr("deq_jax.evaluation.store.read_trial", read)
         again = evaluate(config, tmp_path)
         np.testing.assert_array_equal(again.x_adv, first.x_adv)
         assert folders == []
@@ -347,7 +352,7 @@ def test_surrogates_that_differ_in_numbers_are_compiled_once(deq, tmp_path):
 
 def arrays(folder):
     """All arrays in the npz files below a folder, but seconds."""
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for path in sorted(folder.rglob("*.npz")):
         with np.load(path) as file:
             found |= {f"{path.relative_to(folder)}/{name}": file[name] for name in file.files if name != "seconds"}
@@ -507,13 +512,13 @@ class TestEarlyState:
         assert found[1] == pytest.approx(robust.deployed.mean())
 
     def test_the_best_one_is_deployed_and_recorded(self, deq, tmp_path, monkeypatch):
-        accuracies = iter([[0.1, 0.3, 0.2]])
+        accuracies, (classifier, variables, images) = iter([[0.1, 0.3, 0.2]]), deq
         monkeypatch.setattr("deq_jax.evaluation.engine.choose_early_state", lambda *_, **__: next(accuracies))
         config = EvalConfig(THREAT, (), predictor=EarlyState(ATTACK), defence="early", batch_size=16)
         with pytest.raises(InputError, match="held-out training images"):
-            worst_case(config, *deq, tmp_path)
+            worst_case(config, classifier, variables, images, tmp_path)
         for _ in range(2):  # it is chosen once
-            result = worst_case(config, *deq, tmp_path, validation=deq[2])
+            result = worst_case(config, classifier, variables, images, tmp_path, validation=images)
             assert result.early_state == [0.1, 0.3, 0.2]
         states = named(result.clean)
         np.testing.assert_array_equal(states["deployed"].label, states["z_2"].label)
@@ -627,7 +632,7 @@ class TestConfig:
         threat = threat_of(train)
         assert threat == attack.threat
         changed = at_radius(train, 0.25)
-        assert threat_of(changed) == replace(threat, epsilon=0.25)
+        assert threat_of(changed) == replace(attack.threat, epsilon=0.25)
         assert at_radius(changed, threat.epsilon) == train
 
     def test_a_radius_that_cannot_be_changed(self):

@@ -227,9 +227,9 @@ def test_a_robust_accuracy_is_said_with_what_speaks_against_the_model(honest):
 def test_a_trial_with_nothing_left_to_attack_says_so_in_the_table(honest):
     record = EvaluationRecord.of(honest)
     trials = record.trials | {"square": replace(record.trials["square"], attacked=0)}
-    console = Console(width=200, file=io.StringIO())
-    console.print(accuracy_table(replace(record, trials=trials)))
-    (row,) = [line for line in console.file.getvalue().splitlines() if " square " in line]
+    file = io.StringIO()
+    Console(width=200, file=file).print(accuracy_table(replace(record, trials=trials)))
+    (row,) = [line for line in file.getvalue().splitlines() if " square " in line]
     assert row.replace("│", " ").split() == ["square", "0", "nothing", "left", "to", "attack"]
 
 

@@ -51,7 +51,7 @@ def test_a_trial_tells_its_life():
     begins = watch.begins()
     assert begins == ("apgd", 0.25, "[2/4] apgd: 0 of 40 images; compiling, and the first batch", True)
     first = watch.after(16, 0.7, 60.0).now()
-    assert (first.share, first.milestone) == (pytest.approx(0.25 + 0.1), False)
+    assert first.share == pytest.approx(0.25 + 0.1) and not first.milestone
     assert first.line == "[2/4] apgd: 16 of 40 images; at most 70.00 % correct, 1 min, about 1 min 30 s left"
     second = watch.after(16, 0.7, 60.0).after(16, 0.6, 4.0)
     assert second.now().line.endswith("at most 60.00 % correct, 1 min 4 s, about 2 s left")  # without compilation

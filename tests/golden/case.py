@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deq_jax import Broyden, Dynamics, Equilibrium, solve
-from deq_jax.core import cross_entropy
+from deq_jax.core import Gradient, cross_entropy
 from deq_jax.interop import from_torch
 from deq_jax.models import mdeq
 
@@ -46,8 +48,8 @@ class Case:
         shapes = jax.eval_shape(self.classifier.init, jax.random.key(0), self.x)
         self.variables = jax.tree.map(self.array, from_torch(named, shapes))
         self.params = self.variables["params"]["cell"]
-        self.gradients = {}
-        self.errors = {}
+        self.gradients: dict[Gradient, Callable[..., Any]] = {}
+        self.errors: dict[str, dict[str, float]] = {}
 
     def array(self, values):
         return jnp.asarray(values, self.dtype)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_large_trains_on_eight_devices():
     state = replicate(state)
     for number in (0, 16_000):
         chosen = config.at(number, 1)
-        step = replicate_and_split(lambda s, b, c=chosen: train_step(c, optimizer, s, b, AXIS), joint=True)
+        step = replicate_and_split(partial(train_step, chosen, optimizer, axis_name=AXIS), joint=True)
         state, metrics = step(state, batch)
         assert np.isfinite(float(metrics["loss"]))
     assert int(state.step) == 2

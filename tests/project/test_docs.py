@@ -4,6 +4,7 @@ import doctest
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ TRAINS = pytest.param(README, marks=pytest.mark.slow)
 @pytest.mark.parametrize("page", [TRAINS, *(page for page in PAGES[1:] if blocks(page, "python"))], ids=name)
 def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
+    names: dict[str, Any] = {}
     for block in blocks(page, "python"):
         for whole, small in SMALLER.items() if page == README else ():
             assert whole in block

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_it_runs(monkeypatch, capsys, tmp_path):
     for whole, small in SMALLER.items():
         assert whole in code
         code = code.replace(whole, small)
-    names = {}
+    names: dict[str, Any] = {}
     exec(code, names)
     accuracy, last = capsys.readouterr().out.splitlines()
     assert 0 <= float(accuracy) <= 1

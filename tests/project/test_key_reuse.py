@@ -28,7 +28,7 @@ from deq_jax.attacks import APGD, FAB, L2, PGD, SPSA, AutoAttack, Linf, Square, 
 from deq_jax.core import AtState, Injection, Purpose, logit_difference
 from deq_jax.data import CropFlip
 from deq_jax.defences import RandomDirection
-from deq_jax.models import JacobianRegularization
+from deq_jax.models import JacobianRegularization, Variables
 from deq_jax.models.layers import dropout_mask
 from deq_jax.surrogates import WithGradient, classifier_oracle, judged
 from deq_jax.training import Batch, TrainState, train_step
@@ -102,7 +102,7 @@ def drawn(readout, seed, images):
     """For each image what the encoder draws, what the readout does, and the mask."""
     dynamics = Dynamics(FixedPoint(4, tolerance=0.0), readout, AtState(Phantom(0)))
     classifier = Equilibrium(Encoder(), Cell(), Decoder(), dynamics)
-    variables = {name: {"encoder": {}, "cell": {}, "decoder": {}} for name in ("params", "batch_stats")}
+    variables: Variables = {name: {"encoder": {}, "cell": {}, "decoder": {}} for name in ("params", "batch_stats")}
     x = jnp.zeros((images, 2, 2, 1))
     return np.asarray(classifier(variables, x, train=True, keys=Keys.of(seed, images)).logits).T
 

@@ -452,7 +452,9 @@ class TestNumbers:
         row = page.tables["dynamics-1-tiny.csv"][2]
         assert row[0] == "z_2"
         assert row[2].startswith(written(Estimate.of_accuracies(found)))
-        low, high = Estimate.of_images(entropies).interval
+        interval = Estimate.of_images(entropies).interval
+        assert interval is not None
+        low, high = interval
         assert row[3] == f"{np.mean(entropies):.3f} [{low:.3f}, {high:.3f}]"
         assert page.tables["dynamics-1-tiny.csv"][4][5:] == ["–", "–"]  # the residual of the mean of the states
 
@@ -531,7 +533,8 @@ def test_the_page_only_formats_what_the_report_has(runs, out, monkeypatch):
 
 
 def test_a_column_says_how_a_row_fills_it():
-    columns = Field(Column("a", kind="text"), text_cell), Field(Column("b"), lambda text: text_cell(f"{len(text)}"))
+    length: Field[str] = Field(Column("b"), lambda text: text_cell(f"{len(text)}"))
+    columns = Field(Column("a", kind="text"), text_cell), length
     table = filled("name", "", "part", columns, sectioned(["xy", "z", "xyz"], lambda text: text[0]))
     assert table.csv() == "part,a,b\nx,xy,2\nx,xyz,3\nz,z,1\n"
     assert filled("name", "", "part", columns[1:], {"": ["xy"]}).csv() == "b\n2\n"
@@ -602,7 +605,7 @@ def test_csv_has_a_column_for_every_number():
 
 def test_csv_has_the_remarks():
     columns = Column("a", kind="text"), Column("b")
-    rows = [(Cell(("x",)), Cell(("1",), "beware", "few")), (Cell(("y",)), Cell(("2",)))]
+    rows: list[tuple[Cell, ...]] = [(Cell(("x",)), Cell(("1",), "beware", "few")), (Cell(("y",)), Cell(("2",)))]
     assert Table("name", "", "", columns, {"": rows}).csv() == "a,b,remarks\nx,1,b: beware; b: few\ny,2,\n"
 
 

@@ -1,7 +1,7 @@
 """Checkpoints give back what was saved, or name the first part that does not fit."""
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,8 @@ def test_a_failed_restore_leaves_no_hook_behind(tmp_path):
     Checkpoints(tmp_path, keep=1).save(3, state, {})
     for path in tmp_path.rglob("ocdbt*/d/*"):
         path.write_bytes(b"damaged")
-    before, seen = sys.unraisablehook, []
+    before = sys.unraisablehook
+    seen: list[Any] = []
     sys.unraisablehook = mine = seen.append
     try:
         with pytest.raises(InputError, match="cannot be read; move it away"):

@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from deq_jax.storage.environment import DECISIVE, resumed_environments
 
 
 def changed(part, name, value):
-    record = {"step": 0, **environment()}
+    record: dict[str, Any] = {"step": 0, **environment()}
     return record | {part: {**record[part], name: value}}
 
 

@@ -210,8 +210,8 @@ def test_smooth_sign():
     gradient = jnp.array([[-2.0, 0.0, 1.0]])
     np.testing.assert_array_equal(SmoothSign(1.0)(gradient), [[-1, 0, 1]])
     np.testing.assert_allclose(SmoothSign(0.5, True)(gradient), np.tanh([[-4.0, 0.0, 2.0]]), rtol=1e-6)
-    jacobians = [jax.jacobian(SmoothSign(0.5, smooth))(gradient) for smooth in (False, True)]
-    np.testing.assert_allclose(*jacobians, rtol=1e-6)
+    hard, soft = (jax.jacobian(SmoothSign(0.5, smooth))(gradient) for smooth in (False, True))
+    np.testing.assert_allclose(hard, soft, rtol=1e-6)
     assert np.isfinite(jax.jacobian(SmoothSign(1.0))(jnp.zeros((1, 2)))).all()
 
 

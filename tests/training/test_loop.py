@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -152,7 +153,8 @@ def test_learns(phase):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    lines, said = [], []
+    lines: list[dict[str, Any]] = []
+    said: list[str] = []
     state = fit(tiny.get_config(), workdir, report=lines.append, say=said.append).state
     assert said == [
         "preparing: data and initial state ...",
@@ -214,7 +216,8 @@ def test_a_line_has_the_means_of_its_interval_even_if_it_was_stopped(uninterrupt
         if line["step"] == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    config, said = tiny.get_config(log_every=5), []
+    config = tiny.get_config(log_every=5)
+    said: list[str] = []
     with pytest.raises(Interrupted) as stopped:
         fit(config, tmp_path, report=stop)
     assert stopped.value.args[1] == 6
@@ -300,7 +303,8 @@ TUNED = tiny.get_config(objective=Standard(), optimizer=Nesterov(), pretrain_ste
 @pytest.fixture(scope="module")
 def tuned(uninterrupted, tmp_path_factory):
     """A run with another objective and optimiser, from the variables of the first."""
-    workdir, said = tmp_path_factory.mktemp("runs") / "tuned", []
+    workdir = tmp_path_factory.mktemp("runs") / "tuned"
+    said: list[str] = []
     state = fit(TUNED, workdir, init_from=uninterrupted[0], init_checkpoint="latest", say=said.append).state
     assert f"starting from {uninterrupted[0]}, latest checkpoint, step 17" in said
     return workdir, state

@@ -101,8 +101,8 @@ def test_trades_attack_is_given_the_clean_logits_once(batch):
     seen = []
 
     class Recording(PGD):
-        def __call__(self, oracle, x, target, key):
-            seen.append(target)
+        def __call__(self, oracle, x, labels, key, start=None):
+            seen.append(labels)
             return x
 
     attack = Recording(tiny.ATTACK.threat, loss=losses.kl)
