@@ -31,11 +31,17 @@ class Workdir:
     Attributes:
       path: of the folder.
 
-    Example::
+    For example, the numbers of a finished run::
 
         workdir = Workdir(Path("runs/a"))
         print(workdir.config.objective, workdir.latest.latest_step(), read_metrics(workdir.metrics)[-1])
         print(read_record(workdir.evaluation("test-pgd").record).robust_accuracy)
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.training import Workdir
+      >>> Workdir(Path("runs/a")).evaluation("test-pgd").record.as_posix()
+      'runs/a/evaluation/test-pgd/evaluation.json'
     """
 
     path: Path
@@ -68,7 +74,7 @@ class Workdir:
     @property
     def config(self) -> TrainConfig:
         """The config of the run; raises `InputError` if there is none that can be read."""
-        require(self.config_file.is_file(), f"{self.path}: not a training's workdir (no {self.config_file.name})")
+        require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")
         config = from_tree(read_json(self.config_file))
         if not isinstance(config, TrainConfig):
             raise InputError(f"{self.config_file}: expected a TrainConfig")
@@ -92,7 +98,7 @@ class Workdir:
     def trained(self, name: str) -> Checkpoints:
         """The ``best`` or ``latest`` checkpoints; raises `InputError` if there are none."""
         require(name in CHECKPOINTS, f"checkpoint must be best or latest, got {name!r}")
-        require(self.config_file.is_file(), f"{self.path}: not a training's workdir (no {self.config_file.name})")
+        require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")
         checkpoints = self._named(name)
         require(checkpoints.latest_step() is not None, f"{self.path}: has no {name} checkpoint yet")
         return checkpoints
@@ -117,6 +123,11 @@ class Origin(NamedTuple):
       checkpoint: best or latest.
       step: of the checkpoint.
       digest: SHA-256 of its parameters and batch statistics, shortened.
+
+    Examples:
+      >>> from deq_jax.training import Origin
+      >>> Origin("/home/me/runs/a", "best", step=17, digest="0123456789abcdef").checkpoint
+      'best'
     """
 
     workdir: str
@@ -161,7 +172,7 @@ def check_same_config(config: TrainConfig, workdir: Path) -> None:
     path = Workdir(workdir).config_file
     if path.exists():
         difference = first_difference(read_json(path), to_tree(config))
-        message = f"{workdir} holds a training of another config: {difference}; choose another --workdir"
+        message = f"{workdir} holds a run of another config: {difference}; choose another --workdir"
         require(difference is None, message)
 
 
@@ -183,6 +194,15 @@ class LoadedRun:
       data: the three splits of its dataset.
       variables: parameters and batch statistics.
       step: of the checkpoint.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import LoadedRun
+      >>> config = TrainConfig(small_cnn(10, 12), Standard(), Digits())
+      >>> LoadedRun(config, Digits().load(), {"params": {}, "batch_stats": {}}, step=17).data.test.y.shape
+      (360,)
     """
 
     config: TrainConfig
@@ -196,6 +216,13 @@ def load_run(workdir: str | Path, *, best: bool = True) -> LoadedRun:
 
     Raises:
       InputError: if the folder holds no readable training.
+
+    Examples:
+      >>> from deq_jax.training import load_run
+      >>> load_run("runs/none")
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none: not the workdir of a run (no config.json)
     """
     folder = Workdir(Path(workdir))
     config, checkpoints = folder.config, folder.trained("best" if best else "latest")
