@@ -35,6 +35,11 @@ class Phantom:
       damping: weight of f(z), in (0, 1].
 
     References: Geng et al. 2021, eq. 9 (unrolling-based phantom gradient).
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Phantom
+      >>> Dynamics(Broyden(8), gradient=Phantom(steps=5, damping=0.5)).gradient.applications
+      6
     """
 
     steps: int = 5
@@ -67,6 +72,11 @@ class PhantomUpTo:
       max_steps: largest number of damped steps; those beyond `steps` are skipped at run time.
       steps: K, a number or a scalar array.
       damping: weight of f(z), a number or a scalar array.
+
+    Examples:
+      >>> from deq_jax.core import PhantomUpTo
+      >>> PhantomUpTo(max_steps=9, steps=5, damping=0.5).applications
+      6
     """
 
     max_steps: int
@@ -102,6 +112,11 @@ class AtState:
 
     Attributes:
       gradient: the estimator.
+
+    Examples:
+      >>> from deq_jax.core import AtState, Phantom
+      >>> AtState(Phantom(5)).applications  # Phantom(5) alone applies the cell 6 times
+      0
     """
 
     gradient: Gradient
@@ -125,6 +140,14 @@ class Unrolled:
 
     With ``solver=None`` it is plain backpropagation through f^steps(z0): shallow pre-training, and a
     second way to the exact gradient in tests.
+
+    Attributes:
+      steps: number of applications of the cell, at least 1.
+
+    Examples:
+      >>> from deq_jax import Dynamics, Unrolled
+      >>> Dynamics(solver=None, gradient=Unrolled(4)).gradient.applications
+      4
     """
 
     steps: int
@@ -185,7 +208,13 @@ def at_state(gradient: Gradient) -> AtState | Backprop:
 
 
 def has_adjoint(gradient: Any) -> bool:
-    """Whether an estimator's backward pass has an adjoint state, like `Implicit` and `Neumann`."""
+    """Whether an estimator's backward pass has an adjoint state, like `Implicit` and `Neumann`.
+
+    Examples:
+      >>> from deq_jax.core import Implicit, Phantom, has_adjoint
+      >>> has_adjoint(Implicit()), has_adjoint(Phantom())
+      (True, False)
+    """
     return hasattr(innermost(gradient), "adjoint")
 
 
@@ -196,7 +225,18 @@ def innermost(gradient: Any) -> Any:
 
 @jax.custom_vjp
 def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
-    """The value; its cotangent goes to the proxy instead. If nothing is differentiated, the proxy costs nothing."""
+    """The value; its cotangent goes to the proxy instead. If nothing is differentiated, the proxy costs nothing.
+
+    Args:
+      value: leaves of any shape.
+      proxy: leaves of the same shapes.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.core import straight_through
+      >>> float(jax.grad(lambda x: straight_through(jnp.sign(x), 3 * x))(0.5))
+      3.0
+    """
     return value
 
 

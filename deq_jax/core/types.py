@@ -46,6 +46,12 @@ def prng_key(seed: Any) -> Array:
 
     Raises:
       InputError: neither of these.
+
+    Examples:
+      >>> import jax
+      >>> from deq_jax.core import prng_key
+      >>> jax.random.key_data(prng_key(7)).tolist()
+      [0, 7]
     """
     expected = "key: expected one PRNG key or an integer seed, got"
     if isinstance(seed, int) and not isinstance(seed, bool):
@@ -69,6 +75,12 @@ class Injection(NamedTuple):
       features: pytree shaped like a state, ``[B, ...]`` leaves; added inside the cell.
       masks: pytree of variational dropout masks, ``[B, 1, 1, C]`` leaves, already scaled by
         1 / (1 - rate); None outside training.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import Injection
+      >>> Injection(features=jnp.ones((2, 3))).masks is None
+      True
     """
 
     features: PyTree
@@ -87,6 +99,14 @@ class Solution(NamedTuple):
         which no minimum can be taken.
       evaluations: ``[B]`` int32, cell applications that the sample needed.
       memory: the solver's resumable memory, to be passed to the next `solve`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import Solution
+      >>> states = np.array([[[1.0]], [[1.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[1], states, np.array([[0.5], [0.25]]), np.array([3]), None)
+      >>> solution.residuals.shape, solution.residuals.min(axis=0).tolist()
+      ((2, 1), [0.25])
     """
 
     z: PyTree
@@ -124,6 +144,11 @@ class Purpose(IntEnum):
 
     DEPLOYED is what a random predictor draws when it is measured, which attacks never see. BATCH is a draw that is
     common to all images of the batch; see `Keys.common`.
+
+    Examples:
+      >>> from deq_jax.core import Purpose
+      >>> Purpose.ATTACK < 2**30 <= Purpose.READOUT
+      True
     """
 
     ATTACK = 0
@@ -145,15 +170,21 @@ class Purpose(IntEnum):
 class Keys(NamedTuple):
     """The randomness of a batch: one shared key, and which image each row of the batch is.
 
-    What is drawn for an image depends on the key and on the image's number alone, so neither the
-    batch size, nor padding, nor the number of devices changes a result. For example::
-
-        keys = Keys.of(0, batch_size=32)
-        noise = keys.fold(Purpose.ATTACK).draw(lambda key: jax.random.normal(key, (8, 8, 1)))  # [32, 8, 8, 1]
+    A draw for an image depends only on the key and the image's number. So neither the batch size, nor padding, nor the
+    number of devices changes a result.
 
     Attributes:
       shared: a PRNG key. Other keys are folded from it, so nothing is drawn from it; see `common`.
       images: ``[B]`` int32, number of each image, below 2^30.
+
+    Examples:
+      >>> import jax
+      >>> from deq_jax.core import Keys, Purpose
+      >>> keys = Keys.of(0, batch_size=2)
+      >>> keys.images.tolist()
+      [0, 1]
+      >>> keys.fold(Purpose.ATTACK).draw(lambda key: jax.random.normal(key, (8, 8, 1))).shape
+      (2, 8, 8, 1)
     """
 
     shared: Array
