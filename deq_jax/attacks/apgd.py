@@ -73,6 +73,11 @@ class APGD:
       steps: per restart; a restart costs steps + 1 gradient queries.
       restarts: number of random starts, for the images that resisted the ones before.
       loss: maximised, ``(logits, labels) -> [B]``; should be invariant to the scale of the logits.
+
+    Examples:
+      >>> from deq_jax.attacks import APGD, Linf
+      >>> APGD(Linf(8 / 255), steps=100, restarts=2).gradient_queries
+      202
     """
 
     threat: Threat

@@ -37,6 +37,11 @@ class FAB:
       alpha_max: largest weight of the image's own projection.
       eta: overshoot, as a factor.
       beta: share of the perturbation kept when pulling back.
+
+    Examples:
+      >>> from deq_jax.attacks import FAB, L2
+      >>> FAB(L2(0.5), restarts=5).threat
+      L2(epsilon=0.5)
     """
 
     threat: Threat

@@ -164,6 +164,13 @@ def check_inputs(
 
     Raises:
       InputError: says what was expected and what was given.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import check_inputs
+      >>> x, labels = check_inputs(np.full((1, 2, 2, 1), 1.0000001), np.array([3]))
+      >>> float(x.max())
+      1.0
     """
     x, labels = (value if _is_traced(value) else np.asarray(value) for value in (x, labels))
     is_image = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating)

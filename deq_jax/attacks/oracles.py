@@ -22,6 +22,14 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
 
     Args:
       oracles: at least one; the i-th draws from keys folded with i.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.attacks import average, oracle_of
+      >>> once, thrice = oracle_of(lambda x: x.reshape(len(x), -1)), oracle_of(lambda x: 3 * x.reshape(len(x), -1))
+      >>> average([once, thrice]).logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).tolist()
+      [[2.0, 2.0]]
     """
     oracles = tuple(oracles)
     require(len(oracles) > 0, "average: expected at least one oracle, got none")
@@ -46,6 +54,14 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
       draws: number per query; the i-th uses keys folded with i.
 
     References: Athalye et al. 2018, section 3.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.attacks import expectation, oracle_of
+      >>> oracle = expectation(oracle_of(lambda x, keys: x.reshape(len(x), -1)), draws=20)
+      >>> oracle.logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).shape
+      (1, 2)
     """
     require(draws >= 1, f"expectation: draws must be >= 1, got {draws!r}")
 
@@ -71,6 +87,12 @@ def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
     Args:
       source: gives the gradients.
       judge: the deployed predictor; it is asked once more with every gradient.
+
+    Examples:
+      >>> from deq_jax.attacks import gradient_from, oracle_of
+      >>> smooth, deployed = oracle_of(lambda x: x.mean((1, 2))), oracle_of(lambda x: x.max((1, 2)))
+      >>> gradient_from(smooth, judge=deployed).logits is deployed.logits
+      True
     """
 
     def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
@@ -135,6 +157,15 @@ class Oracle(NamedTuple):
       logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
       grad: ``(loss, x, labels, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
         gradient of the summed loss with respect to x.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Oracle
+      >>> def no_gradient(loss, x, labels, keys):
+      ...     raise NotImplementedError("only Square and SPSA attack this predictor")
+      >>> oracle = Oracle(lambda x, keys: x.reshape(len(x), -1), no_gradient)
+      >>> oracle.logits(np.ones((2, 1, 1, 3)), keys=None).shape
+      (2, 3)
     """
 
     logits: Callable[[Array, Keys], Array]

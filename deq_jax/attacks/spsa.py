@@ -35,6 +35,12 @@ class SPSA:
 
     References: Uesato et al. 2018, algorithm 1.
     Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
+
+    Examples:
+      >>> from deq_jax.attacks import SPSA, Linf
+      >>> attack = SPSA(Linf(8 / 255), steps=10, samples=64)
+      >>> attack.steps * (2 * attack.samples + 1), attack.uses_gradients  # queries of the logits
+      (1290, False)
     """
 
     threat: Threat

@@ -31,6 +31,12 @@ class Square:
       p_init: share of the pixels that the first steps change.
       rescaled: compress the schedule of that share, made for 10 000 queries, to `queries`, as the paper of
         Square does; AutoAttack does not, and is weaker for it.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf, Square
+      >>> attack = Square(Linf(8 / 255), queries=1000)
+      >>> attack.queries, attack.gradient_queries
+      (1000, 0)
     """
 
     threat: Threat
