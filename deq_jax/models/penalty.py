@@ -22,6 +22,12 @@ class JacobianRegularization:
         drawn at random, where it would have read out the final one.
 
     References: Bai et al. 2021, eq. 6 and section 4.2.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics
+      >>> from deq_jax.models import JacobianRegularization, small_deq
+      >>> small_deq(10, 12, Dynamics(Broyden(8)), jacobian=JacobianRegularization(weight=2.0)).jacobian.probes
+      2
     """
 
     weight: float = 0.4
