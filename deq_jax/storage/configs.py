@@ -34,6 +34,14 @@ def load_config(
 
     Raises:
       InputError: the file does not exist, cannot be run, or returns something else.
+
+    Examples:
+      >>> from deq_jax import TrainConfig
+      >>> from deq_jax.storage import load_config
+      >>> load_config("configs/none.py", TrainConfig)
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: configs/none.py: no such config file
     """
     path = Path(path)
     require(path.is_file(), f"{path}: no such config file")
@@ -88,6 +96,12 @@ def set_fields(config: Any, assignments: list[str]) -> Any:
     Raises:
       InputError: for an unknown name (with the valid ones), a value of the wrong type, or a value that
         the object itself refuses.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.storage import set_fields
+      >>> set_fields(PGD(Linf(0.1)), ["threat.epsilon=0.2", "steps=20"]).threat
+      Linf(epsilon=0.2)
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
