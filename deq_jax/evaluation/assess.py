@@ -59,11 +59,20 @@ def assess(
     Raises:
       InputError: no threat is declared or given; see also `EvalConfig` and `worst_case`.
 
-    Example::
+    For example::
 
         ball = dj.attacks.Linf(0.1)
         result = dj.assess(run.predictor, run.data.test, dj.evaluation.auto_attack_trials(ball))
         print(result.robust_accuracy, result.red_flags)
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import deq_jax as dj
+      >>> model, x = dj.models.small_cnn(classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
+      >>> predictor = dj.Predictor(model, model.init(0, x))
+      >>> result = dj.assess(predictor, (x, jnp.array([3, 4])), trials=[], threat=dj.attacks.Linf(0.1))
+      >>> result.robust_accuracy is None
+      True
     """
     chosen = None
     if trials is None:

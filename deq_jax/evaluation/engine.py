@@ -70,6 +70,20 @@ def worst_case(
     Raises:
       InputError: `out` holds another evaluation; the trials do not fit the classifier; the batch does not divide
         among the devices; logits that are not finite; transferred images that are not of these images.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.data import Images
+      >>> from deq_jax.evaluation import EvalConfig, Trial, worst_case
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.surrogates import ThroughSolver
+      >>> model, images = small_cnn(10, 4), Images(np.zeros((2, 8, 8, 1), np.float32), np.array([3, 4]))
+      >>> config = EvalConfig(Linf(0.1), trials=(Trial("pgd-10", PGD(Linf(0.1)), ThroughSolver()),))
+      >>> worst_case(config, model, model.init(0, images.x), images)
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: trial pgd-10: expected an Equilibrium with a solver, got Explicit
     """
     check_batch_size(config.batch_size)
     images = Images(images.x[: config.max_images], images.y[: config.max_images])

@@ -14,6 +14,12 @@ class EvaluationFolder:
 
     Attributes:
       path: of the folder.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.evaluation import EvaluationFolder
+      >>> EvaluationFolder(Path("runs/a/evaluation/test-pgd")).batch("pgd-10", 3).name
+      'batch-0003.npz'
     """
 
     path: Path

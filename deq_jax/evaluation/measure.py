@@ -36,6 +36,15 @@ def measure(
 
     A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
     one draws from the keys, and is deterministic without them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.evaluation import measure
+      >>> from deq_jax.models import small_cnn
+      >>> model, x = small_cnn(10, 4), jnp.zeros((2, 8, 8, 1))
+      >>> measured = measure(model, model.init(0, x), x, jnp.array([3, 4]))
+      >>> measured.deployed.margin.shape, measured.states
+      ((2,), None)
     """
     prediction = classifier(variables, x, keys=None if keys is None else keys.fold(Purpose.DEPLOYED))
     unknown, solution = jnp.full(x.shape[0], jnp.nan), prediction.solution
@@ -141,6 +150,16 @@ def evaluator(
 
     Raises:
       InputError: the batch does not divide among the devices.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from deq_jax.data import Images
+      >>> from deq_jax.evaluation import evaluator
+      >>> from deq_jax.models import small_cnn
+      >>> model, images = small_cnn(10, 4), Images(np.zeros((3, 8, 8, 1), np.float32), np.array([3, 4, 5]))
+      >>> evaluate = evaluator(model, attack=None, batch_size=2 * jax.device_count())
+      >>> evaluate(model.init(0, images.x), images).clean.deployed.label.shape
+      (3,)
     """
     check_batch_size(batch_size)
 

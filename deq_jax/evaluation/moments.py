@@ -16,6 +16,11 @@ class Moment(NamedTuple):
       share: of the whole evaluation that is done.
       line: a sentence on it.
       milestone: whether something begins or ends, rather than goes on.
+
+    Examples:
+      >>> from deq_jax.evaluation import Moment
+      >>> Moment("apgd-ce", share=0.25, line="[1/4] apgd-ce: nothing left to attack", milestone=True).share
+      0.25
     """
 
     name: str

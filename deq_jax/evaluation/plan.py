@@ -42,6 +42,13 @@ class Trial:
       suite: name of a further row, for the worst case over all trials that share it; None for none.
       from_worst: start from the worst image that the trials before have found, rather than where the attack itself
         would; for attacks that take a start. It breaks what they broke, and so says nothing of its own gradients.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import Trial
+      >>> from deq_jax.surrogates import Intermediate
+      >>> Trial("pgd-20.z_4", PGD(Linf(8 / 255), steps=20), Intermediate(4)).surrogate.state
+      4
     """
 
     name: str
@@ -72,6 +79,12 @@ class Diagnostics:
       pgd: a few steps.
       half, long: many steps, and half as many, from the same start.
       far: the same few steps with a multiple of the radius; its images do not count.
+
+    Examples:
+      >>> from dataclasses import fields
+      >>> from deq_jax.evaluation import Diagnostics
+      >>> [field.name for field in fields(Diagnostics)]
+      ['noise', 'fgsm', 'pgd', 'half', 'long', 'far']
     """
 
     noise: Trial
@@ -92,6 +105,13 @@ def diagnostics(threat: Threat, steps: int = 1000, surrogate: Surrogate | None =
       threat: norm and radius.
       steps: of the longest attack, at least 2.
       surrogate: gives the gradients of all of them; None for the predictor's own.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import diagnostics
+      >>> checks = diagnostics(Linf(8 / 255), steps=100)
+      >>> checks.long.name, checks.half.name
+      ('check.long-pgd-100', 'check.half-pgd-50')
     """
     require(steps >= 2, f"diagnostics: steps must be >= 2, got {steps!r}")
     far = 8.0 * threat.epsilon
@@ -121,6 +141,14 @@ class EarlyState:
       classifier: whose states these are, with the variables of the training; None for the classifier as trained.
 
     References: Yang et al. 2022, section 5.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import EarlyState, EvalConfig, auto_attack_trials
+      >>> ball = Linf(8 / 255)
+      >>> early = EarlyState(PGD(ball, steps=10))
+      >>> EvalConfig(ball, auto_attack_trials(ball), predictor=early, defence="early state").predictor.attack.steps
+      10
     """
 
     attack: Attack
@@ -149,6 +177,14 @@ class EvalConfig:
       skip_broken: a trial leaves alone the images that are misclassified already, clean or by an earlier trial; its
         accuracy is then cumulative. Otherwise every trial attacks every image and has an accuracy of its own, as
         suites of transferred images need it.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, auto_attack_trials, diagnostics
+      >>> ball = Linf(8 / 255)
+      >>> config = EvalConfig(ball, auto_attack_trials(ball), diagnostics(ball), max_images=1000)
+      >>> len(config.trials), len(config.all_trials)
+      (4, 10)
     """
 
     threat: Threat
@@ -244,6 +280,13 @@ def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> Ev
 
     Raises:
       InputError: there is no finished evaluation, or it is of another threat model.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, auto_attack_trials, with_transfers
+      >>> config = EvalConfig(Linf(0.1), auto_attack_trials(Linf(0.1)))
+      >>> with_transfers(config, suites=[]) == config
+      True
     """
     transfers = [trial for suite, folder in suites for trial in _transferred(suite, folder, config.threat)]
     first, last = ([t for t in config.trials if t.from_worst == whether] for whether in (False, True))
@@ -266,14 +309,39 @@ def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:
 
 
 def auto_attack_trials(threat: Threat) -> tuple[Trial, ...]:
-    """The four attacks of the standard AutoAttack as trials, and their worst case as a suite."""
+    """The four attacks of the standard AutoAttack as trials, and their worst case as a suite.
+
+    Args:
+      threat: norm and radius.
+
+    References: Croce & Hein 2020a.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import auto_attack_trials
+      >>> [trial.name for trial in auto_attack_trials(Linf(8 / 255))]
+      ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+    """
     names = ("apgd-ce", "apgd-t", "fab-t", "square")
     attacks = AutoAttack.standard(threat).attacks
     return tuple(Trial(name, attack, suite="AutoAttack") for name, attack in zip(names, attacks, strict=True))
 
 
 def with_surrogates(name: str, attack: Attack, surrogates: Sequence[Surrogate]) -> tuple[Trial, ...]:
-    """One trial per surrogate, named by its class and what it is made of, such as ``pgd-10.Intermediate-3-5-0.5``."""
+    """One trial per surrogate, named by its class and parameters, such as ``pgd-10.Intermediate-3-5-0.5``.
+
+    Args:
+      name: first part of the trials' names.
+      attack: the same for all of them.
+      surrogates: each gives the gradients of one trial.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import with_surrogates
+      >>> from deq_jax.surrogates import Intermediate, ThroughSolver
+      >>> [trial.name for trial in with_surrogates("pgd", PGD(Linf(0.1)), [Intermediate(3), ThroughSolver()])]
+      ['pgd.Intermediate-3-5-0.5', 'pgd.ThroughSolver']
+    """
     return tuple(Trial(f"{name}.{_label(surrogate)}", attack, surrogate) for surrogate in surrogates)
 
 

@@ -31,6 +31,12 @@ class TrialRecord:
       seconds: spent on it, compilation included.
       threat: config tree of the threat model that its attack declares; None if its images alone were checked.
       gradient_queries: per image, at most; None if its attack does not tell.
+
+    Examples:
+      >>> from deq_jax.evaluation import TrialRecord
+      >>> record = TrialRecord(attacked=100, broken=60, seconds=12.5, gradient_queries=30)
+      >>> record.attacked - record.broken
+      40
     """
 
     attacked: int
@@ -47,6 +53,11 @@ class PredictionCost:
     Attributes:
       evaluations: applications of the cell, of which a vector-Jacobian product is one; None for an explicit network.
       seconds: median time on one device, compilation excluded.
+
+    Examples:
+      >>> from deq_jax.evaluation import PredictionCost
+      >>> PredictionCost(evaluations=15.0, seconds=0.004).evaluations
+      15.0
     """
 
     evaluations: float | None = None
@@ -64,6 +75,11 @@ class Provenance:
       versions: distribution -> version.
       config: config tree of the training run.
       environment: settings, devices and versions, see `storage.environment`; None in older files.
+
+    Examples:
+      >>> from deq_jax.evaluation import Provenance
+      >>> Provenance("runs/a", "best, step 17", "test", versions={"deq_jax": "0.1.0"}, config={}).split
+      'test'
     """
 
     workdir: str
@@ -103,10 +119,30 @@ class EvaluationRecord:
       evaluation: config tree of the evaluation.
       provenance: where the classifier comes from; None for one that comes from no workdir.
 
-    Example::
-
-        record = EvaluationRecord.of(worst_case(config, classifier, variables, images))
-        assert EvaluationRecord.from_json(record.to_json()) == record
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, EvaluationRecord, PredictionCost, Spread
+      >>> from deq_jax.storage import to_tree
+      >>> record = EvaluationRecord(
+      ...     images=100,
+      ...     rows={},
+      ...     accuracy={"clean": {"deployed": 0.9}, "union": {"deployed": 0.4}},
+      ...     cumulative=True,
+      ...     trials={},
+      ...     defence="none",
+      ...     cost=PredictionCost(),
+      ...     spectral_radius=Spread(None, None),
+      ...     unsettled=None,
+      ...     adjoint_residual=Spread(None, None),
+      ...     warnings=(),
+      ...     red_flags=(),
+      ...     early_state=None,
+      ...     evaluation=to_tree(EvalConfig(Linf(0.1), trials=())),
+      ... )
+      >>> record.robust_accuracy
+      0.4
+      >>> EvaluationRecord.from_json(record.to_json()) == record
+      True
     """
 
     images: int
@@ -225,6 +261,14 @@ def read_record(path: Path) -> EvaluationRecord:
 
     Raises:
       InputError: there is no such file, it is damaged, or of a newer version.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.evaluation import read_record
+      >>> read_record(Path("runs/none/evaluation.json"))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none/evaluation.json: no such file
     """
     return parsed(path, EvaluationRecord.from_json)
 

@@ -29,7 +29,34 @@ ROUNDING = 0.01  # of the largest logit
 
 
 def red_flags(result: WorstCase) -> list[Flag]:
-    """All checks of an evaluation."""
+    """All checks of an evaluation, raised or not.
+
+    Args:
+      result: what the trials found.
+
+    References: Carlini et al. 2019, "On Evaluating Adversarial Robustness"; Croce et al. 2022.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import Cost, EvalConfig, Probe, Row, Rows, WorstCase, red_flags
+      >>> row = Row(np.array([3]), np.array([-1.0]), np.array([0.25]), np.array([np.nan]))
+      >>> logits, clean = np.array([[0.0, 1.0]]), Rows(None, None, row)
+      >>> result = WorstCase(
+      ...     config=EvalConfig(Linf(0.1), trials=()),
+      ...     y=np.array([3]),
+      ...     clean=clean,
+      ...     zero_gradient=np.array([True]),
+      ...     spectral_radius=np.array([0.5]),
+      ...     probe=Probe(logits, logits, logits, logits),
+      ...     cost=Cost(np.array([15.0]), np.array([0.5])),
+      ...     attempts={},
+      ...     x_adv=np.zeros((1, 8, 8, 1)),
+      ...     worst=clean,
+      ... )
+      >>> [flag.name for flag in red_flags(result) if flag.raised]
+      ['zero gradients']
+    """
     correct = {name: row.deployed for name, row in result.robust().items()}
     extra = result.config.diagnostics
     far = None if extra is None else float(np.mean(correct[extra.far.name]))

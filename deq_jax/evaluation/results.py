@@ -24,6 +24,15 @@ class Attempt(NamedTuple):
       attacked: [N] bool, whether the image was attacked.
       inside: [N] bool, whether x_adv lies within the threat model's ball.
       seconds: spent on it, compilation included.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Attempt, Row, Rows
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> attacked, inside = np.array([True, True]), np.array([True, True])
+      >>> attempt = Attempt(lambda: np.zeros((2, 8, 8, 1)), Rows(None, None, row), attacked, inside, seconds=0.5)
+      >>> attempt.read().shape, attempt.measured.deployed.label.tolist()
+      ((2, 8, 8, 1), [3, 5])
     """
 
     read: Callable[[], np.ndarray]
@@ -61,7 +70,22 @@ class Worst(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Logits [n, K] of the first images: of all of them, in reverse order, each alone, and with another key."""
+    """Logits of the first images, asked in several ways.
+
+    Attributes:
+      whole: [n, K], of all of them in one batch.
+      reverse: [n, K], of the batch in reverse order.
+      alone: [n, K], of each image alone.
+      other_key: [n, K], of the batch with another key.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Probe
+      >>> logits = np.array([[2.0, 1.0]])
+      >>> probe = Probe(whole=logits, reverse=logits, alone=logits, other_key=logits + 0.5)
+      >>> float(abs(probe.other_key - probe.whole).max())  # a random predictor
+      0.5
+    """
 
     whole: np.ndarray
     reverse: np.ndarray
@@ -76,6 +100,12 @@ class Cost(NamedTuple):
       evaluations: [n], applications of the cell to each of the first images, where a vector-Jacobian product counts as
         one; NaN for an explicit network.
       seconds: [repeats], of each image of a batch, on one device, compilation excluded.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Cost
+      >>> Cost(evaluations=np.array([15.0, 15.0]), seconds=np.array([0.5, 0.25, 0.25])).evaluations.mean().tolist()
+      15.0
     """
 
     evaluations: np.ndarray
@@ -92,6 +122,12 @@ class Flag:
       value: of what is compared with the threshold; None where it was not run.
       threshold: above which the flag is raised.
       explanation: what it would mean.
+
+    Examples:
+      >>> from deq_jax.evaluation import Flag
+      >>> flag = Flag.of("no plateau", value=0.02, threshold=0.005, explanation="more steps would lower the accuracy")
+      >>> flag
+      Flag(name='no plateau', raised=True, value=0.02, threshold=0.005)
     """
 
     name: str
@@ -126,6 +162,27 @@ class WorstCase:
       radius_settled: [N] bool, whether the estimate of the spectral radius has settled.
       adjoint_residual: [N], of the trained classifier's gradient estimator; None where it has no adjoint state.
       red_flags: all checks of the evaluation, raised or not; none without trials.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import Cost, EvalConfig, Probe, Row, Rows, WorstCase
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> clean, nothing = Rows(None, None, row), np.zeros(2)
+      >>> result = WorstCase(
+      ...     config=EvalConfig(Linf(0.1), trials=()),
+      ...     y=np.array([3, 4]),
+      ...     clean=clean,
+      ...     zero_gradient=np.array([False, False]),
+      ...     spectral_radius=nothing,
+      ...     probe=Probe(nothing, nothing, nothing, nothing),
+      ...     cost=Cost(nothing, nothing),
+      ...     attempts={},
+      ...     x_adv=np.zeros((2, 8, 8, 1)),
+      ...     worst=clean,
+      ... )
+      >>> result.clean_accuracy, result.robust_accuracy
+      (0.5, None)
     """
 
     config: EvalConfig

@@ -27,6 +27,11 @@ class Transfer:
       path: of an npz file with x_adv [N, H, W, C], floating in [0, 1], and, if it has them, the labels y [N], such
         as the evaluation.npz of another evaluation of the same images; or of the folder of one of its trials, where
         an image that was left alone stands for itself.
+
+    Examples:
+      >>> from deq_jax.evaluation import Transfer, Trial
+      >>> Trial("transferred", Transfer("others/x_adv.npz")).attack.uses_gradients  # nothing is read before load()
+      False
     """
 
     path: str

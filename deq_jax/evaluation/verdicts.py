@@ -25,6 +25,11 @@ def exact_interval(accuracy: ArrayLike, images: ArrayLike, level: float = 0.95) 
       level: of confidence.
 
     References: Clopper & Pearson 1934; Korn & Graubard 1998 for numbers that are not integers.
+
+    Examples:
+      >>> from deq_jax.evaluation import exact_interval
+      >>> [round(float(end), 3) for end in exact_interval(accuracy=0.5, images=100)]
+      [0.398, 0.602]
     """
     accuracy, images, tail = np.asarray(accuracy, float), np.asarray(images, float), (1 - level) / 2
     right, wrong = accuracy * images, (1 - accuracy) * images
