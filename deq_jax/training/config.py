@@ -32,6 +32,12 @@ class PenaltySchedule:
       epochs: after which no step is penalised any more.
 
     References: Bai et al. 2021, section 4.2.
+
+    Examples:
+      >>> from deq_jax.training import PenaltySchedule
+      >>> schedule = PenaltySchedule(probability=1.0, epochs=90)
+      >>> schedule.is_drawn(seed=0, step=3, epoch=0), schedule.is_drawn(seed=0, step=9000, epoch=90)
+      (True, False)
     """
 
     probability: float = 0.02
@@ -48,7 +54,13 @@ class PenaltySchedule:
 
 
 class Phase(Enum):
-    """What a training step does; each phase is compiled once."""
+    """What a training step does; each phase is compiled once.
+
+    Examples:
+      >>> from deq_jax.training import Phase
+      >>> [phase.name for phase in Phase]
+      ['PRETRAINING', 'PLAIN', 'PENALISED']
+    """
 
     PRETRAINING = "shallow pre-training"
     PLAIN = "training"
@@ -76,6 +88,13 @@ class TrainConfig:
       seed: of initialisation, data order and all randomness.
       log_every: steps between two lines of training metrics.
       checkpoint_every: steps between two checkpoints; None for every epoch.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> model = dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
+      >>> config = dj.TrainConfig(model, dj.Standard(), dj.data.Digits(), batch_size=64, epochs=6, pretrain_steps=34)
+      >>> config.phase(step=0, steps_per_epoch=17).name, config.phase(step=34, steps_per_epoch=17).name
+      ('PRETRAINING', 'PLAIN')
     """
 
     classifier: Equilibrium | Explicit
@@ -157,7 +176,20 @@ class TrainConfig:
 
 
 def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
-    """The config with another readout of the equilibrium's dynamics."""
+    """The config with another readout of the equilibrium's dynamics.
+
+    Raises:
+      InputError: the classifier is not an `Equilibrium`.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, LastState, Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_deq
+      >>> from deq_jax.training import with_readout
+      >>> config = TrainConfig(small_deq(10, 12, Dynamics(Broyden(8))), Standard(), Digits())
+      >>> with_readout(config, LastState()).classifier.dynamics.readout
+      LastState()
+    """
     classifier = config.classifier
     if not isinstance(classifier, Equilibrium):
         raise InputError(f"with_readout: expected an Equilibrium, got {type(classifier).__name__}")
@@ -169,6 +201,15 @@ def threat_of(train: TrainConfig) -> Threat:
 
     Raises:
       InputError: its validation attack declares no threat model.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import threat_of
+      >>> threat_of(TrainConfig(small_cnn(10, 12), Standard(), Digits(), validation_attack=PGD(Linf(0.1))))
+      Linf(epsilon=0.1)
     """
     attack = train.validation_attack
     threat = getattr(attack, "threat", None)

@@ -30,11 +30,26 @@ from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal."""
+    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal.
+
+    Examples:
+      >>> from deq_jax.training import Interrupted
+      >>> Interrupted(2, 100).args  # the signal, and the steps that were done
+      (2, 100)
+    """
 
 
 class NonFiniteLoss(Exception):
-    """The loss is no longer a finite number; the message names the step and the last good checkpoint."""
+    """The loss is no longer a finite number; the message names the step and the last good checkpoint.
+
+    Examples:
+      >>> from deq_jax.training import NonFiniteLoss
+      >>> try:
+      ...     raise NonFiniteLoss("the loss is nan at step 7 of 100")  # as fit does
+      ... except NonFiniteLoss as error:
+      ...     print(error)
+      the loss is nan at step 7 of 100
+    """
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,12 @@ class Run:
         attack on held-out training images.
       state: after the last step.
       metrics: the lines of metrics.jsonl; with several processes and a workdir, those of process 0 alone.
+
+    Examples:
+      >>> from dataclasses import fields
+      >>> from deq_jax.training import Run
+      >>> [field.name for field in fields(Run)]
+      ['config', 'data', 'predictor', 'state', 'metrics']
     """
 
     config: TrainConfig
@@ -95,7 +116,7 @@ def fit(
     With several processes (`parallel.connect`) all call this alike. Process 0 alone reads and writes
     the workdirs, which the others need not see, and calls `report` and `say`; it hands the state to the others.
 
-    Example::
+    For example::
 
         run = dj.fit(dj.TrainConfig(dj.models.small_cnn(10, 12), dj.Standard(), dj.data.Digits(), epochs=6))
         print(run.predictor.accuracy(*run.data.test))
@@ -105,6 +126,14 @@ def fit(
         under settings of JAX that make other numbers.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> model = dj.models.small_cnn(classes=10, channels=4)
+      >>> dj.fit(dj.TrainConfig(model, dj.Standard(), dj.data.Digits(), batch_size=4800))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: batch_size 4800 exceeds the 1149 training images
     """
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)

@@ -47,7 +47,18 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is left out."""
+    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is left out.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from deq_jax.training import read_metrics
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = Path(folder, "metrics.jsonl")
+      ...     _ = path.write_text('{"step": 10, "split": "train", "loss": 2.5}')
+      ...     read_metrics(path)
+      [{'step': 10, 'split': 'train', 'loss': 2.5}]
+    """
     lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

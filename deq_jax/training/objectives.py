@@ -25,6 +25,12 @@ class Outcome(NamedTuple):
     Attributes:
       batch_stats: after the step.
       metrics: scalars of the local batch.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.training import Outcome
+      >>> float(Outcome(batch_stats={}, metrics={"accuracy": jnp.float32(0.5)}).metrics["accuracy"])
+      0.5
     """
 
     batch_stats: PyTree
@@ -54,7 +60,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Standard:
-    """Cross-entropy on the images as they are."""
+    """Cross-entropy on the clean images.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> TrainConfig(small_cnn(classes=10, channels=12), Standard(), Digits(), epochs=6).objective
+      Standard()
+    """
 
     def perturb(self, classifier, variables, x, labels, keys):
         return x
@@ -78,6 +92,12 @@ class PGDAdversarialTraining:
         classifier's own gradient estimator.
 
     References: Madry et al. 2018, eq. 2.1.
+
+    Examples:
+      >>> from deq_jax import PGDAdversarialTraining
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> PGDAdversarialTraining(PGD(Linf(8 / 255), steps=10, best_of=False)).attack.gradient_queries
+      10
     """
 
     attack: Attack
@@ -111,6 +131,13 @@ class Trades:
 
     References: Zhang et al. 2019, eq. 5.
     Differs from the reference: the clean prediction is computed once per step, not at every attack step.
+
+    Examples:
+      >>> from deq_jax import Trades
+      >>> from deq_jax.attacks import PGD, Linf, gaussian_start
+      >>> from deq_jax.core import kl
+      >>> Trades(PGD(Linf(8 / 255), steps=10, loss=kl, start=gaussian_start, best_of=False)).beta
+      6.0
     """
 
     attack: Attack

@@ -19,6 +19,12 @@ class AdamCosine:
     Attributes:
       learning_rate: at the first step.
       final_learning_rate: at the last step.
+
+    Examples:
+      >>> from deq_jax.training import AdamCosine
+      >>> schedule = AdamCosine(learning_rate=3e-3).schedule(steps=100)
+      >>> [round(float(schedule(step)), 6) for step in (0, 100)]
+      [0.003, 1e-06]
     """
 
     learning_rate: float = 1e-3
