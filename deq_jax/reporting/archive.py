@@ -33,6 +33,11 @@ class Setting:
       dataset, split, images: which images, the first ones of the split.
       checkpoint: which parameters: "best" or "latest".
       norm, epsilon: of the threat model.
+
+    Examples:
+      >>> from deq_jax.reporting import Setting
+      >>> print(Setting("Digits", "test", 360, "best", "Linf", 8 / 255))
+      360 images of Digits, test split, best checkpoint, Linf ε = 8/255
     """
 
     dataset: str
@@ -61,6 +66,12 @@ class Evaluation:
       provenance: whose classifier it is.
       measured: state, "clean" or "attacked", and accuracy (True or False), entropy or residual -> [N].
       correct: name of the images -> [N] bool, which the deployed predictor classifies correctly.
+
+    Examples:
+      >>> from dataclasses import fields
+      >>> from deq_jax.reporting import Evaluation
+      >>> [field.name for field in fields(Evaluation)]
+      ['folder', 'record', 'provenance', 'measured', 'correct']
     """
 
     folder: Path
@@ -146,6 +157,14 @@ def read_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
 
     Raises:
       InputError: there are none, one is damaged, or two are the same.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.reporting import read_evaluations
+      >>> read_evaluations([Path("runs/none")])
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none: no such folder
     """
     for run in runs:
         require(run.is_dir(), f"{run}: no such folder")
@@ -159,7 +178,17 @@ def read_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
 
 
 def unfinished(runs: Sequence[Path]) -> list[Path]:
-    """Folders of evaluations that were begun and not finished, and those of `runs` that have none at all."""
+    """Folders of evaluations that were begun and not finished, and those of `runs` that have none at all.
+
+    Args:
+      runs: workdirs of training runs, or folders of evaluations.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.reporting import unfinished
+      >>> [folder.name for folder in unfinished([Path("runs/none")])]
+      ['none']
+    """
     found = [unfinished_in(run) or ([] if finished_in(run) else [run]) for run in runs]
     return list(dict.fromkeys(folder for part in found for folder in part))
 

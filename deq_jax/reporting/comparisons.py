@@ -16,7 +16,18 @@ from deq_jax.reporting.statistics import Estimate, paired_difference
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups that are compared seed by seed and image by image: the first one minus the second one."""
+    """Two groups that are compared seed by seed and image by image: the first one minus the second one.
+
+    Attributes:
+      first: the group from which is subtracted.
+      second: the group that is subtracted.
+
+    Examples:
+      >>> from deq_jax.reporting import Group, Pair
+      >>> pair = Pair(Group("trades", "none", ()), Group("pgd-at", "none", ()))
+      >>> pair.is_flagged, pair.difference(lambda evaluation: evaluation.robust)
+      (False, None)
+    """
 
     first: Group
     second: Group

@@ -34,6 +34,11 @@ class Group:
     Attributes:
       training, defence: what they are called; no two different ones are called the same.
       evaluations: one per seed.
+
+    Examples:
+      >>> from deq_jax.reporting import Group
+      >>> Group(training="pgd-at", defence="none", evaluations=()).values(lambda evaluation: evaluation.robust)
+      {}
     """
 
     training: str
@@ -104,7 +109,13 @@ class Group:
 
 
 def groups_of(evaluations: Sequence[Evaluation]) -> list[Group]:
-    """Groups in the order in which settings and trainings first appear, undefended predictors before others."""
+    """Groups in the order in which settings and trainings first appear, undefended predictors before others.
+
+    Examples:
+      >>> from deq_jax.reporting import groups_of
+      >>> groups_of([])
+      []
+    """
     parts: dict[Any, list[Evaluation]] = {}
     for one in evaluations:
         parts.setdefault(one.identity, []).append(one)

@@ -99,6 +99,11 @@ class Report:
       accuracies, flags: a section for each group, but without flags where nothing has attacked.
       dynamics, radii: sections with figures.
       protocols: of each evaluation.
+
+    Examples:
+      >>> from deq_jax.reporting import Report
+      >>> Report.of([]).groups
+      ()
     """
 
     evaluations: tuple[Evaluation, ...]

@@ -36,6 +36,12 @@ class Estimate:
       interval: its lower and upper end; None where nothing tells its width.
       seeds: how many there are. Of a single one the interval is for other images alone.
       agree: whether several seeds have the same mean, so that their spread is not known.
+
+    Examples:
+      >>> from deq_jax.reporting import Estimate
+      >>> estimate = Estimate.of_accuracies([[100, 0, 100, 100], [100, 0, 0, 100]])  # two seeds, four images
+      >>> estimate.value, estimate.seeds
+      (62.5, 2)
     """
 
     value: float
@@ -113,6 +119,13 @@ def paired_difference(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) 
 
     Args:
       a, b: seed -> accuracies [N] of the same images, 100 or 0.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.reporting import paired_difference
+      >>> a, b = {0: np.array([100.0, 100.0])}, {0: np.array([100.0, 0.0]), 1: np.array([0.0, 0.0])}
+      >>> paired_difference(a, b).value  # seed 0 alone has both
+      50.0
     """
     common = sorted(set(a) & set(b))
     return Estimate.of_differences([a[seed] - b[seed] for seed in common]) if common else None
@@ -123,6 +136,11 @@ def paired_quotient(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate 
 
     Args:
       a, b: seed -> value.
+
+    Examples:
+      >>> from deq_jax.reporting import paired_quotient
+      >>> paired_quotient({0: 3.0, 1: 5.0}, {0: 2.0, 1: 2.0}).value
+      2.0
     """
     common = [seed for seed in sorted(set(a) & set(b)) if b[seed] > 0]
     return Estimate.of_seeds([a[seed] / b[seed] for seed in common]) if common else None

@@ -73,6 +73,11 @@ class Table:
       section: what the titles of the sections are, as a heading in a CSV file.
       columns: one per cell of a row.
       sections: title -> rows; a single section may have the title "".
+
+    Examples:
+      >>> from deq_jax.reporting import Table
+      >>> Table("cost", "Cost of a prediction", section="setting", columns=(), sections={}).caption
+      'Cost of a prediction'
     """
 
     name: str
