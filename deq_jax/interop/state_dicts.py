@@ -59,6 +59,18 @@ def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     Raises:
       InputError: if the file is missing, damaged, or holds anything but arrays by name; if two of its entries or
         prefixes have all expected names; if torch >= 2.10 or safetensors is needed and missing.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.interop import read_state_dict, write_state_dict
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = Path(folder, "network.npz")
+      ...     write_state_dict(path, {"module.weight": np.ones((4, 3)), "epoch": np.array(7)})
+      ...     arrays, left_out = read_state_dict(path, expected=["weight"])
+      >>> arrays["weight"].shape, left_out
+      ((4, 3), ['epoch'])
     """
     path = Path(path)
     read = _by_ending(path, _READERS)
@@ -113,7 +125,18 @@ def _prefixes(arrays: Mapping[str, Any], expected: frozenset[str]) -> Counter[st
 
 
 def write_state_dict(path: str | Path, arrays: Arrays) -> None:
-    """Writes arrays by name, whole or not at all; raises `InputError` as `check_writable` does."""
+    """Writes arrays by name, whole or not at all; raises `InputError` as `check_writable` does.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.interop import write_state_dict
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_state_dict(Path(folder, "network.npz"), {"weight": np.ones((4, 3))})
+      ...     [path.name for path in Path(folder).iterdir()]
+      ['network.npz']
+    """
     check_writable(path)
     _by_ending(Path(path), _WRITERS)(Path(path), arrays)
 
