@@ -3,7 +3,7 @@
 A gradient estimator takes the solved state, held constant, and returns a state of the same value, or a few steps
 further on, that carries gradients to the cell's parameters and to the injection:
 ``gradient(cell, params, u, z) -> state``. `Phantom` differentiates a few damped steps, `Unrolled` plain ones;
-`Implicit` and `Neumann` are in `adjoints`. `Backprop` alone has `deq` differentiate the solver, too.
+`Implicit` and `Neumann` are in `adjoints`. Only with `Backprop` does `deq` also differentiate the solver.
 
 Derivatives of any order are right in reverse mode: ``jax.grad(jax.grad(f))``, ``jax.jacrev(jax.jacrev(f))`` for a
 Hessian. JAX refuses forward mode (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) through `Implicit` and `Neumann` with a
@@ -168,11 +168,12 @@ class Unrolled:
 class Backprop:
     """Backpropagation through the solver's own steps, converged or not, and through those that follow it.
 
-    The exact derivative of the computed prediction, where the other estimators give that of an equilibrium which the
-    solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver differentiably.
+    This is the exact derivative of the computed prediction. The other estimators give the derivative at an equilibrium,
+    which the solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver
+    differentiably.
 
     Attributes:
-      then: the estimator whose value this has. `Phantom` and `Unrolled` are differentiated as they are computed,
+      then: the estimator that gives the value. `Phantom` and `Unrolled` are differentiated as they are computed,
         `Implicit` and `Neumann` as the one application of the cell that they make, `AtState` as the state itself.
 
     Examples:
@@ -187,15 +188,15 @@ class Backprop:
 
     @property
     def applications(self) -> int | Array:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return self.then.applications
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        """The estimator `then`: of a state that is held constant there are no steps to go back through."""
+        """The estimator `then`: a constant state has no solver steps to differentiate."""
         return self.then(cell, params, u, z)
 
     def through(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        """The same value for a state that carries the derivative of the solver's steps."""
+        """The value of `then` at a state that carries the derivative of the solver's steps."""
         if isinstance(self.then, AtState):
             return z
         advance = Phantom(0) if has_adjoint(self.then) else self.then

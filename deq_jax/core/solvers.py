@@ -290,7 +290,7 @@ class Broyden(_Settings):
 
 
 def differentiable(solver: Any) -> Solver:
-    """The same solver in a form whose own steps can be differentiated backwards; see `Solver`."""
+    """The solver in a form that JAX can differentiate in reverse mode; see `Solver`."""
     return solver.reverse_mode() if hasattr(solver, "reverse_mode") else solver
 
 

@@ -69,7 +69,7 @@ def prng_key(seed: Any) -> Array:
 
 
 class Injection(NamedTuple):
-    """What an encoder hands to the cell: computed once per forward, constant along the dynamics.
+    """The encoder's output for the cell: computed once per forward pass, constant along the dynamics.
 
     Attributes:
       features: pytree shaped like a state, ``[B, ...]`` leaves; added inside the cell.
@@ -88,10 +88,10 @@ class Injection(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What a solver found, per sample.
+    """The result of a solver, per sample.
 
     Attributes:
-      z: ``[B, ...]`` leaves, the iterate with the lowest residual (z_0 is no candidate).
+      z: ``[B, ...]`` leaves, the iterate with the lowest residual (z_0 is not a candidate).
       states: ``[T, B, ...]`` leaves, the neural dynamics z_1 .. z_T; the entries of a sample that
         has converged repeat its converged state.
       residuals: ``[T, B]``, relative residuals ``||f(z_t) - z_t|| / (||f(z_t)|| + 1e-9 s)``, where s is the largest
@@ -117,14 +117,14 @@ class Solution(NamedTuple):
 
 
 class Purpose(IntEnum):
-    """What a key is for: ``keys.fold(Purpose.READOUT)``. Every purpose has one number here, no two have the same.
+    """The purpose of a key, for ``keys.fold(Purpose.READOUT)``. Each purpose has a number of its own.
 
     Keys are folded with counters too (steps, restarts, draws) and with the numbers of images. Those stay below 2^30.
     Where one of them meets a purpose, the purpose lies above, so that no key serves two draws.
 
     A training step has keys for
 
-    * ATTACK, what an attack draws, also as one of several (`AutoAttack`, `Targeted`);
+    * ATTACK, the draws of an attack, also as one of several (`AutoAttack`, `Targeted`);
     * NATURAL and ADVERSARIAL, the forward passes of an objective;
     * AUGMENTATION;
     * PENALTY, whether the step is penalised (drawn on the host).
@@ -133,16 +133,16 @@ class Purpose(IntEnum):
 
     * READOUT, a random state;
     * PROBES of the Jacobian's norm or spectral radius;
-    * MODULE, what Flax modules draw with ``make_rng("dropout")``;
+    * MODULE, the draws of Flax modules with ``make_rng("dropout")``;
     * DECODER, the same of the decoder.
 
     An attack has keys for its restarts and steps, and from them keys for
 
-    * QUERY, what a random predictor draws when it is asked;
+    * QUERY, the draws of a random predictor at a query;
     * START, the same where the attack is given images to begin at;
     * RADIUS, the length of a random start in ℓ2, beside its direction.
 
-    DEPLOYED is what a random predictor draws when it is measured, which attacks never see. BATCH is a draw that is
+    DEPLOYED is for the draws of a random predictor when it is measured; attacks never see them. BATCH is a draw that is
     common to all images of the batch; see `Keys.common`.
 
     Examples:
@@ -192,7 +192,7 @@ class Keys(NamedTuple):
 
     @classmethod
     def of(cls, key: int | Array | Keys, batch_size: int) -> Keys:
-        """Keys of a batch whose images are numbered from 0; returns `key` if it is `Keys` already.
+        """Keys of a batch with images numbered from 0; returns `key` if it is `Keys` already.
 
         Args:
           key: a seed or a PRNG key; see `prng_key`.
@@ -204,7 +204,7 @@ class Keys(NamedTuple):
         if not isinstance(key, Keys):
             return cls(prng_key(key), jnp.arange(batch_size, dtype=jnp.int32))
         images = jnp.shape(key.images)
-        require(images == (batch_size,), f"keys: expected those of {batch_size} images, got images of shape {images}")
+        require(images == (batch_size,), f"keys: expected Keys of {batch_size} images, got images of shape {images}")
         return key
 
     def fold(self, number: Purpose | int | Array) -> Keys:
@@ -225,7 +225,7 @@ class Keys(NamedTuple):
 
 
 class Memory(Protocol):
-    """What a solver knows after a step: a pytree with these two arrays, and whatever else the solver keeps.
+    """The state of a solver after a step: a pytree with these two arrays, and anything else that the solver keeps.
 
     If it has a field ``unit``, that is the unit of residuals, [B, 1]; see `norms.unit_of`. Otherwise `solve` adds one.
 
@@ -317,7 +317,7 @@ class Gradient(Protocol):
     """``(cell, params, u, z) -> state``: the solved state, or a few steps on, carrying gradients.
 
     Attributes:
-      applications: of the cell, to give the state.
+      applications: number of cell applications in the forward pass.
     """
 
     @property
