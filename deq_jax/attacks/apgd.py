@@ -104,7 +104,7 @@ class APGD:
         Args:
           oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
-          labels: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
+          labels: second argument of the loss: labels [B], or pairs (label, class aimed at) [B, 2].
           key: PRNG key, or `Keys` to number the images.
           start: images [B, H, W, C] in the ball, where the first restart begins; None for a random one.
 

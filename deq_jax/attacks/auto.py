@@ -226,7 +226,7 @@ class AutoAttack:
     def stages(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Iterator[Stage]:
-        """Yields what is known before the first attack and after each; see `__call__`."""
+        """Yields the state before the first attack and after each; see `__call__`."""
         return self.bind(oracle)(x, labels, key, start)
 
     def bind(self, oracle: Oracle) -> Callable[..., Iterator[Stage]]:
@@ -251,7 +251,7 @@ class AutoAttack:
             check_classes(labels, logits.shape[1])
             _write(best, rows, found)
             finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
-            for attempt in attempts:  # what cannot be attacked is found out now
+            for attempt in attempts:  # errors of later attacks are raised now
                 attempt.trace(found, x[padded], labels[padded], own, given)
         refuse_not_finite(finite)
         yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)

@@ -18,7 +18,7 @@ from deq_jax.core.types import AnyArray, Array, Keys, Loss
 class Best(NamedTuple):
     """Per image: a misclassified candidate before any other, then the one of highest loss.
 
-    Candidates whose logits are not finite are never taken. They are evaluated by the labels of the
+    Candidates with logits that are not finite are never taken. They are evaluated by the labels of the
     attack, see `is_fooled`.
 
     Attributes:
@@ -103,8 +103,8 @@ def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: i
 def is_fooled(logits: Array, labels: Array) -> Array:
     """[B], whether the most likely class is not the label; False where a logit is not finite.
 
-    The labels are [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float, by which nothing is
-    misclassified.
+    The labels are [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float; with these nothing
+    counts as misclassified.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -67,7 +67,7 @@ class FAB:
         """Adversarial images of minimal norm; see `APGD.__call__`.
 
         Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
-        x, else x. A start that is misclassified already is returned as it is.
+        x, else x. A start that is misclassified already is returned unchanged.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
@@ -122,7 +122,7 @@ class FAB:
             gap, _, normal = oracle.grad(logit_difference, point, pairs, keys)
             unit = power_of_two(
                 jnp.max(jnp.abs(normal), axis=tuple(range(1, point.ndim)))
-            )  # whose squares are in range
+            )  # a unit in which squares are in range
             gap, normal = gap / unit, normal / per_image(unit, normal)
             return gap, normal, jnp.abs(gap) / jnp.maximum(self.threat.dual_length(normal), 1e-12)
 

@@ -1,4 +1,4 @@
-"""Random noise of the full radius: what any attack must beat."""
+"""Random noise of the full radius: a baseline that every attack must beat."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class Oracle(NamedTuple):
     also within `jax.jit`.
 
     Attributes:
-      logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
+      logits: ``(x, keys) -> [B, K]``, of the predictor on which success is measured.
       grad: ``(loss, x, labels, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
         gradient of the summed loss with respect to x.
 
@@ -175,9 +175,9 @@ class Oracle(NamedTuple):
 class Attack(Protocol):
     """``(oracle, x, labels, key, start=None) -> x_adv``, within the threat model's ball and [0, 1].
 
-    The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
-    in their own dtype. The labels are [B] of any integer type, from 0 to K - 1, or for some attacks pairs
-    (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
+    The images x are [B, H, W, C], floating, in [0, 1]; half-precision images are attacked in float32 and come back in
+    their own dtype. The labels are [B] of any integer type, from 0 to K - 1, or for some attacks pairs (label, class
+    aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
     The start is images [B, H, W, C] within the ball, from which the attack begins in place of its own (random) start.
     An attack of several restarts uses it for the first; attacks made of attacks hand it to each. What comes back is
@@ -185,7 +185,7 @@ class Attack(Protocol):
     returns its last iterate, and `Noise` takes no start.)
 
     The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
-    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are no classes, logits that are
+    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are not classes, logits that are
     not [B, K] with K >= 2 or, on the images themselves, not finite. Values are not known within `jax.jit`: there an
     image outside [0, 1] comes back as NaN, and one without a class or without finite logits unchanged; a start is
     projected. Outside of it an attack is compiled as a whole, at the first of all calls with the same program and

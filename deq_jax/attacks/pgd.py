@@ -73,9 +73,9 @@ class PGD:
       restarts: number of random starts.
       loss: maximised, ``(logits, labels) -> [B]``.
       start: where a restart begins, unless images are given to start from.
-      best_of: return, per image, a misclassified iterate if there was one (judged where the labels is
-        labels), and among equals the one of highest loss, x itself if none was better; costs one more query
-        per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
+      best_of: return, per image, a misclassified iterate if there was one (unless the labels are reference logits), and
+        among equals the one of highest loss, x itself if none was better; costs one more query per restart, and one at
+        x. Otherwise the last iterate of the one restart, as in adversarial training.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -117,7 +117,7 @@ class PGD:
         Args:
           oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
-          labels: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
+          labels: second argument of the loss: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.
           start: images [B, H, W, C] in the ball, where the first restart begins; None for its own start.
 

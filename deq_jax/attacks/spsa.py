@@ -62,7 +62,7 @@ class SPSA:
     def __call__(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
-        """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
+        """Adversarial images; see `APGD.__call__`. An image is not attacked further once it is misclassified."""
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
     def _run(self, oracle, x, labels, keys, start):

@@ -55,9 +55,9 @@ class Square:
     def __call__(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
-        """Adversarial images; see `APGD.__call__`. Of a pair (label, class aimed at) only the label counts.
+        """Adversarial images; see `APGD.__call__`. Only the label of a pair (label, class aimed at) counts.
 
-        An image is left alone once it is misclassified. A start takes the place of the first random pattern.
+        An image is not attacked further once it is misclassified. A start takes the place of the first random pattern.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 

@@ -58,7 +58,7 @@ class Targeted:
     ) -> Array:
         """Adversarial images; see `APGD.__call__`. The labels are [B].
 
-        Images that one class has fooled are left alone by the next. The attempt at each class begins at the start.
+        Images that one class has fooled are not attacked for the next. The attempt at each class begins at the start.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 

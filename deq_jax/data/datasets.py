@@ -156,7 +156,7 @@ class Tfds:
     """A TensorFlow Datasets image dataset, read without TensorFlow.
 
     Attributes:
-      name: for instance cifar10, cifar100, svhn_cropped, mnist, fashion_mnist.
+      name: name in TFDS, for instance cifar10, cifar100, svhn_cropped, mnist, fashion_mnist.
       validation: share of the training images that is held out.
       data_dir: where the prepared dataset lies; None for TFDS' own default.
 

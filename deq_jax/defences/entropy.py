@@ -134,7 +134,7 @@ class EntropyReduced:
       epsilon: ℓ∞ radius, in the same unit, of the ball around the given input.
       direction: direction of an update.
       carry: the state and memory from which the next block starts.
-      readout: which of the regulated states is classified, without a further application of the cell.
+      readout: choice of the regulated state that is classified, without a further application of the cell.
 
     References: Yang et al. 2023, section 4.2.
 
@@ -255,10 +255,10 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     Differentiable where solver and direction are; blocks and updates are computed again in the backward pass.
 
     Args:
-      defence: its settings.
-      variables: variables of its base.
+      defence: settings of the defence.
+      variables: variables of the base classifier.
       x: the given images.
-      keys: for a random direction.
+      keys: randomness of a random direction.
 
     Examples:
       >>> import jax, jax.numpy as jnp

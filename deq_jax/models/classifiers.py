@@ -30,12 +30,12 @@ COLLECTIONS = ("params", "batch_stats")
 
 @dataclass(frozen=True)
 class Dynamics:
-    """How a DEQ is run: which trajectory, which state of it, differentiated how.
+    """How a DEQ is run: its solver, the state that is read out, and its gradient.
 
     Attributes:
-      solver: which trajectory; None for none.
-      readout: which state of it.
-      gradient: how that state is differentiated.
+      solver: computes the trajectory; None for no solver.
+      readout: chooses a state of the trajectory.
+      gradient: differentiates that state.
       compute_dtype: in which the cell computes, e.g. ``jax.numpy.bfloat16``; parameters, states and the solver's
         arithmetic keep theirs. None: as the parameters.
       rematerialize: compute the inside of the cell again in the backward pass, where every application would
@@ -156,7 +156,7 @@ class Equilibrium:
         return _ModuleCell(self.cell, self.dynamics.compute_dtype, self.dynamics.rematerialize)
 
     def with_dynamics(self, **changes: Any) -> Equilibrium:
-        """The same network run in another way; see `Dynamics`.
+        """The network with other dynamics; see `Dynamics`.
 
         Examples:
           >>> from deq_jax import Broyden, Dynamics, EnsembleState, Equilibrium

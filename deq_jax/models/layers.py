@@ -71,8 +71,9 @@ class GroupNorm(nn.Module):
 
     Examples:
       >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.core import prng_key
       >>> from deq_jax.models import GroupNorm
-      >>> variables = jax.eval_shape(lambda: GroupNorm(groups=4).init(jax.random.key(0), jnp.ones((2, 4, 4, 8))))
+      >>> variables = jax.eval_shape(lambda: GroupNorm(groups=4).init(prng_key(0), jnp.ones((2, 4, 4, 8))))
       >>> variables["params"]["scale"].shape
       (8,)
     """
@@ -113,8 +114,9 @@ class BatchNorm(nn.Module):
 
     Examples:
       >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.core import prng_key
       >>> from deq_jax.models import BatchNorm
-      >>> variables = jax.eval_shape(lambda: BatchNorm().init(jax.random.key(0), jnp.ones((2, 4, 4, 3)), train=False))
+      >>> variables = jax.eval_shape(lambda: BatchNorm().init(prng_key(0), jnp.ones((2, 4, 4, 3)), train=False))
       >>> variables["batch_stats"]["mean"].shape
       (3,)
     """
@@ -159,7 +161,7 @@ def dropout_mask(keys: Keys, channels: int, rate: float, dtype: Any) -> Array:
       keys: one per image.
       channels: number of channels.
       rate: share of the channels that is dropped, in [0, 1).
-      dtype: of the mask.
+      dtype: dtype of the mask.
 
     Examples:
       >>> import jax.numpy as jnp

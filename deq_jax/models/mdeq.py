@@ -134,7 +134,7 @@ class MdeqEncoder(nn.Module):
     def __call__(
         self, x: Array, train: bool = False, keys: Keys | None = None, axis_name: str | None = None
     ) -> Injection:
-        """See `Equilibrium`.
+        """The injection of images, and in training their dropout masks; see `Equilibrium`.
 
         Args:
           x: [B, H, W, 3]; H and W divisible by 2^(branches - 1).

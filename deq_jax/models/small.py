@@ -143,11 +143,11 @@ def small_deq(
 
     Args:
       classes: K.
-      channels: of the state; divisible by `groups`.
+      channels: number of channels of the state; divisible by `groups`.
       dynamics: how the equilibrium is found, read out and differentiated.
-      strides: of the first convolution; the state's resolution is the image's divided by it.
+      strides: stride of the first convolution; it divides the resolution of the image.
       expansion: channels inside the cell, as a multiple.
-      groups: of the cell's normalisations.
+      groups: number of groups of the cell's normalisations.
       dropout: rate of the variational dropout inside the cell.
       jacobian: see `Equilibrium`.
 

@@ -41,7 +41,7 @@ class BPDA:
     """The gradient of a predictor ``classifier(g(x))``, where the derivative of a proxy replaces the derivative of g.
 
     The logits are the predictor's own. The predictor is a frozen dataclass with the classifier in one field. It calls
-    that one as any `Classifier`, and asks nothing else of it. So g need not be named: the classifier's input is g(x).
+    this field as any `Classifier`, and asks nothing else of it. So g need not be named: the classifier's input is g(x).
     It may be random.
 
     Attributes:

@@ -23,7 +23,7 @@ def classifier_oracle(classifier: Classifier, variables: Variables, *, random: b
     """Oracle of a classifier in evaluation mode, with the gradient of its own dynamics.
 
     Args:
-      classifier: to be attacked.
+      classifier: the classifier that is attacked.
       variables: its parameters and batch statistics.
       random: let random readouts draw a state at every query, as in training; otherwise the
         deterministic predictor that is deployed.
