@@ -36,7 +36,7 @@ def import_checkpoint(
 
     Args:
       checkpoint: see `read_state_dict`.
-      config: its classifier is the MDEQ of the checkpoint; its dataset is not read.
+      config: config with the MDEQ of the checkpoint as its classifier; its dataset is not read.
       workdir: gets ``config.json``, ``checkpoints/best`` and ``checkpoints/latest``.
       report: called with a line on entries beside the network, if there are any.
 
@@ -127,7 +127,7 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
     """Shapes and dtypes of the variables of the config's MDEQ.
 
     Args:
-      config: its dataset is not read.
+      config: config with an MDEQ as its classifier; its dataset is not read.
       channels: number of channels of the images; None for the config's normalisation, or three without one.
 
     Raises:
@@ -152,7 +152,7 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
         and isinstance(classifier.cell, MdeqCell)
         and isinstance(classifier.decoder, MdeqDecoder)
     ):
-        raise InputError("the config's classifier is no MDEQ: expected Equilibrium(*mdeq(...), dynamics)")
+        raise InputError("the config's classifier is not an MDEQ: expected Equilibrium(*mdeq(...), dynamics)")
     side = 2 ** (len(encoder.channels) - 1)  # the coarsest branch is one pixel
     images = jnp.zeros((1, side, side, own if channels is None else channels))
     try:

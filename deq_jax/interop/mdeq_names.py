@@ -36,7 +36,7 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
     """Variables from arrays under their torch names.
 
     Args:
-      arrays: by torch name; convolutions OIHW, dense layers [out, in]. Counters of seen batches are ignored.
+      arrays: arrays by torch name; convolutions OIHW, dense layers [out, in]. Counters of seen batches are ignored.
       like: variables, or their shapes (``jax.eval_shape(classifier.init, key, x)``), of the MDEQ to be filled.
 
     Raises:
@@ -79,7 +79,7 @@ def to_torch(variables: Variables) -> dict[str, np.ndarray]:
     """Arrays under their torch names, without the counters of seen batches: the inverse of `from_torch`.
 
     Args:
-      variables: of an MDEQ, ``{"params", "batch_stats"}``.
+      variables: variables of an MDEQ, ``{"params", "batch_stats"}``.
 
     Examples:
       >>> import jax, numpy as np

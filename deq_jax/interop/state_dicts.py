@@ -36,7 +36,7 @@ class StateDict(NamedTuple):
     """The entries that were read of a network.
 
     Attributes:
-      arrays: by name, without a prefix.
+      arrays: arrays by name, without a prefix.
       left_out: names beside it, that do not have its prefix.
     """
 
@@ -48,9 +48,9 @@ def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     """The arrays of the network that has the expected names, under these names.
 
     The network may be the whole file, or an entry of a file of PyTorch at whatever place (``state_dict``, ``ema``), and
-    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): entry
-    and prefix are those under which all expected names are found, or most of them if there are no such ones. Weights
-    normalised by a parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
+    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): the
+    entry and prefix with all expected names are taken, or else with most of them. Weights normalised by a
+    parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
 
     Args:
       path: ``.pth.tar``, ``.pth`` or ``.pt``; ``.safetensors``; ``.npz``.

@@ -25,7 +25,7 @@ def brief(tree: Json) -> str:
 
 
 def short_name(tree: Json) -> str:
-    """Name of a class or function in a config, without its module; empty for what has none."""
+    """Name of a class or function in a config, without its module; empty where there is none."""
     name = tree.get("class", tree.get("name", "")) if isinstance(tree, dict) else ""
     return str(name).rpartition(".")[2]
 

@@ -77,7 +77,7 @@ def _run_module(path: Path) -> ModuleType:
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a name of the clone's folder configs/ that cannot be imported."""
+    """Advice on a name of the clone's folder configs/ that cannot be imported."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ImportError) or package != "configs":
         return ""
@@ -128,7 +128,7 @@ def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
 
 
 def _instead(name: str, current: Any) -> str:
-    """What to do where an object was to be set."""
+    """Advice where an object was to be set."""
     paths = scalar_paths(current)
     example = f"set one of its fields, such as --set {name}.{paths[0]}=VALUE, or " if paths else ""
     return f"{example}replace it in a config file: replace(config, ...)"

@@ -74,7 +74,7 @@ def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list
         return [{"step": step, **now}], []
     found = _differences(kept[-1], now)
     for name in DECISIVE:
-        advice = f"set {name.upper()} as it was, or choose another --workdir"
+        advice = f"set {name.upper()} as before, or choose another --workdir"
         require(name not in found, f"the workdir holds a run under another setting of JAX: {found.get(name)}; {advice}")
     return kept + [{"step": step, **now}] * bool(found), list(found.values())
 

@@ -82,7 +82,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
     Args:
       path: the file, in a folder that exists.
-      arrays: by name.
+      arrays: arrays by name.
 
     Examples:
       >>> import tempfile

@@ -107,7 +107,7 @@ def _brief(tree: Any) -> str:
 
 
 def public_name(thing: Any) -> str:
-    """The name under which a class or function is imported: that of the room whose face has it, or of its module.
+    """The name under which a class or function is imported: from the room that shows it, else from its module.
 
     Examples:
       >>> from deq_jax.attacks import Linf
@@ -125,5 +125,5 @@ def _import_name(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
-        message = f"config: cannot import {name!r}; run from the folder in which the training was started"
+        message = f"config: cannot import {name!r}; run from the folder in which training was started"
         raise InputError(message) from None
