@@ -1,4 +1,4 @@
-"""What a training run is: `TrainConfig`."""
+"""The config of a training run: `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from deq_jax.training.optimizers import AdamCosine
 
 @dataclass(frozen=True)
 class PenaltySchedule:
-    """Which steps of a training have the classifier's Jacobian penalty: a few, drawn at random in the first epochs.
+    """Chooses the training steps with the classifier's Jacobian penalty: a few, drawn at random in the first epochs.
 
     Attributes:
-      probability: with which a training step is penalised.
-      epochs: after which no step is penalised any more.
+      probability: probability of a penalty at a training step.
+      epochs: number of epochs with penalised steps.
 
     References: Bai et al. 2021, section 4.2.
 
@@ -54,7 +54,7 @@ class PenaltySchedule:
 
 
 class Phase(Enum):
-    """What a training step does; each phase is compiled once.
+    """The kind of a training step; each phase is compiled once.
 
     Examples:
       >>> from deq_jax.training import Phase
@@ -69,11 +69,11 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a training.
+    """Everything that determines a training run.
 
     Attributes:
       classifier: `Equilibrium` or `Explicit`.
-      objective: what is minimised.
+      objective: the loss, and the images for it.
       dataset: where the images come from.
       validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
         training images.
@@ -83,9 +83,9 @@ class TrainConfig:
         their gradients are averaged, and each part is normalised by its own statistics.
       epochs: passes over the training images.
       pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
-      penalty_schedule: which of the other steps have the classifier's Jacobian penalty, if it has one.
-      augmentation: of training images; None for none.
-      seed: of initialisation, data order and all randomness.
+      penalty_schedule: chooses the other steps that have the classifier's Jacobian penalty, if it has one.
+      augmentation: random changes of training images; None for none.
+      seed: random seed of initialisation, data order and all else.
       log_every: steps between two lines of training metrics.
       checkpoint_every: steps between two checkpoints; None for every epoch.
 
@@ -142,7 +142,7 @@ class TrainConfig:
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
 
     def phase(self, step: int, steps_per_epoch: int) -> Phase:
-        """What training step `step` (from 0) does.
+        """The phase of training step `step` (from 0).
 
         For example, with 100 steps an epoch and ``pretrain_steps=34``::
 

@@ -57,11 +57,11 @@ class Run:
     """A finished training run.
 
     Attributes:
-      config: what was trained.
+      config: config of the run.
       data: the three splits of its dataset.
       predictor: the classifier with the variables of the best checkpoint, by accuracy under the config's validation
         attack on held-out training images.
-      state: after the last step.
+      state: training state after the last step.
       metrics: the lines of metrics.jsonl; with several processes and a workdir, those of process 0 alone.
 
     Examples:
@@ -87,9 +87,9 @@ def fit(
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Trains to the end: in a workdir, resuming whatever it holds of the same training, or in memory.
+    """Trains to the end: in a workdir, resuming the run that it holds, or in memory.
 
-    Both make the same numbers, those of ``python -m deq_jax.train``. In memory no file is written, and an interrupted
+    Both give the same numbers as ``python -m deq_jax.train``. In memory no file is written, and an interrupted
     run is lost.
 
     The workdir gets ``config.json``, ``environment.json`` (settings and versions), ``metrics.jsonl``, TensorBoard
@@ -98,17 +98,17 @@ def fit(
     averaged parameters, and the latest one both.
 
     A line of training metrics has means over the steps since the last one, and the largest value of `residual_max`;
-    an interval in which a run was stopped and resumed is whole. `learning_rate` is that of the last step, where the
+    an interval in which a run was stopped and resumed is whole. `learning_rate` is the rate of the last step, where the
     optimiser tells it (see `Optimizer`). `seconds_per_step` and `images_per_second` are without compilation, which is
     `compile_seconds` in the line after it, and without validation. A line of validation has `warnings` if there are any
     (see `plain_warnings`).
 
     Args:
-      config: what to train.
-      workdir: folder of this training; None for memory.
-      init_from: workdir of another run, whose parameters and batch statistics a new run starts from; its config may
-        differ in all but the shapes of these. Recorded in ``origin.json`` and not read again.
-      init_checkpoint: of `init_from`: best or latest.
+      config: config of the run.
+      workdir: folder of this run; None for memory.
+      init_from: workdir of another run. A new run starts from its parameters and batch statistics; its config may
+        differ in all but their shapes. Recorded in ``origin.json`` and not read again.
+      init_checkpoint: checkpoint of `init_from`: best or latest.
       report: called with every line of metrics as it is written.
       say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
         environment than before.
@@ -204,7 +204,7 @@ class _Training:
             if init_from is not None and self.workdir is not None:
                 check_origin(self.workdir, self._origin(), init_from, init_checkpoint)
             if self.saved < self.total_steps:
-                self.say(f"going on after step {self.saved} of {self.total_steps}")
+                self.say(f"resuming after step {self.saved} of {self.total_steps}")
         elif init_from is not None:
             variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
             self.state = self.state._replace(**variables)
@@ -212,7 +212,7 @@ class _Training:
             self.say(f"starting from {init_from}, {init_checkpoint} checkpoint, step {origin.step}")
             if self.config.pretrain_steps:
                 phase = f"{self.config.pretrain_steps} pre-training steps"
-                self.say(f"note: training begins with the {phase} of its config; pretrain_steps=0 leaves them out")
+                self.say(f"note: training begins with the {phase} of its config; pretrain_steps=0 skips them")
         if self.kept.changed:
             self.say(f"note: numbers may differ from here on: {'; '.join(self.kept.changed)}")
 

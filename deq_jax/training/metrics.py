@@ -20,9 +20,9 @@ class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
 
     Args:
-      path: of the file.
+      path: the file.
       events: folder of the events.
-      step: last step that counts; later lines, left by a run that was killed after them, are dropped.
+      step: last step that counts; later lines, of a run that was killed after them, are dropped.
     """
 
     def __init__(self, path: Path, events: Path, step: int):
@@ -47,7 +47,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is left out.
+    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is skipped.
 
     Examples:
       >>> import tempfile

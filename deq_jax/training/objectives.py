@@ -1,4 +1,4 @@
-"""Training objectives: what is minimised, and on which images.
+"""Training objectives: a loss, and the images for it.
 
 An objective has two parts. ``perturb`` makes the images to train on, with the model in evaluation mode
 and its parameters held constant; ``loss`` is differentiated. Both are pure.
@@ -20,10 +20,10 @@ from deq_jax.surrogates.base import Surrogate, classifier_oracle, judged
 
 
 class Outcome(NamedTuple):
-    """What a loss leaves behind besides its value.
+    """Results of a loss besides its value.
 
     Attributes:
-      batch_stats: after the step.
+      batch_stats: running statistics after the step.
       metrics: scalars of the local batch.
 
     Examples:
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-    """What training minimises."""
+    """An objective of training."""
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         """Images to train on, [B, H, W, C]."""
@@ -54,7 +54,7 @@ class Objective(Protocol):
         keys: Keys,
         axis_name: str | None,
     ) -> tuple[Array, Outcome]:
-        """The mean loss of the batch, and what else the forward passes gave."""
+        """The mean loss of the batch, and the other results of the forward passes."""
         ...
 
 

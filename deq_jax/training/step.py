@@ -87,8 +87,8 @@ def train_step(
 
     Args:
       config: objective, classifier, augmentation and seed are used.
-      optimizer: whose state is in `state`.
-      state: before the step.
+      optimizer: the optimiser of `state`.
+      state: training state before the step.
       batch: this device's images.
       axis_name: mapped axis over which gradients, batch statistics and metrics are averaged.
 
@@ -137,7 +137,7 @@ def train_step(
 
 
 def _check_same_shapes(config: TrainConfig, before: TrainState, after: TrainState) -> None:
-    """Refuses an optimiser whose step would be compiled anew at the next step, and whose checkpoints would not fit."""
+    """Refuses an optimiser that changes the shape of its state: it would compile anew, and no checkpoint would fit."""
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     except AssertionError as error:
@@ -147,7 +147,7 @@ def _check_same_shapes(config: TrainConfig, before: TrainState, after: TrainStat
 
 
 def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: str | None) -> tuple[PyTree, Outcome]:
-    """Gradient of the loss on these images, and what else their passes gave."""
+    """Gradient of the loss on these images, and the other results of their passes."""
     keys = Keys(jax.random.fold_in(prng_key(config.seed), state.step), batch.position)
     x = to_unit(batch.x)
     if config.augmentation is not None:
@@ -186,7 +186,7 @@ def optimizer_of(config: TrainConfig, steps: int) -> optax.GradientTransformatio
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, data: Splits) -> TrainState:
-    """The state before the first step, of a classifier whose training mode has also been checked.
+    """The state before the first step; the classifier's training mode is also checked.
 
     Raises:
       InputError: see `initial_variables`; also if the classifier cannot be run in training mode, or does not
@@ -253,7 +253,7 @@ def _check_training_mode(classifier: Classifier, variables: Variables, x: Array)
     if devices > 1:
         try:
             on_devices(None)
-        except ValueError:  # of vmap, as they are not the same everywhere
+        except ValueError:  # of vmap, because they are not the same everywhere
             raise InputError(
                 f"classifier in training mode: its batch statistics are each of the {devices} devices' own; average "
                 "them over axis_name, as models.layers.BatchNorm does, or hand it to nn.BatchNorm"

@@ -1,4 +1,4 @@
-"""What the workdir of a training says about it: its config, its surroundings, and where it started."""
+"""The workdir of a training run: its config, its environment, and its origin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Workdir:
     """The folder of a training run: the names of its files have this one place.
 
     Attributes:
-      path: of the folder.
+      path: the folder.
 
     For example, the numbers of a finished run::
 
@@ -119,9 +119,9 @@ class Origin(NamedTuple):
     """The variables from which a run started, of another run.
 
     Attributes:
-      workdir: of the other run, an absolute path.
+      workdir: workdir of the other run, an absolute path.
       checkpoint: best or latest.
-      step: of the checkpoint.
+      step: step of the checkpoint.
       digest: SHA-256 of its parameters and batch statistics, shortened.
 
     Examples:
@@ -149,7 +149,7 @@ def read_origin(workdir: Path, name: str, template: Variables) -> tuple[Variable
 
 def check_origin(workdir: Path, origin: Origin | None, given: Path, name: str) -> None:
     """Raises `InputError` if the run in `workdir` did not start from the `name` checkpoint of the run in `given`."""
-    advice = "leave --init-from out to go on, or choose another --workdir"
+    advice = "drop --init-from to resume, or choose another --workdir"
     require(origin is not None, f"--init-from {given}: {workdir} holds a run that started from no other one; {advice}")
     if origin is not None:
         started = f"{workdir} holds a run that started from the {origin.checkpoint} checkpoint of {origin.workdir}"
@@ -168,7 +168,7 @@ def check_same_everywhere(tree: Any) -> None:
 
 
 def check_same_config(config: TrainConfig, workdir: Path) -> None:
-    """Raises `InputError`, naming the field, if the workdir holds another training."""
+    """Raises `InputError`, naming the field, if the workdir holds another run."""
     path = Workdir(workdir).config_file
     if path.exists():
         difference = first_difference(read_json(path), to_tree(config))
@@ -177,7 +177,7 @@ def check_same_config(config: TrainConfig, workdir: Path) -> None:
 
 
 def environments_of(workdir: Path, step: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The environments of the run in `workdir` that goes on at `step`; see `resumed_environments`."""
+    """The environments of the run in `workdir` that continues at `step`; see `resumed_environments`."""
     path = Workdir(workdir).environment
     records = read_json(path) if path.exists() else []
     is_record = isinstance(records, list) and all(isinstance(record, dict) and "step" in record for record in records)
@@ -190,10 +190,10 @@ class LoadedRun:
     """A training run, as its checkpoint has it.
 
     Attributes:
-      config: of the run.
+      config: config of the run.
       data: the three splits of its dataset.
       variables: parameters and batch statistics.
-      step: of the checkpoint.
+      step: step of the checkpoint.
 
     Examples:
       >>> from deq_jax import Standard, TrainConfig
@@ -215,7 +215,7 @@ def load_run(workdir: str | Path, *, best: bool = True) -> LoadedRun:
     """A run's best (or latest) checkpoint, with its config and its dataset.
 
     Raises:
-      InputError: if the folder holds no readable training.
+      InputError: if the folder holds no readable run.
 
     Examples:
       >>> from deq_jax.training import load_run

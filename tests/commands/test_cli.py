@@ -399,7 +399,7 @@ def test_a_training_tells_its_life_into_a_file(folder, tmp_path, capfd):
         r"devices: 8 x cpu",
         r"preparing: data and initial state \.\.\.",
         rf"starting from {folder}/run, best checkpoint, step 2",
-        r"note: training begins with the 1 pre-training steps of its config; pretrain_steps=0 leaves them out",
+        r"note: training begins with the 1 pre-training steps of its config; pretrain_steps=0 skips them",
         r"compiling: shallow pre-training \.\.\.",
         rf"step 1/2  loss \d\.\d+  accuracy \d\.\d+  {pace}",
         r"compiling: training \.\.\.",
