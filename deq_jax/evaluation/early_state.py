@@ -36,8 +36,8 @@ def choose_early_state(
 
     Args:
       classifier: a DEQ with a solver, or one with input entropy reduction.
-      variables: of the classifier.
-      images: to choose on.
+      variables: variables of the classifier.
+      images: held-out images for the choice.
       attack: aimed at each of the predictors, with their own gradients; compiled once for all.
       batch_size, seed: as in `evaluator`.
       report: called with t, the number of states and the accuracy of z_t; before the first one, with None for it.

@@ -1,4 +1,4 @@
-"""A finished evaluation as files: its record, what was measured of each image, and figures."""
+"""A finished evaluation as files: its record, the measurements of each image, and figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: 
     Args:
       out: gets evaluation.npz, states.png, with trials also trials.png and images.png, and last evaluation.json.
       record: the numbers.
-      result: what was found.
+      result: the results of all trials.
       x: the images [N, H, W, C] in [0, 1].
 
     Examples:

@@ -1,4 +1,4 @@
-"""What a classifier does with each image, clean and attacked, at every state of its dynamics."""
+"""Measurements of a classifier on each image, clean and attacked, at every state of its dynamics."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ RADIUS_STEPS = 30
 def measure(
     classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys | None = None
 ) -> Measured:
-    """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
+    """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded without a further step.
 
-    A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
+    A classifier that returns a solution must have a method ``decode(variables, z) -> logits``; a random
     one draws from the keys, and is deterministic without them.
 
     Examples:
@@ -82,13 +82,13 @@ def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, la
 
     Args:
       classifier: as trained.
-      variables: of the classifier.
+      variables: variables of the classifier.
       x: images [B, H, W, C] in [0, 1].
       labels: [B].
 
     Returns:
-      Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ whose estimator has an adjoint
-      state.
+      Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ with an estimator that has an
+      adjoint state.
     """
     if not isinstance(classifier, Equilibrium) or not has_adjoint(classifier.dynamics.gradient):
         return None
@@ -109,16 +109,16 @@ def attack_batch(
     surrogate: Surrogate | None = None,
     draws: int | None = None,
 ) -> tuple[Array, Measured]:
-    """Attacks a batch of images, and measures what comes of it.
+    """Attacks a batch of images, and measures the result.
 
-    What is drawn for an image depends on the seed and its number alone.
+    Random numbers of an image depend only on the seed and the image's number.
 
     Args:
-      classifier: as deployed; success is judged on it.
-      variables: of the classifier.
+      classifier: as deployed; success is measured on it.
+      variables: variables of the classifier.
       attack: called with labels.
       batch: images of this device.
-      seed: of the attack's randomness.
+      seed: random seed of the attack.
       surrogate: gives the gradients; None for the classifier's own.
       draws: see `surrogates.judged`.
 
@@ -136,13 +136,13 @@ def evaluator(
 ) -> Callable[..., Outcomes]:
     """Prepares to attack and measure every image of a split once, on all local devices.
 
-    What is drawn for an image depends on the seed and its number alone.
+    Random numbers of an image depend only on the seed and the image's number.
 
     Args:
-      classifier: as deployed; the attack is judged on it.
+      classifier: as deployed; success is measured on it.
       attack: None for clean images only.
       batch_size: images at a time, over all devices; the last batch is padded and masked.
-      seed: of the attack's randomness.
+      seed: random seed of the attack.
 
     Returns:
       ``(variables, images, report) -> Outcomes``, compiled at its first call. `report`, if given, is called

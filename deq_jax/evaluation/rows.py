@@ -1,4 +1,4 @@
-"""What is seen of each image by every predictor that a DEQ has, and means of it."""
+"""Measurements of each image by every predictor that a DEQ has, and their means."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """What is seen of each image by one predictor, [N]; or by each of T states, [N, T].
+    """Measurements of each image by one predictor, [N]; or by each of T states, [N, T].
 
     Attributes:
-      label: int, the predicted one.
+      label: int, the predicted class.
       margin: best wrong logit minus the true one; not finite where a logit is not.
-      entropy: of the predicted distribution, in nats.
-      residual: relative; for what is deployed the lowest of the trajectory, which is that of the equilibrium. NaN for
-        the mean of the states and for an explicit network.
+      entropy: entropy of the predicted distribution, in nats.
+      residual: relative residual; for the deployed predictor the lowest of the trajectory, which belongs to the
+        equilibrium. NaN for the mean of the states and for an explicit network.
 
     Examples:
       >>> import numpy as np
@@ -39,12 +39,12 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple, Generic[T]):
-    """The same of every predictor that a DEQ has. See `named`.
+    """A value for every predictor that a DEQ has; see `named`.
 
     Attributes:
-      states: of the raw states z_1 .. z_T, in an axis after that of the images; None for an explicit network.
-      ensemble: of the mean of these states; None for an explicit network.
-      deployed: of what is deployed.
+      states: values of the raw states z_1 .. z_T, in an axis after the images'; None for an explicit network.
+      ensemble: value of the mean of these states; None for an explicit network.
+      deployed: value of the deployed predictor.
 
     Examples:
       >>> import numpy as np
@@ -69,10 +69,10 @@ class Outcomes(NamedTuple):
 
     Attributes:
       y: [N], the true labels.
-      clean: on the images as they are.
-      attacked: on the adversarial images; None without attack.
+      clean: measurements of the clean images.
+      attacked: measurements of the adversarial images; None without attack.
       x_adv: [N, H, W, C]; None without attack.
-      adjoint_residual: [N], of the images as they are, see `adjoint_residuals`; None where there is no adjoint state.
+      adjoint_residual: [N], at the clean images, see `adjoint_residuals`; None without an adjoint state.
 
     Examples:
       >>> import numpy as np
@@ -93,7 +93,7 @@ def is_correct(measured: Measured, labels: AnyArray) -> Correct:
     """Whether each image is classified correctly, bool. Logits that are not finite never count as fooled.
 
     Args:
-      measured: of N images.
+      measured: measurements of N images.
       labels: [N].
 
     Examples:
@@ -156,7 +156,7 @@ def named(rows: Rows[T]) -> dict[str, T]:
 
 
 def replaced(measured: Measured, chosen: np.ndarray, by: Measured) -> Measured:
-    """What was measured, with that of the chosen images (their numbers, or [N] bool) exchanged."""
+    """Measurements, exchanged for the chosen images (their numbers, or [N] bool)."""
 
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
         whole = np.array(old)
@@ -174,7 +174,7 @@ def to_columns(measured: Measured) -> dict[str, np.ndarray]:
 
 
 def from_columns(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Measured:
-    """What `to_columns` wrote, from arrays whose names begin with the prefix."""
+    """The measurements that `to_columns` wrote, from arrays with this prefix in their names."""
     columns = Row(*(arrays[prefix + name] for name in Row._fields))
     deployed = Row(*(array[:, -1] for array in columns))
     if columns.label.shape[1] == 1:
@@ -184,12 +184,12 @@ def from_columns(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Measured
 
 @dataclass(frozen=True)
 class Means:
-    """Means over images of what was measured in one row.
+    """Means over images of the measurements in one row.
 
     Attributes:
-      accuracy: from 0 to 1.
-      entropy: in nats.
-      residual: relative; None where there is none.
+      accuracy: share of correct images, from 0 to 1.
+      entropy: mean entropy of the predicted distributions, in nats.
+      residual: mean relative residual; None where there is none.
 
     Examples:
       >>> from deq_jax.evaluation import Means
@@ -207,8 +207,8 @@ class RowMeans:
     """Means of one row on clean and on adversarial images.
 
     Attributes:
-      clean: on clean images.
-      attacked: on adversarial images; None without attack.
+      clean: means on clean images.
+      attacked: means on adversarial images; None without attack.
 
     Examples:
       >>> from deq_jax.evaluation import Means, RowMeans
@@ -222,7 +222,7 @@ class RowMeans:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and largest of the finite numbers among those of the images.
+    """Mean and largest of the images' finite numbers.
 
     Attributes:
       mean: None where no number is finite.
@@ -242,7 +242,7 @@ def summary(outcomes: Outcomes) -> dict[str, RowMeans]:
     """Means over the images for each row of `named`, such as "z_1" or "deployed".
 
     Args:
-      outcomes: of N images.
+      outcomes: results of N images.
 
     Examples:
       >>> import numpy as np

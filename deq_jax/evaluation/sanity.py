@@ -10,10 +10,10 @@ CONVERGED = 0.05  # mean relative residual up to which a solver counts as conver
 
 
 def plain_warnings(accuracy: float, images: int, classes: int, residual: float | None = None) -> list[str]:
-    """What anybody should be told before reading further numbers of a classifier.
+    """Warnings to read before any other number of a classifier.
 
     Args:
-      accuracy: of the deployed predictor on clean images, from 0 to 1.
+      accuracy: accuracy of the deployed predictor on clean images, from 0 to 1.
       images: their number.
       classes: number of classes; guessing is right for one image in so many.
       residual: mean of the images' relative residuals at the equilibrium; None without a solver.

@@ -1,4 +1,4 @@
-"""An evaluation in words: its headline, and what captions tell."""
+"""An evaluation in words: its headline and captions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _accuracy_text(record: EvaluationRecord, name: str) -> str:
 
 
 def _budget_text(record: EvaluationRecord) -> str:
-    """What the attacks might cost, where they were chosen by a budget."""
+    """The largest cost of the attacks, where they were chosen by a budget."""
     if record.plan.budget is None:
         return ""
     gradients = sum(trial.gradient_queries or 0 for trial in record.trials.values())
