@@ -33,8 +33,8 @@ class Estimate:
 
     Attributes:
       value: the mean over seeds and images.
-      interval: its lower and upper end; None where nothing tells its width.
-      seeds: how many there are. Of a single one the interval is for other images alone.
+      interval: lower and upper end of its interval; None where the width is not known.
+      seeds: number of seeds. With a single one the interval is for other images alone.
       agree: whether several seeds have the same mean, so that their spread is not known.
 
     Examples:
@@ -149,8 +149,8 @@ def paired_quotient(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate 
 def accuracy_sides(correct: np.ndarray) -> Sides:
     """How far the interval of `Estimate.of_accuracies` reaches; of many tables [..., S, N] at once.
 
-    Averages over seeds vary less between images than a single outcome does. The number of images that the exact
-    interval is given is that of which single outcomes would have the same variance: N to S N (Korn & Graubard 1998).
+    Averages over seeds vary less between images than a single outcome does. The exact interval is given the number of
+    images at which single outcomes would have the same variance: N to S N (Korn & Graubard 1998).
     """
     seeds, images = correct.shape[-2:]
     per_image = correct.mean(axis=-2) / 100
@@ -180,7 +180,7 @@ def _joined(table: np.ndarray, value: Any, low: Any, high: Any) -> Sides:
 def _seeds_half(table: np.ndarray) -> Any:
     """Half the length of the seeds' part, [...] of [..., S, N]; 0 for a single seed.
 
-    Its square is Student's t² MS / (S N), where MS is the larger one of the mean squares of seeds and of what is left
+    Its square is Student's t² MS / (S N), where MS is the larger one of the mean squares of seeds and of the remainder
     after seeds and images (each with its degrees of freedom): the former exceeds the latter on average, and by less
     where seeds happen to agree.
     """
