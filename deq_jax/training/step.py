@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> Variables:
-        """What the next step starts from."""
+        """Parameters and batch statistics, from which the next step starts."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def to_deploy(self) -> TrainState:
