@@ -1,4 +1,4 @@
-"""MDEQ-LARGE on CIFAR-10, PGD adversarial training at epsilon 8/255, against the gradient of what is computed.
+"""MDEQ-LARGE on CIFAR-10, PGD adversarial training at epsilon 8/255, against the gradient of the actual computation.
 
     python -m deq_jax.train --config configs/cifar10_large_pgd_at_through.py --workdir runs/cifar10_large_pgd_at_through
 

@@ -1,4 +1,4 @@
-"""MDEQ-LARGE on CIFAR-10, TRADES at epsilon 8/255, against the gradient of what is computed.
+"""MDEQ-LARGE on CIFAR-10, TRADES at epsilon 8/255, against the gradient of the actual computation.
 
     python -m deq_jax.train --config configs/cifar10_large_trades_through.py --workdir runs/cifar10_large_trades_through
 

@@ -1,4 +1,4 @@
-"""The small DEQ on 8x8 digits, TRADES against the gradient of what is computed.
+"""The small DEQ on 8x8 digits, TRADES against the gradient of the actual computation.
 
     python -m deq_jax.train --config configs/digits_trades_through.py --workdir runs/digits_trades_through
 

@@ -15,7 +15,7 @@ A training run, an attack and an evaluation::
     config = dj.TrainConfig(model, dj.PGDAdversarialTraining(attacks.PGD(ball, steps=5)), dj.data.Digits(), epochs=6)
     run = dj.fit(config)                                        # in memory; workdir="runs/a" keeps, resumes and logs
     x, y = run.data.test.x[:120], run.data.test.y[:120]
-    oracle = run.predictor.oracle(surrogates.Intermediate(4))   # gradients of z_4, success on what is deployed
+    oracle = run.predictor.oracle(surrogates.Intermediate(4))   # gradients of z_4, success as deployed
     x_adv = attacks.PGD(ball, steps=20)(oracle, x, y, 0)
     print(run.predictor.accuracy(x_adv, y))                     # deployed; .measure(x_adv, y) for z_1 .. z_8
     result = dj.assess(run.predictor, (x, y), dj.evaluation.auto_attack_trials(ball))

@@ -95,7 +95,7 @@ def _list_names(options: argparse.Namespace) -> None:
 def _run_import(options: argparse.Namespace) -> None:
     source = options.source
     require(Path(source).exists(), f"{source}: no such checkpoint or workdir")
-    require(options.checkpoint is None, f"--checkpoint goes with a training's workdir; {source} is a file")
+    require(options.checkpoint is None, f"--checkpoint goes with the workdir of a run; {source} is a file")
     if options.config is None:
         raise InputError(f"--config FILE is needed: it names the MDEQ to which {source} belongs")
     config = set_fields(load_config(options.config, TrainConfig), options.assignments)

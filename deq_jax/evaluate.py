@@ -211,7 +211,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="output folder; default: WORKDIR/evaluation/SPLIT-NAME, where NAME is that of the config or attack, "
+        help="output folder; default: WORKDIR/evaluation/SPLIT-NAME, where NAME is the config's or attack's, "
         "followed by --readout and --epsilon if they are given",
     )
     add_process_options(parser)
@@ -232,7 +232,7 @@ def _suite(text: str) -> tuple[str, Path]:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Name of the evaluation: that of config file, attack or budget, then the readout, then the radius if given."""
+    """Name of the evaluation: config file, attack or budget, then the readout, then the radius if given."""
     name = Path(options.config).stem if options.config else (options.attack or "").partition(":")[0]
     name = name or options.budget or BUDGETS[0]
     readout = [] if options.readout == "trained" else [options.readout]

@@ -73,6 +73,11 @@ class APGD:
       steps: per restart; a restart costs steps + 1 gradient queries.
       restarts: number of random starts, for the images that resisted the ones before.
       loss: maximised, ``(logits, labels) -> [B]``; should be invariant to the scale of the logits.
+
+    Examples:
+      >>> from deq_jax.attacks import APGD, Linf
+      >>> APGD(Linf(8 / 255), steps=100, restarts=2).gradient_queries
+      202
     """
 
     threat: Threat
@@ -99,7 +104,7 @@ class APGD:
         Args:
           oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
-          labels: what the loss compares with: labels [B], or pairs (label, class aimed at) [B, 2].
+          labels: second argument of the loss: labels [B], or pairs (label, class aimed at) [B, 2].
           key: PRNG key, or `Keys` to number the images.
           start: images [B, H, W, C] in the ball, where the first restart begins; None for a random one.
 

@@ -70,6 +70,17 @@ def auto_attack(
 
     Raises:
       InputError: see `Attack`; or both epsilon and threat are given; or the version is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import L2, auto_attack
+      >>> def logits(x):
+      ...     return x.reshape(len(x), -1)
+      >>> x, labels = jnp.full((4, 1, 1, 3), 0.5), jnp.zeros(4, int)
+      >>> auto_attack(logits, x, labels, key=0, threat=L2(0.5), version="fast")
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: auto_attack: version must be one of standard, plus, rand, got 'fast'
     """
     one = epsilon is None or threat is None
     require(one, f"auto_attack: expected epsilon or threat, got both: {epsilon!r} and {threat!r}")
@@ -89,6 +100,13 @@ class Stage(NamedTuple):
       robust: [B] bool, whether it is classified correctly.
       attacked: number of images that were attacked; before the first attack, number of all images.
       seconds: time that it took, with compilation.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Stage
+      >>> stage = Stage(None, np.zeros((2, 8, 8, 1)), robust=np.array([True, False]), attacked=2, seconds=0.5)
+      >>> stage.described()
+      'clean: 2 images, accuracy 50.00 %, 0.5 s'
     """
 
     attack: Attack | None
@@ -117,6 +135,16 @@ class AutoAttack:
       attacks: called as ``attack(oracle, x, labels, keys)``.
       batch_size: images at a time.
       draws: number of draws of a random predictor, averaged in every query (EOT).
+
+    Raises:
+      InputError: there is no attack, or a number is not positive.
+
+    References: Croce & Hein 2020a.
+
+    Examples:
+      >>> from deq_jax.attacks import AutoAttack, Linf
+      >>> [type(attack).__name__ for attack in AutoAttack.standard(Linf(8 / 255)).attacks]
+      ['APGD', 'Targeted', 'Targeted', 'Square']
     """
 
     attacks: tuple[Attack, ...]
@@ -198,7 +226,7 @@ class AutoAttack:
     def stages(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Iterator[Stage]:
-        """Yields what is known before the first attack and after each; see `__call__`."""
+        """Yields the state before the first attack and after each; see `__call__`."""
         return self.bind(oracle)(x, labels, key, start)
 
     def bind(self, oracle: Oracle) -> Callable[..., Iterator[Stage]]:
@@ -231,7 +259,7 @@ class AutoAttack:
             check_classes(labels, logits.shape[1])
             _write(best, rows, found)
             finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
-            for attempt in attempts:  # what cannot be attacked is found out now
+            for attempt in attempts:  # errors of later attacks are raised now
                 attempt.trace(found, x[padded], labels[padded], own, given)
         refuse_not_finite(finite)
         yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)

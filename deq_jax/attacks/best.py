@@ -18,13 +18,22 @@ from deq_jax.core.types import AnyArray, Array, Keys, Loss
 class Best(NamedTuple):
     """Per image: a misclassified candidate before any other, then the one of highest loss.
 
-    Candidates whose logits are not finite are never taken. They are evaluated by the labels of the
+    Candidates with logits that are not finite are never taken. They are evaluated by the labels of the
     attack, see `is_fooled`.
 
     Attributes:
       x: [B, H, W, C].
       fooled: [B], whether x is misclassified.
       loss: [B], at x.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import Best
+      >>> from deq_jax.core import margin
+      >>> logits, labels = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0])
+      >>> best = Best.of(jnp.zeros((2, 1, 1, 1)), margin, logits, labels)
+      >>> best.fooled.tolist(), best.loss.tolist()
+      ([False, True], [-1.0, 1.0])
     """
 
     x: AnyArray
@@ -70,6 +79,15 @@ def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: i
     """``best <- attempt(number, best)`` for number = 0, 1, ..., as long as any image resists.
 
     A fooled image no longer changes, so it does not depend on its batch-mates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import Best, until_fooled
+      >>> def attempt(number, best):
+      ...     return best._replace(fooled=number == jnp.array([2]), loss=number * jnp.ones(1))
+      >>> start = Best(jnp.zeros((1, 1, 1, 1)), jnp.array([False]), jnp.zeros(1))
+      >>> until_fooled(attempt, start, attempts=5).loss.tolist()  # the third attempt was the last
+      [2.0]
     """
 
     def resists(carry: tuple[Array, Best]) -> Array:
@@ -86,8 +104,14 @@ def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: i
 def is_fooled(logits: Array, labels: Array) -> Array:
     """[B], whether the most likely class is not the label; False where a logit is not finite.
 
-    The labels are [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float, by which nothing is
-    misclassified.
+    The labels are [B], pairs (label, class aimed at) [B, 2], or reference logits [B, K], float; with these nothing
+    counts as misclassified.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import is_fooled
+      >>> is_fooled(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0])).tolist()
+      [False, True]
     """
     if not has_labels(labels):
         return jnp.zeros(logits.shape[:1], bool)

@@ -37,6 +37,11 @@ class FAB:
       alpha_max: largest weight of the image's own projection.
       eta: overshoot, as a factor.
       beta: share of the perturbation kept when pulling back.
+
+    Examples:
+      >>> from deq_jax.attacks import FAB, L2
+      >>> FAB(L2(0.5), restarts=5).threat
+      L2(epsilon=0.5)
     """
 
     threat: Threat
@@ -62,7 +67,7 @@ class FAB:
         """Adversarial images of minimal norm; see `APGD.__call__`.
 
         Where the nearest one lies outside the ball, its projection if that has a higher margin loss than
-        x, else x. A start that is misclassified already is returned as it is.
+        x, else x. A start that is misclassified already is returned unchanged.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
@@ -120,7 +125,7 @@ class FAB:
             gap, _, normal = oracle.grad(logit_difference, point, pairs, keys)
             unit = power_of_two(
                 jnp.max(jnp.abs(normal), axis=tuple(range(1, point.ndim)))
-            )  # whose squares are in range
+            )  # a unit in which squares are in range
             gap, normal = gap / unit, normal / per_image(unit, normal)
             return gap, normal, jnp.abs(gap) / jnp.maximum(self.threat.dual_length(normal), 1e-12)
 

@@ -19,7 +19,7 @@ from deq_jax.core.errors import require
 from deq_jax.core.types import AnyArray, Array, Keys, Loss, Purpose
 
 Run = Callable[[Oracle, Array, Array, Keys, Array | None], Array]
-"""``(oracle, x, labels, keys, start) -> x_adv``: what an attack does once its inputs are known to make sense."""
+"""``(oracle, x, labels, keys, start) -> x_adv``: the attack itself, on checked inputs."""
 
 
 def carry_out(
@@ -44,7 +44,7 @@ def carry_out(
 
     Args:
       run: the attack itself.
-      oracle, x, labels, key, start: as they were given to the attack; see `Attack`.
+      oracle, x, labels, key, start: as given to the attack; see `Attack`.
       threat: the ball in which the start must lie; None where the attack declares none, then only [0, 1] counts.
       pairs: whether the labels may also be pairs (label, class aimed at).
       reference: whether it may be reference logits.
@@ -95,7 +95,7 @@ class Guard:
     Attributes:
       oracle: answers the queries.
       centre: the images [B, H, W, C] around which the attack looks, in the working precision.
-      given: dtype of the images as they were given.
+      given: dtype of the images before conversion.
       labels: labels of the whole attack, checked against the number of classes; None if they are checked elsewhere.
     """
 
@@ -114,7 +114,7 @@ class Guard:
         return self._checked(self.oracle.logits(self.rounded(x), keys), len(x))
 
     def grad(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
-        """See `Oracle.grad`."""
+        """Checked losses [B], logits [B, K] and gradient [B, H, W, C]; see `Oracle`."""
 
         def judge(logits: Array, labels: Array) -> Array:
             logits = self._checked(logits)
@@ -160,13 +160,20 @@ class Guard:
 def check_inputs(
     x: AnyArray, labels: AnyArray, *, pairs: bool = True, reference: bool = False
 ) -> tuple[AnyArray, AnyArray]:
-    """Images, clipped to [0, 1] by no more than rounding, and their labels; as they were given if traced.
+    """Images, clipped to [0, 1] by no more than rounding, and their labels; traced ones are unchanged.
 
     Args:
       x, labels, pairs, reference: see `carry_out`.
 
     Raises:
       InputError: says what was expected and what was given.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import check_inputs
+      >>> x, labels = check_inputs(np.full((1, 2, 2, 1), 1.0000001), np.array([3]))
+      >>> float(x.max())
+      1.0
     """
     x, labels = (value if _is_traced(value) else np.asarray(value) for value in (x, labels))
     is_image = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating)
@@ -208,10 +215,10 @@ def project_start(start: Array, x: Array, threat: Threat | None) -> Array:
 
 
 def check_oracle(oracle: Oracle, x: AnyArray, labels: AnyArray) -> None:
-    """Refuses, by the shapes of the logits, what an attack would refuse; nothing is computed.
+    """Refuses a predictor that attacks would refuse, by the shapes of its logits; nothing is computed.
 
     Args:
-      oracle: of the predictor.
+      oracle: answers for the predictor.
       x: images [B, H, W, C] in [0, 1], a few of the images to attack.
       labels: [N], labels of all of them.
     """
@@ -224,7 +231,7 @@ def check_oracle(oracle: Oracle, x: AnyArray, labels: AnyArray) -> None:
 
 
 def check_classes(labels: AnyArray, num_classes: int) -> None:
-    """Refuses labels, or pairs, that do not lie below the number of classes; what is traced is not looked at."""
+    """Refuses labels, or pairs, that do not lie below the number of classes; traced values are not checked."""
     if not has_labels(labels):
         expected = f"attack: expected reference logits of {num_classes} classes, as the predictor's"
         require(labels.shape[1] == num_classes, f"{expected}, got {_described(labels)}")

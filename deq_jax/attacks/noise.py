@@ -1,4 +1,4 @@
-"""Random noise of the full radius: what any attack must beat."""
+"""Random noise of the full radius: a baseline that every attack must beat."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from deq_jax.core.types import Array, Keys
 
 @dataclass(frozen=True)
 class Noise:
-    """A random perturbation of length epsilon: what any attack must beat.
+    """A random perturbation of length epsilon: a baseline that every attack must beat.
 
     Attributes:
       threat: norm and radius.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf, Noise
+      >>> Noise(Linf(8 / 255)).gradient_queries
+      0
     """
 
     threat: Threat

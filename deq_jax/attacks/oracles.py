@@ -24,6 +24,14 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
 
     Args:
       oracles: at least one; the i-th draws from keys folded with i.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.attacks import average, oracle_of
+      >>> once, thrice = oracle_of(lambda x: x.reshape(len(x), -1)), oracle_of(lambda x: 3 * x.reshape(len(x), -1))
+      >>> average([once, thrice]).logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).tolist()
+      [[2.0, 2.0]]
     """
     oracles = tuple(oracles)
     require(len(oracles) > 0, "average: expected at least one oracle, got none")
@@ -49,6 +57,14 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
       draws: number per query; the i-th uses keys folded with i.
 
     References: Athalye et al. 2018, section 3.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.attacks import expectation, oracle_of
+      >>> oracle = expectation(oracle_of(lambda x, keys: x.reshape(len(x), -1)), draws=20)
+      >>> oracle.logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).shape
+      (1, 2)
     """
     require(draws >= 1, f"expectation: draws must be >= 1, got {draws!r}")
 
@@ -75,6 +91,12 @@ def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
     Args:
       source: gives the gradients.
       judge: the deployed predictor; it is asked once more with every gradient.
+
+    Examples:
+      >>> from deq_jax.attacks import gradient_from, oracle_of
+      >>> smooth, deployed = oracle_of(lambda x: x.mean((1, 2))), oracle_of(lambda x: x.max((1, 2)))
+      >>> gradient_from(smooth, judge=deployed).logits is deployed.logits
+      True
     """
 
     def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
@@ -136,9 +158,18 @@ class Oracle(NamedTuple):
     also within `jax.jit`.
 
     Attributes:
-      logits: ``(x, keys) -> [B, K]``, of the predictor on which success is judged.
+      logits: ``(x, keys) -> [B, K]``, of the predictor on which success is measured.
       grad: ``(loss, x, labels, keys) -> (loss [B], logits [B, K], gradient [B, H, W, C])``, the
         gradient of the summed loss with respect to x.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Oracle
+      >>> def no_gradient(loss, x, labels, keys):
+      ...     raise NotImplementedError("only Square and SPSA attack this predictor")
+      >>> oracle = Oracle(lambda x, keys: x.reshape(len(x), -1), no_gradient)
+      >>> oracle.logits(np.ones((2, 1, 1, 3)), keys=None).shape
+      (2, 3)
     """
 
     logits: Callable[[Array, Keys], Array]
@@ -148,9 +179,9 @@ class Oracle(NamedTuple):
 class Attack(Protocol):
     """``(oracle, x, labels, key, start=None) -> x_adv``, within the threat model's ball and [0, 1].
 
-    The images x are [B, H, W, C], floating, in [0, 1]; those of half precision are attacked in float32, and come back
-    in their own dtype. The labels are [B] of any integer type, from 0 to K - 1, or for some attacks pairs
-    (label, class aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
+    The images x are [B, H, W, C], floating, in [0, 1]; half-precision images are attacked in float32 and come back in
+    their own dtype. The labels are [B] of any integer type, from 0 to K - 1, or for some attacks pairs (label, class
+    aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
     The start is images [B, H, W, C] within the ball, from which the attack begins in place of its own (random) start.
     An attack of several restarts uses it for the first; attacks made of attacks hand it to each. What comes back is
@@ -158,7 +189,7 @@ class Attack(Protocol):
     returns its last iterate, and `Noise` takes no start.)
 
     The attacks of `deq_jax.attacks` refuse everything else (`InputError`), before anything is computed: images outside
-    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are no classes, logits that are
+    [0, 1] by more than 1e-6, a start outside the ball by more than that, labels that are not classes, logits that are
     not [B, K] with K >= 2 or, on the images themselves, not finite. Values are not known within `jax.jit`: there an
     image outside [0, 1] comes back as NaN, and one without a class or without finite logits unchanged; a start is
     projected. Outside of it an attack is compiled as a whole, at the first of all calls with the same program and

@@ -25,17 +25,42 @@ Kept = TypeVar("Kept", Best, None)
 
 
 def uniform_start(keys: Keys, x: Array, threat: Threat) -> Array:
-    """Uniform in the threat's ball around x."""
+    """Uniform in the threat's ball around x, [B, H, W, C].
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.attacks import Linf, uniform_start
+      >>> x = jnp.full((2, 1, 1, 3), 0.5)
+      >>> bool((abs(uniform_start(Keys.of(0, 2), x, Linf(0.125)) - x) <= 0.125).all())
+      True
+    """
     return x + threat.random(keys, x)
 
 
 def gaussian_start(keys: Keys, x: Array, threat: Threat) -> Array:
-    """x + 0.001 N(0, 1): the start of TRADES, because its loss has no gradient at x itself."""
+    """x + 0.001 N(0, 1), [B, H, W, C]: the start of TRADES, because its loss has no gradient at x itself.
+
+    References: Zhang et al. 2019.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf, gaussian_start
+      >>> from deq_jax.core import kl
+      >>> PGD(Linf(8 / 255), steps=10, loss=kl, start=gaussian_start, best_of=False).gradient_queries
+      10
+    """
     return x + 0.001 * keys.draw(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))
 
 
 def clean_start(keys: Keys, x: Array, threat: Threat) -> Array:
-    """x itself."""
+    """x itself, [B, H, W, C]: FGSM starts there.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf, clean_start
+      >>> fgsm = PGD(Linf(8 / 255), steps=1, step_size=8 / 255, start=clean_start, best_of=False)
+      >>> fgsm.gradient_queries
+      1
+    """
     return x
 
 
@@ -50,9 +75,18 @@ class PGD:
       restarts: number of random starts.
       loss: maximised, ``(logits, labels) -> [B]``.
       start: where a restart begins, unless images are given to start from.
-      best_of: return, per image, a misclassified iterate if there was one (judged where the labels is
-        labels), and among equals the one of highest loss, x itself if none was better; costs one more query
-        per restart, and one at x. Otherwise the last iterate of the one restart, as in adversarial training.
+      best_of: return, per image, a misclassified iterate if there was one (unless the labels are reference logits), and
+        among equals the one of highest loss, x itself if none was better; costs one more query per restart, and one at
+        x. Otherwise the last iterate of the one restart, as in adversarial training.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import PGD, Linf, oracle_of
+      >>> oracle = oracle_of(lambda x: x.reshape(len(x), -1))  # an image of two pixels is its own logits
+      >>> x = jnp.array([0.625, 0.5]).reshape(1, 1, 1, 2)
+      >>> x_adv = PGD(Linf(0.125), steps=3)(oracle, x, jnp.array([0]), key=0)
+      >>> x_adv.reshape(-1).tolist()
+      [0.5, 0.625]
     """
 
     threat: Threat
@@ -85,7 +119,7 @@ class PGD:
         Args:
           oracle: answers for the predictor.
           x: images [B, H, W, C] in [0, 1].
-          labels: what the loss compares with: labels [B] or pairs [B, 2], int, or reference logits [B, K].
+          labels: second argument of the loss: labels [B] or pairs [B, 2], int, or reference logits [B, K].
           key: PRNG key, or `Keys` to number the images.
           start: images [B, H, W, C] in the ball, where the first restart begins; None for its own start.
 

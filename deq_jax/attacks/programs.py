@@ -20,9 +20,9 @@ class Compiled:
     """A function of arrays, compiled for each combination of shapes that it is called with.
 
     `jax.jit` knows a function by its identity: a new lambda is compiled anew, and arrays that a function closes over
-    are read once and for all, so that a model that was trained on would be attacked as it was before. Here the
-    function is traced when it is first called, which is cheap, and its program is looked up among those of all
-    functions. What it closes over are arguments of that program: other values need no other executable.
+    are read once and for all, so that a model that was trained further would be attacked with its old parameters. Here
+    the function is traced when it is first called, which is cheap, and its program is looked up among the programs of
+    all functions. Arrays that it closes over become arguments of that program, so other values reuse the executable.
 
     Attributes:
       function: ``(*args) -> arrays``, pure, of pytrees of arrays.
@@ -47,7 +47,7 @@ def _program(function: Callable[..., PyTree], *args: PyTree) -> Callable[..., Py
         return function
     leaves, tree = jax.tree.flatten(args)
 
-    def flat(*leaves: Any) -> PyTree:  # a new function, since jax knows traces by their identity, too
+    def flat(*leaves: Any) -> PyTree:  # a new function, since jax also knows traces by their identity
         return function(*jax.tree.unflatten(tree, leaves))
 
     traced, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)

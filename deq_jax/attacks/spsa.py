@@ -35,6 +35,12 @@ class SPSA:
 
     References: Uesato et al. 2018, algorithm 1.
     Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
+
+    Examples:
+      >>> from deq_jax.attacks import SPSA, Linf
+      >>> attack = SPSA(Linf(8 / 255), steps=10, samples=64)
+      >>> attack.steps * (2 * attack.samples + 1), attack.uses_gradients  # queries of the logits
+      (1290, False)
     """
 
     threat: Threat
@@ -56,7 +62,7 @@ class SPSA:
     def __call__(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
-        """Adversarial images; see `APGD.__call__`. An image is left alone once it is misclassified."""
+        """Adversarial images; see `APGD.__call__`. An image is not attacked further once it is misclassified."""
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
     def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:

@@ -32,6 +32,12 @@ class Square:
       p_init: share of the pixels that the first steps change.
       rescaled: compress the schedule of that share, made for 10 000 queries, to `queries`, as the paper of
         Square does; AutoAttack does not, and is weaker for it.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf, Square
+      >>> attack = Square(Linf(8 / 255), queries=1000)
+      >>> attack.queries, attack.gradient_queries
+      (1000, 0)
     """
 
     threat: Threat
@@ -50,9 +56,9 @@ class Square:
     def __call__(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None
     ) -> Array:
-        """Adversarial images; see `APGD.__call__`. Of a pair (label, class aimed at) only the label counts.
+        """Adversarial images; see `APGD.__call__`. Only the label of a pair (label, class aimed at) counts.
 
-        An image is left alone once it is misclassified. A start takes the place of the first random pattern.
+        An image is not attacked further once it is misclassified. A start takes the place of the first random pattern.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 

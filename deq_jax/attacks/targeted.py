@@ -23,6 +23,12 @@ class Targeted:
     Attributes:
       attack: takes pairs (label, class aimed at) in place of labels.
       classes: how many classes to aim at; all the wrong ones if there are fewer.
+
+    Examples:
+      >>> from deq_jax.attacks import APGD, Linf, Targeted
+      >>> from deq_jax.core import targeted_dlr
+      >>> Targeted(APGD(Linf(8 / 255), steps=100, loss=targeted_dlr), classes=9).gradient_queries
+      909
     """
 
     attack: Attack
@@ -52,7 +58,7 @@ class Targeted:
     ) -> Array:
         """Adversarial images; see `APGD.__call__`. The labels are [B].
 
-        Images that one class has fooled are left alone by the next. The attempt at each class begins at the start.
+        Images that one class has fooled are not attacked for the next. The attempt at each class begins at the start.
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 

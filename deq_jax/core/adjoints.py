@@ -89,7 +89,16 @@ class Neumann:
     """Value f(z*), backward pass ``w = damping * sum_{i=0..terms} (J_d^T)^i g`` with the damped Jacobian
     ``J_d = (1 - damping) I + damping J``. Forward mode is refused, as by `Implicit`.
 
+    Attributes:
+      terms: number of terms after the first; each costs a vector-Jacobian product.
+      damping: weight of J, in (0, 1].
+
     References: Geng et al. 2021, eq. 12 (Neumann-series phantom gradient).
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Neumann
+      >>> Dynamics(Broyden(8), gradient=Neumann(terms=5)).gradient.terms
+      5
     """
 
     terms: int = 8
@@ -135,6 +144,15 @@ def adjoint_residual(gradient: Any, cell: Cell, params: Params, u: PyTree, z: Py
 
     Raises:
       InputError: the estimator has no adjoint state.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import Neumann, adjoint_residual
+      >>> def cell(a, z, u):
+      ...     return a * z + u
+      >>> one = jnp.ones((1, 1))
+      >>> adjoint_residual(Neumann(terms=0, damping=1.0), cell, 0.5, one, 2 * one, cotangent=one).tolist()
+      [0.5]
     """
     require(has_adjoint(gradient), f"adjoint_residual: expected Implicit or Neumann, got {gradient!r}")
     gradient = innermost(gradient)

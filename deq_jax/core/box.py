@@ -28,6 +28,12 @@ def clip_to_box(x: AnyArray, where: str) -> AnyArray:
 
     Raises:
       InputError: x is not floating, or has values beyond [-1e-6, 1 + 1e-6] or NaN.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import clip_to_box
+      >>> clip_to_box(np.array([-1e-7, 0.5]), "mine.npz").tolist()
+      [0.0, 0.5]
     """
     xp: ModuleType = jnp if isinstance(x, jax.Array) else np
     x = xp.asarray(x)

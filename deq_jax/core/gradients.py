@@ -3,7 +3,7 @@
 A gradient estimator takes the solved state, held constant, and returns a state of the same value, or a few steps
 further on, that carries gradients to the cell's parameters and to the injection:
 ``gradient(cell, params, u, z) -> state``. `Phantom` differentiates a few damped steps, `Unrolled` plain ones;
-`Implicit` and `Neumann` are in `adjoints`. `Backprop` alone has `deq` differentiate the solver, too.
+`Implicit` and `Neumann` are in `adjoints`. Only with `Backprop` does `deq` also differentiate the solver.
 
 Derivatives of any order are right in reverse mode: ``jax.grad(jax.grad(f))``, ``jax.jacrev(jax.jacrev(f))`` for a
 Hessian. JAX refuses forward mode (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``) through `Implicit` and `Neumann` with a
@@ -36,6 +36,11 @@ class Phantom:
       damping: weight of f(z), in (0, 1].
 
     References: Geng et al. 2021, eq. 9 (unrolling-based phantom gradient).
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Phantom
+      >>> Dynamics(Broyden(8), gradient=Phantom(steps=5, damping=0.5)).gradient.applications
+      6
     """
 
     steps: int = 5
@@ -68,6 +73,11 @@ class PhantomUpTo:
       max_steps: largest number of damped steps; those beyond `steps` are skipped at run time.
       steps: K, a number or a scalar array.
       damping: weight of f(z), a number or a scalar array.
+
+    Examples:
+      >>> from deq_jax.core import PhantomUpTo
+      >>> PhantomUpTo(max_steps=9, steps=5, damping=0.5).applications
+      6
     """
 
     max_steps: int
@@ -103,6 +113,11 @@ class AtState:
 
     Attributes:
       gradient: the estimator.
+
+    Examples:
+      >>> from deq_jax.core import AtState, Phantom
+      >>> AtState(Phantom(5)).applications  # Phantom(5) alone applies the cell 6 times
+      0
     """
 
     gradient: Gradient
@@ -126,6 +141,14 @@ class Unrolled:
 
     With ``solver=None`` it is plain backpropagation through f^steps(z0): shallow pre-training, and a
     second way to the exact gradient in tests.
+
+    Attributes:
+      steps: number of applications of the cell, at least 1.
+
+    Examples:
+      >>> from deq_jax import Dynamics, Unrolled
+      >>> Dynamics(solver=None, gradient=Unrolled(4)).gradient.applications
+      4
     """
 
     steps: int
@@ -146,11 +169,12 @@ class Unrolled:
 class Backprop:
     """Backpropagation through the solver's own steps, converged or not, and through those that follow it.
 
-    The exact derivative of the computed prediction, where the other estimators give that of an equilibrium which the
-    solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver differentiably.
+    This is the exact derivative of the computed prediction. The other estimators give the derivative at an equilibrium,
+    which the solver may not have reached. Memory grows with the solver's steps. `deq` then runs the solver
+    differentiably.
 
     Attributes:
-      then: the estimator whose value this has. `Phantom` and `Unrolled` are differentiated as they are computed,
+      then: the estimator that gives the value. `Phantom` and `Unrolled` are differentiated as they are computed,
         `Implicit` and `Neumann` as the one application of the cell that they make, `AtState` as the state itself.
 
     Examples:
@@ -165,15 +189,15 @@ class Backprop:
 
     @property
     def applications(self) -> int | Array:
-        """See `types.Gradient`."""
+        """Number of cell applications in the forward pass; see `Gradient`."""
         return self.then.applications
 
     def __call__(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        """The estimator `then`: of a state that is held constant there are no steps to go back through."""
+        """The estimator `then`: a constant state has no solver steps to differentiate."""
         return self.then(cell, params, u, z)
 
     def through(self, cell: Cell, params: Params, u: PyTree, z: PyTree) -> PyTree:
-        """The same value for a state that carries the derivative of the solver's steps."""
+        """The value of `then` at a state that carries the derivative of the solver's steps."""
         if isinstance(self.then, AtState):
             return z
         advance = Phantom(0) if has_adjoint(self.then) else self.then
@@ -186,7 +210,13 @@ def at_state(gradient: Gradient) -> AtState | Backprop:
 
 
 def has_adjoint(gradient: Any) -> bool:
-    """Whether an estimator's backward pass has an adjoint state, like `Implicit` and `Neumann`."""
+    """Whether an estimator's backward pass has an adjoint state, like `Implicit` and `Neumann`.
+
+    Examples:
+      >>> from deq_jax.core import Implicit, Phantom, has_adjoint
+      >>> has_adjoint(Implicit()), has_adjoint(Phantom())
+      (True, False)
+    """
     return hasattr(innermost(gradient), "adjoint")
 
 
@@ -197,7 +227,18 @@ def innermost(gradient: Any) -> Any:
 
 @jax.custom_vjp
 def straight_through(value: PyTree, proxy: PyTree) -> PyTree:
-    """The value; its cotangent goes to the proxy instead. If nothing is differentiated, the proxy costs nothing."""
+    """The value; its cotangent goes to the proxy instead. If nothing is differentiated, the proxy costs nothing.
+
+    Args:
+      value: leaves of any shape.
+      proxy: leaves of the same shapes.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.core import straight_through
+      >>> float(jax.grad(lambda x: straight_through(jnp.sign(x), 3 * x))(0.5))
+      3.0
+    """
     return value
 
 

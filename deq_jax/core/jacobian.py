@@ -27,6 +27,12 @@ def gaussian_probes(keys: Keys, z: PyTree, count: int = 2) -> PyTree:
       keys: one per image.
       z: state, leaves [B, ...].
       count: number of probes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import Keys, gaussian_probes
+      >>> gaussian_probes(Keys.of(0, batch_size=2), jnp.zeros((2, 3)), count=4).shape
+      (4, 2, 3)
     """
     leaves, structure = jax.tree.flatten(z)
 
@@ -52,6 +58,15 @@ def jacobian_norm(cell: Cell, params: Params, u: PyTree, z: PyTree, probes: PyTr
       [B], the mean over the probes of ``||v^T J||^2 / N``; its expectation is the estimated quantity.
 
     References: Bai et al. 2021, eq. 6.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import jacobian_norm
+      >>> def cell(a, z, u):
+      ...     return a * z + u
+      >>> z = jnp.ones((1, 2))
+      >>> jacobian_norm(cell, 0.5, z, z, probes=z[None]).tolist()
+      [0.25]
     """
     vjp = jax.vjp(lambda z: apply(cell, params, z, u), lax.stop_gradient(z))[1]
     products = jax.vmap(lambda v: vjp(v)[0])(probes)
@@ -65,6 +80,13 @@ class SpectralRadius(NamedTuple):
     Attributes:
       radius: ``[B]``, the largest eigenvalue modulus; NaN only where the Jacobian is not finite.
       settled: ``[B]`` bool, whether the last quarter of the steps changed it by less than `SETTLED` of itself.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import SpectralRadius
+      >>> found = SpectralRadius(radius=np.array([0.5, 1.5]), settled=np.array([True, False]))
+      >>> found.radius[found.settled].tolist()
+      [0.5]
     """
 
     radius: Array

@@ -45,17 +45,17 @@ def deq(
       params: parameters of the cell; differentiable.
       u: injection, leaves [B, ...]; differentiable.
       z0: start of the solver, leaves [B, ...]; carries no gradient.
-      solver: which trajectory; None for none (the readout is z0).
-      readout: which state of the trajectory.
-      gradient: how that state is differentiated.
-      keys: for random readouts, which nothing else is drawn from.
+      solver: computes the trajectory; None for no solver (the readout is z0).
+      readout: chooses a state of the trajectory.
+      gradient: differentiates that state.
+      keys: randomness of random readouts; nothing else draws from them.
 
     Returns:
       The state, leaves [B, ...], and the `Solution` (constant) it was read from.
 
     Raises:
-      InputError: z0 or u is no such batch, or the cell returns no such state; see `cells.apply`; or
-        `Backprop` is asked for without a solver.
+      InputError: z0 or u is not such a batch; the cell does not return such a state, see `cells.apply`; `Backprop` is
+        given without a solver.
     """
     constant = lax.stop_gradient
     if isinstance(gradient, Backprop):

@@ -19,6 +19,12 @@ class LowEntropy:
 
     Attributes:
       weight: weight of the entropy in nats, >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import LowEntropy
+      >>> round(float(LowEntropy(weight=0.5)(jnp.zeros((1, 2)), jnp.array([[0, 1]]))[0]), 2)  # -1.5 log 2
+      -1.04
     """
 
     weight: float = 1.0
@@ -44,6 +50,12 @@ def logit_difference(logits: Array, labels: Array) -> Array:
     Args:
       logits: [B, K].
       labels: [B, 2] int, (label, class aimed at).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import logit_difference
+      >>> logit_difference(jnp.array([[3.0, 1.0, 0.0]]), jnp.array([[0, 2]])).tolist()
+      [-3.0]
     """
     picked = jnp.take_along_axis(logits, class_numbers(labels, pairs=True), axis=-1)
     return picked[:, 1] - picked[:, 0]
@@ -58,6 +70,12 @@ def targeted_dlr(logits: Array, labels: Array) -> Array:
       labels: [B, 2] int, (label y, class t aimed at).
 
     References: Croce & Hein 2020a, eq. 7.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import targeted_dlr
+      >>> targeted_dlr(jnp.array([[4.0, 3.0, 2.0, 2.0]]), jnp.array([[0, 1]])).tolist()
+      [-0.5]
     """
     if logits.shape[-1] < 4:
         return logit_difference(logits, labels)
@@ -74,6 +92,12 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
     Returns:
       [B], in nats.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import cross_entropy
+      >>> round(float(cross_entropy(jnp.zeros((1, 2)), jnp.array([0]))[0]), 3)  # log 2
+      0.693
     """
     return -_pick(jax.nn.log_softmax(logits), labels)
 
@@ -89,13 +113,28 @@ def kl(logits: Array, reference_logits: Array) -> Array:
       [B].
 
     References: Zhang et al. 2019 (TRADES), eq. 5.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import kl
+      >>> kl(jnp.zeros((1, 2)), jnp.zeros((1, 2))).tolist()
+      [0.0]
     """
     log_p, log_q = jax.nn.log_softmax(reference_logits), jax.nn.log_softmax(logits)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def margin(logits: Array, labels: Array) -> Array:
-    """Best wrong logit minus the true one: positive exactly when misclassified (Carlini & Wagner 2017).
+    """Best wrong logit minus the true one, [B]: positive exactly when misclassified.
+
+    Args:
+      logits: [B, K].
+      labels: [B] int.
+
+    Raises:
+      InputError: the labels are not integers [B].
+
+    References: Carlini & Wagner 2017.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,11 +146,24 @@ def margin(logits: Array, labels: Array) -> Array:
 
 
 def dlr(logits: Array, labels: Array) -> Array:
-    """Difference of logits ratio ``-(z_y - max_{i != y} z_i) / (z_(1) - z_(3))``.
+    """Difference of logits ratio ``-(z_y - max_{i != y} z_i) / (z_(1) - z_(3))``, [B].
 
     With 2 classes it is the `margin`: of two logits every ratio is constant.
 
-    References: Croce & Hein 2020, eq. 6.
+    Args:
+      logits: [B, K].
+      labels: [B] int.
+
+    Raises:
+      InputError: the labels are not integers [B].
+
+    References: Croce & Hein 2020a, eq. 6.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import dlr
+      >>> dlr(jnp.array([[4.0, 2.0, 0.0]]), jnp.array([0])).tolist()
+      [-0.5]
     """
     if logits.shape[-1] < 3:
         return margin(logits, labels)
@@ -120,7 +172,18 @@ def dlr(logits: Array, labels: Array) -> Array:
 
 
 def entropy(logits: Array, labels: Array | None = None) -> Array:
-    """Entropy of softmax(logits) in nats, [B]. The labels are not used: it is a loss that needs none."""
+    """Entropy of softmax(logits) in nats, [B].
+
+    Args:
+      logits: [B, K].
+      labels: not used; with them it has the signature of a loss.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import entropy
+      >>> round(float(entropy(jnp.zeros((1, 2)))[0]), 3)  # log 2
+      0.693
+    """
     log_p = jax.nn.log_softmax(logits)
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 

@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
 
 def measured(solver: Any, memory: Any) -> MeasuredMemory:
-    """A solver's memory with a unit; that of f(z0), if it is the memory at the start."""
+    """A solver's memory with a unit: the unit of f(z0) for the memory at the start."""
     if hasattr(memory, "unit"):
         known: MeasuredMemory = memory
         return known
@@ -71,8 +71,8 @@ def relative_distance(a: PyTree, b: PyTree) -> Array:
 def residual_of(solver: Any, memory: MeasuredMemory) -> Array:
     """Relative residuals [B]; see `Solution`.
 
-    Norms are taken in a unit that holds f(z) itself. In that of f(z0) the square of a state that has grown 2e19 times
-    is infinite, and any change would be small beside it.
+    Norms are taken in a unit that holds f(z) itself. In the unit of f(z0) the square of a state that has grown 2e19
+    times is infinite, and any change would be small beside it.
     """
     z, fz = lax.stop_gradient((wide(memory.z), wide(memory.fz)))  # a diagnostic; its gradient at 0 would be NaN
     unit = jnp.maximum(lax.stop_gradient(memory.unit), unit_of(solver, fz))

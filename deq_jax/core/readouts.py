@@ -16,7 +16,16 @@ from deq_jax.core.types import Array, Keys, PyTree, Solution
 
 @dataclass(frozen=True)
 class FinalState:
-    """The equilibrium: per sample the state with the lowest residual."""
+    """The equilibrium: per sample the state with the lowest residual, leaves [B, ...].
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import FinalState, Solution
+      >>> states = np.array([[[1.5]], [[2.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[0], states, np.array([[0.25], [0.5]]), np.array([3]), None)
+      >>> FinalState()(solution).tolist()
+      [[1.5]]
+    """
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         return solution.z
@@ -24,10 +33,21 @@ class FinalState:
 
 @dataclass(frozen=True)
 class IntermediateState:
-    """The state z_t after exactly t solver steps (the early state of Yang et al. 2022).
+    """The state z_t after exactly t solver steps (the early state of Yang et al. 2022), leaves [B, ...].
 
     Attributes:
       state: t, counts the solver's steps from 1 to T.
+
+    Raises:
+      InputError: t is below 1, or, when it is called, above T.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import IntermediateState, Solution
+      >>> states = np.array([[[1.0]], [[1.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[1], states, np.array([[0.5], [0.25]]), np.array([3]), None)
+      >>> IntermediateState(1)(solution).tolist()
+      [[1.0]]
     """
 
     state: int
@@ -44,7 +64,19 @@ class IntermediateState:
 
 @dataclass(frozen=True)
 class LastState:
-    """The state z_T after the last step, even if its residual is not the lowest."""
+    """The state z_T after the last step, even if its residual is not the lowest; leaves [B, ...].
+
+    Raises:
+      InputError: when it is called, there was no solver.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import LastState, Solution
+      >>> states = np.array([[[1.5]], [[2.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[0], states, np.array([[0.25], [0.5]]), np.array([3]), None)
+      >>> LastState()(solution).tolist()
+      [[2.5]]
+    """
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:
         _require_states("LastState", solution)
@@ -61,6 +93,14 @@ class RandomIntermediateState:
       first: the smallest t.
 
     References: Yang et al. 2023, section 4.1.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import RandomIntermediateState, Solution
+      >>> states = np.array([[[1.0]], [[1.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[1], states, np.array([[0.5], [0.25]]), np.array([3]), None)
+      >>> RandomIntermediateState()(solution).tolist()  # without keys: the equilibrium
+      [[1.5]]
     """
 
     per_sample: bool = False
@@ -92,6 +132,14 @@ class EnsembleState:
     """The mean of the states z_1 .. z_T (Yang et al. 2022, section 5).
 
     Differs from the reference, which averages these and the unrolled final state.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import EnsembleState, Solution
+      >>> states = np.array([[[1.0]], [[1.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[1], states, np.array([[0.5], [0.25]]), np.array([3]), None)
+      >>> EnsembleState()(solution).tolist()
+      [[1.25]]
     """
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree:

@@ -34,7 +34,7 @@ def solve(
     Once all samples have converged, the remaining steps do not evaluate the cell.
 
     Args:
-      solver: which trajectory; None for none: the solution is z0 and T is 0.
+      solver: computes the trajectory; None for no solver: the solution is z0 and T is 0.
       cell: ``(params, z, u) -> z``; pure. It is compiled once for equal cells; see `deq`.
       params: parameters of the cell.
       z0: start, leaves [B, ...]. Not read where `memory` is given.
@@ -102,9 +102,9 @@ def advance(solver: Solver, f: FlatCell, memory: AnyMemory, u: PyTree) -> tuple[
     """One step in which converged samples stay where they are; f is not evaluated once all have converged.
 
     Args:
-      solver: whose step.
+      solver: the solver that takes the step.
       f: over flat states; see `cells.flat_cell`.
-      memory: of `begin` or an earlier step.
+      memory: as `begin` or an earlier step returned it.
       u: injection, leaves [B, ...].
 
     Returns:

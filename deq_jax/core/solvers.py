@@ -70,6 +70,11 @@ class FixedPoint(_Settings):
     Attributes:
       steps: T.
       damping: weight of f(z), in (0, 1].
+
+    Examples:
+      >>> from deq_jax import Dynamics, FixedPoint
+      >>> Dynamics(FixedPoint(steps=20, damping=0.5)).solver.damping
+      0.5
     """
 
     damping: float = 1.0
@@ -122,6 +127,11 @@ class Anderson(_Settings):
     References: Walker & Ni 2011. With the absolute ridge the iterates equal those of
     ``jaxopt.AndersonAcceleration``, except that it accelerates from the first two points on, where jaxopt's own
     start makes `history_size` plain steps first.
+
+    Examples:
+      >>> from deq_jax import Anderson, Dynamics
+      >>> Dynamics(Anderson(steps=10, history_size=4)).solver.history_size
+      4
     """
 
     history_size: int = 6
@@ -207,6 +217,11 @@ class Broyden(_Settings):
     References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
     ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where
     jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics
+      >>> Dynamics(Broyden(steps=8, tolerance=1e-4)).solver.tolerance
+      0.0001
     """
 
     history_size: int | None = None
@@ -277,7 +292,7 @@ class Broyden(_Settings):
 
 
 def differentiable(solver: Any) -> Solver:
-    """The same solver in a form whose own steps can be differentiated backwards; see `Solver`."""
+    """The solver in a form that JAX can differentiate in reverse mode; see `Solver`."""
     form: Solver = solver.reverse_mode() if hasattr(solver, "reverse_mode") else solver
     return form
 

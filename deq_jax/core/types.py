@@ -49,6 +49,12 @@ def prng_key(seed: Any) -> Array:
 
     Raises:
       InputError: neither of these.
+
+    Examples:
+      >>> import jax
+      >>> from deq_jax.core import prng_key
+      >>> jax.random.key_data(prng_key(7)).tolist()
+      [0, 7]
     """
     expected = "key: expected one PRNG key or an integer seed, got"
     if isinstance(seed, int) and not isinstance(seed, bool):
@@ -66,12 +72,18 @@ def prng_key(seed: Any) -> Array:
 
 
 class Injection(NamedTuple):
-    """What an encoder hands to the cell: computed once per forward, constant along the dynamics.
+    """The encoder's output for the cell: computed once per forward pass, constant along the dynamics.
 
     Attributes:
       features: pytree shaped like a state, ``[B, ...]`` leaves; added inside the cell.
       masks: pytree of variational dropout masks, ``[B, 1, 1, C]`` leaves, already scaled by
         1 / (1 - rate); None outside training.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.core import Injection
+      >>> Injection(features=jnp.ones((2, 3))).masks is None
+      True
     """
 
     features: PyTree
@@ -79,10 +91,10 @@ class Injection(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What a solver found, per sample.
+    """The result of a solver, per sample.
 
     Attributes:
-      z: ``[B, ...]`` leaves, the iterate with the lowest residual (z_0 is no candidate).
+      z: ``[B, ...]`` leaves, the iterate with the lowest residual (z_0 is not a candidate).
       states: ``[T, B, ...]`` leaves, the neural dynamics z_1 .. z_T; the entries of a sample that
         has converged repeat its converged state.
       residuals: ``[T, B]``, relative residuals ``||f(z_t) - z_t|| / (||f(z_t)|| + 1e-9 s)``, where s is the largest
@@ -90,6 +102,14 @@ class Solution(NamedTuple):
         which no minimum can be taken.
       evaluations: ``[B]`` int32, cell applications that the sample needed.
       memory: the solver's resumable memory, to be passed to the next `solve`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.core import Solution
+      >>> states = np.array([[[1.0]], [[1.5]]])  # z_1 and z_2 of one sample
+      >>> solution = Solution(states[1], states, np.array([[0.5], [0.25]]), np.array([3]), None)
+      >>> solution.residuals.shape, solution.residuals.min(axis=0).tolist()
+      ((2, 1), [0.25])
     """
 
     z: PyTree
@@ -100,14 +120,14 @@ class Solution(NamedTuple):
 
 
 class Purpose(IntEnum):
-    """What a key is for: ``keys.fold(Purpose.READOUT)``. Every purpose has one number here, no two have the same.
+    """The purpose of a key, for ``keys.fold(Purpose.READOUT)``. Each purpose has a number of its own.
 
     Keys are folded with counters too (steps, restarts, draws) and with the numbers of images. Those stay below 2^30.
     Where one of them meets a purpose, the purpose lies above, so that no key serves two draws.
 
     A training step has keys for
 
-    * ATTACK, what an attack draws, also as one of several (`AutoAttack`, `Targeted`);
+    * ATTACK, the draws of an attack, also as one of several (`AutoAttack`, `Targeted`);
     * NATURAL and ADVERSARIAL, the forward passes of an objective;
     * AUGMENTATION;
     * PENALTY, whether the step is penalised (drawn on the host).
@@ -116,17 +136,22 @@ class Purpose(IntEnum):
 
     * READOUT, a random state;
     * PROBES of the Jacobian's norm or spectral radius;
-    * MODULE, what Flax modules draw with ``make_rng("dropout")``;
+    * MODULE, the draws of Flax modules with ``make_rng("dropout")``;
     * DECODER, the same of the decoder.
 
     An attack has keys for its restarts and steps, and from them keys for
 
-    * QUERY, what a random predictor draws when it is asked;
+    * QUERY, the draws of a random predictor at a query;
     * START, the same where the attack is given images to begin at;
     * RADIUS, the length of a random start in ℓ2, beside its direction.
 
-    DEPLOYED is what a random predictor draws when it is measured, which attacks never see. BATCH is a draw that is
+    DEPLOYED is for the draws of a random predictor when it is measured; attacks never see them. BATCH is a draw that is
     common to all images of the batch; see `Keys.common`.
+
+    Examples:
+      >>> from deq_jax.core import Purpose
+      >>> Purpose.ATTACK < 2**30 <= Purpose.READOUT
+      True
     """
 
     ATTACK = 0
@@ -148,15 +173,21 @@ class Purpose(IntEnum):
 class Keys(NamedTuple):
     """The randomness of a batch: one shared key, and which image each row of the batch is.
 
-    What is drawn for an image depends on the key and on the image's number alone, so neither the
-    batch size, nor padding, nor the number of devices changes a result. For example::
-
-        keys = Keys.of(0, batch_size=32)
-        noise = keys.fold(Purpose.ATTACK).draw(lambda key: jax.random.normal(key, (8, 8, 1)))  # [32, 8, 8, 1]
+    A draw for an image depends only on the key and the image's number. So neither the batch size, nor padding, nor the
+    number of devices changes a result.
 
     Attributes:
       shared: a PRNG key. Other keys are folded from it, so nothing is drawn from it; see `common`.
       images: ``[B]`` int32, number of each image, below 2^30.
+
+    Examples:
+      >>> import jax
+      >>> from deq_jax.core import Keys, Purpose
+      >>> keys = Keys.of(0, batch_size=2)
+      >>> keys.images.tolist()
+      [0, 1]
+      >>> keys.fold(Purpose.ATTACK).draw(lambda key: jax.random.normal(key, (8, 8, 1))).shape
+      (2, 8, 8, 1)
     """
 
     shared: Array
@@ -164,7 +195,7 @@ class Keys(NamedTuple):
 
     @classmethod
     def of(cls, key: int | Array | Keys, batch_size: int) -> Keys:
-        """Keys of a batch whose images are numbered from 0; returns `key` if it is `Keys` already.
+        """Keys of a batch with images numbered from 0; returns `key` if it is `Keys` already.
 
         Args:
           key: a seed or a PRNG key; see `prng_key`.
@@ -176,7 +207,7 @@ class Keys(NamedTuple):
         if not isinstance(key, Keys):
             return cls(prng_key(key), jnp.arange(batch_size, dtype=jnp.int32))
         images = jnp.shape(key.images)
-        require(images == (batch_size,), f"keys: expected those of {batch_size} images, got images of shape {images}")
+        require(images == (batch_size,), f"keys: expected Keys of {batch_size} images, got images of shape {images}")
         return key
 
     def fold(self, number: Purpose | int | Array) -> Keys:
@@ -197,7 +228,7 @@ class Keys(NamedTuple):
 
 
 class Memory(Protocol):
-    """What a solver knows after a step: a pytree with these two arrays, and whatever else the solver keeps.
+    """The state of a solver after a step: a pytree with these two arrays, and anything else that the solver keeps.
 
     If it has a field ``unit``, that is the unit of residuals, [B, 1]; see `norms.unit_of`. Otherwise `solve` adds one.
 
@@ -289,7 +320,7 @@ class Gradient(Protocol):
     """``(cell, params, u, z) -> state``: the solved state, or a few steps on, carrying gradients.
 
     Attributes:
-      applications: of the cell, to give the state.
+      applications: number of cell applications in the forward pass.
     """
 
     @property

@@ -35,6 +35,13 @@ class EvaluationBatch(NamedTuple):
       x, y: as in `Images`, [B, ...].
       number: [B] int32, the image's number in its split.
       is_padding: [B] bool.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.data import Images, evaluation_batches
+      >>> data = Images(np.zeros((3, 8, 8, 1), np.float32), np.array([4, 5, 6]))
+      >>> evaluation_batches(data, batch_size=2)[-1].is_padding.tolist()
+      [False, True]
     """
 
     x: AnyArray
@@ -62,7 +69,14 @@ def evaluation_batches(data: Images, batch_size: int) -> list[EvaluationBatch]:
 
 
 def to_unit(x: Array) -> Array:
-    """uint8 images as float32 in [0, 1]; floating images in float32."""
+    """uint8 images as float32 in [0, 1]; floating images in float32.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.data import to_unit
+      >>> to_unit(np.array([0, 255], np.uint8)).tolist()
+      [0.0, 1.0]
+    """
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
 
 
@@ -72,6 +86,13 @@ class CropFlip:
 
     Attributes:
       padding: pixels on every side.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.data import CropFlip
+      >>> jax.eval_shape(CropFlip(padding=4), jnp.ones((2, 32, 32, 3)), Keys.of(0, 2)).shape
+      (2, 32, 32, 3)
     """
 
     padding: int = 4

@@ -29,8 +29,8 @@ TEN = [f"data_batch_{i}" for i in range(1, 6)]
 class Cifar:
     """CIFAR-10 or CIFAR-100 as downloaded from its home page: the Python or the binary version, packed or unpacked.
 
-    What is read is told by the files: ``cifar-10-python.tar.gz``, ``cifar-10-batches-py``,
-    ``cifar-10-binary.tar.gz``, ``cifar-10-batches-bin`` and the same for CIFAR-100, whose labels are the fine ones.
+    The files tell the dataset and the version: ``cifar-10-python.tar.gz``, ``cifar-10-batches-py``,
+    ``cifar-10-binary.tar.gz``, ``cifar-10-batches-bin`` and the same for CIFAR-100, with its fine labels.
     No code that a file holds is run: its pickles may make arrays, lists, dicts, texts and numbers only.
 
     Attributes:
@@ -112,7 +112,7 @@ class Cifar:
         return pixels, np.array(labels)
 
     def _unpickled(self, name: str, content: bytes) -> dict[str, Any]:
-        """The dict of a pickle, by text keys; raises `InputError` for anything that is no plain data."""
+        """The dict of a pickle, by text keys; raises `InputError` for anything that is not plain data."""
         try:
             value = _DataOnly(io.BytesIO(content), encoding="bytes").load()
         except Exception as error:  # a damaged pickle raises nearly anything
@@ -121,7 +121,7 @@ class Cifar:
         return {_text(key): [_text(item) for item in v] if isinstance(v, list) else v for key, v in value.items()}
 
     def _files(self, names: tuple[str, ...]) -> dict[str, bytes]:
-        """Contents by name of those of the files that there are, in the archive or the folder."""
+        """Contents by name of the files that exist, in the archive or the folder."""
         path = Path(self.path).expanduser()
         require(path.exists(), f"{path}: no such archive or folder of CIFAR")
         try:
@@ -139,7 +139,7 @@ class _DataOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no plain data")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
         return super().find_class(module, name)
 
 

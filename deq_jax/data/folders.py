@@ -121,7 +121,7 @@ class ImageFolder:
         return arrays
 
     def _digest(self, files: dict[str, list[tuple[Path, int]]]) -> str:
-        """Of the files' names, sizes and times of change, and of the way they are read."""
+        """Digest of the files' names, sizes and times of change, and of the way they are read."""
         total = hashlib.sha256(f"{self.size} {self.colours}".encode())
         for part, found in files.items():
             for path, label in found:

@@ -33,6 +33,13 @@ class FullCarry:
 
     For Broyden: ``dg <- g_new(z) - g_old(z_previous)``, the last secant pair is computed again, and the next step
     is ``-B g_new(z)``. Without updates of the input, the dynamics equal the undefended ones.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.defences import FullCarry
+      >>> states, residuals = np.array([[[1.5]], [[2.5]]]), np.array([[0.25], [0.5]])
+      >>> FullCarry().choose(states, residuals).tolist()
+      [[2.5]]
     """
 
     def adapt(self, solver: Solver) -> Solver:
@@ -54,6 +61,13 @@ class ReferenceCarry:
 
     For comparison with it only, with ``Broyden(..., batch_joint=True)``. Where the chosen state is not the last, the
     secant pair joins the last step to the residual of the chosen state, as it does there.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.defences import ReferenceCarry
+      >>> states, residuals = np.array([[[1.5]], [[2.5]]]), np.array([[0.25], [0.5]])
+      >>> ReferenceCarry().choose(states, residuals).tolist()
+      [[1.5]]
     """
 
     def adapt(self, solver: Solver) -> Solver:

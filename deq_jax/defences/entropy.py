@@ -49,7 +49,14 @@ class Direction(Protocol):
 
 
 def sign(gradient: Array) -> Array:
-    """The sign of every entry, 0 where it is NaN."""
+    """The sign of every entry, 0 where it is NaN.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.defences import sign
+      >>> sign(jnp.array([-2.0, jnp.nan])).tolist()
+      [-1.0, 0.0]
+    """
     return jnp.where(jnp.isnan(gradient), 0, jnp.sign(gradient))
 
 
@@ -63,6 +70,11 @@ class EntropyGradient:
 
     Differs from the reference: the sum over the images takes the place of their mean, so that an image's update
     does not depend on its batch (the sign is the same).
+
+    Examples:
+      >>> from deq_jax.defences import EntropyGradient
+      >>> EntropyGradient(ascent=1).applications
+      2
     """
 
     ascent: int = -1
@@ -87,7 +99,13 @@ class EntropyGradient:
 
 @dataclass(frozen=True)
 class RandomDirection:
-    """A control: each pixel up or down by chance, drawn for each image by its number. The classifier needs keys."""
+    """A control: each pixel up or down by chance, drawn for each image by its number. The classifier needs keys.
+
+    Examples:
+      >>> from deq_jax.defences import RandomDirection
+      >>> RandomDirection().applications
+      1
+    """
 
     @property
     def applications(self) -> int:
@@ -120,7 +138,7 @@ class EntropyReduced:
       epsilon: ℓ∞ radius, in the same unit, of the ball around the given input.
       direction: direction of an update.
       carry: the state and memory from which the next block starts.
-      readout: which of the regulated states is classified, without a further application of the cell.
+      readout: choice of the regulated state that is classified, without a further application of the cell.
 
     References: Yang et al. 2023, section 4.2.
 
@@ -218,6 +236,14 @@ class Purified(NamedTuple):
       solution: states, leaves ``[T, B, ...]``, and residuals ``[T, B]`` of the regulated dynamics. A residual belongs
         to the input of its block. `evaluations` counts cell applications, including those in updates; a vector-Jacobian
         product counts as one.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.defences import Purified
+      >>> x = np.zeros((1, 8, 8, 1))
+      >>> purified = Purified(x, inputs=x[None], entropies=np.array([[[0.75], [0.25]]]), solution=None)
+      >>> (purified.entropies[0, 0] - purified.entropies[-1, -1]).tolist()  # by how much the entropy has fallen
+      [0.5]
     """
 
     x: Array
@@ -240,10 +266,21 @@ def reduce_entropy(defence: EntropyReduced, variables: Variables, x: Array, keys
     Differentiable where solver and direction are; blocks and updates are computed again in the backward pass.
 
     Args:
-      defence: its settings.
-      variables: variables of its base.
+      defence: settings of the defence.
+      variables: variables of the base classifier.
       x: the given images.
-      keys: for a random direction.
+      keys: randomness of a random direction.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax import Dynamics, EntropyReduced, FixedPoint
+      >>> from deq_jax.defences import reduce_entropy
+      >>> from deq_jax.models import small_deq
+      >>> defence = EntropyReduced(small_deq(10, 4, Dynamics(FixedPoint(4))), steps=3)
+      >>> x = jnp.ones((2, 8, 8, 1))
+      >>> found = jax.eval_shape(lambda x: reduce_entropy(defence, defence.init(0, x), x), x)
+      >>> found.inputs.shape, found.entropies.shape
+      ((2, 2, 8, 8, 1), (2, 4, 2))
     """
     base, solver = defence.base, defence.solver
     encode, decode = partial(base.encode, variables), partial(base.decode, variables)

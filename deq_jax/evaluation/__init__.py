@@ -1,4 +1,4 @@
-"""What a classifier does under attack: the worst case of many trials for each image, with red flags."""
+"""Classifiers under attack: the worst case of many trials for each image, with red flags."""
 
 from deq_jax.evaluation.assess import assess
 from deq_jax.evaluation.budgets import BUDGETS, default_trials

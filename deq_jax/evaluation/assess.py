@@ -37,21 +37,21 @@ def assess(
 ) -> WorstCase:
     """Attacks a predictor with all trials: the worst case for each image, with red flags.
 
-    Nothing is written without `out`. The whole of what can be evaluated is an `EvalConfig`, for `worst_case`.
+    Nothing is written without `out`. `worst_case` takes an `EvalConfig`, which has further options.
 
     Args:
-      predictor: what is deployed.
+      predictor: the deployed predictor.
       images: x [N, H, W, C], floating in [0, 1] or uint8, and labels [N].
-      trials: such as ``evaluation.auto_attack_trials(Linf(8 / 255))``; None for those that suit the predictor, within
-        the budget.
-      threat: within which adversarial images count; None for the one that the first trial's attack declares.
+      trials: attacks, such as ``evaluation.auto_attack_trials(Linf(8 / 255))``; None for default ones that suit the
+        predictor, within the budget.
+      threat: adversarial images count within it; None for the one that the first trial's attack declares.
       budget: without trials, see `default_trials`.
       diagnostics: further trials for the red flags, such as ``evaluation.diagnostics(threat)``; without them some
         flags are not checked.
       draws, seed, skip_broken: see `EvalConfig`.
       batch_size: images at a time, at most; over all devices.
       out: folder that keeps and resumes the evaluation.
-      report: called before what takes long, and after every batch.
+      report: called before every long step, and after every batch.
 
     Returns:
       The worst case; `robust_accuracy`, `clean_accuracy` and `red_flags` are the summary.
@@ -59,11 +59,20 @@ def assess(
     Raises:
       InputError: no threat is declared or given; see also `EvalConfig` and `worst_case`.
 
-    Example::
+    For example::
 
         ball = dj.attacks.Linf(0.1)
         result = dj.assess(run.predictor, run.data.test, dj.evaluation.auto_attack_trials(ball))
         print(result.robust_accuracy, result.red_flags)
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import deq_jax as dj
+      >>> model, x = dj.models.small_cnn(classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
+      >>> predictor = dj.Predictor(model, model.init(0, x))
+      >>> result = dj.assess(predictor, (x, jnp.array([3, 4])), trials=[], threat=dj.attacks.Linf(0.1))
+      >>> result.robust_accuracy is None
+      True
     """
     chosen = None
     if trials is None:

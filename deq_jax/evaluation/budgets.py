@@ -1,4 +1,4 @@
-"""The trials that are run when none are asked for: the strongest ones that a budget allows, by what is deployed."""
+"""The default trials: the strongest ones that a budget allows, for each kind of predictor."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ BUDGETS = tuple(_SIZES)
 def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick") -> tuple[Trial, ...]:
     """The attacks that suit a predictor, each from the gradients that find most on it.
 
-    Gradients are those of what is computed: through the solver's steps for a DEQ, through and around the updates for
-    one with input entropy reduction, its own for any other classifier. Untargeted and targeted APGD, then Square, which
-    asks for no gradient, then PGD from the worst image of all of them.
+    Gradients follow the actual computation: through the solver's steps of a DEQ, through and around the updates of
+    input entropy reduction, and plainly through any other classifier. Untargeted and targeted APGD come first, then
+    Square, which asks for no gradient, then PGD from the worst image of all of them.
 
     Args:
-      predictor: what is deployed.
-      threat: within which it is attacked.
+      predictor: the deployed predictor.
+      threat: norm and radius of the attacks.
       budget: "quick" (30 gradients per image untargeted, 3 x 20 targeted, 20 from the worst image, for each source of
         gradients, and 200 queries) or "standard" (100, 9 x 50, 50 and 2,000). Images that are broken are not attacked
         again, so most cost less.

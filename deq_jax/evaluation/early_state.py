@@ -36,13 +36,25 @@ def choose_early_state(
 
     Args:
       classifier: a DEQ with a solver, or one with input entropy reduction.
-      variables: of the classifier.
-      images: to choose on.
+      variables: variables of the classifier.
+      images: held-out images for the choice.
       attack: aimed at each of the predictors, with their own gradients; compiled once for all.
       batch_size, seed: as in `evaluator`.
       report: called with t, the number of states and the accuracy of z_t; before the first one, with None for it.
 
     References: Yang et al. 2022, section 5.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.data import Images
+      >>> from deq_jax.evaluation import choose_early_state
+      >>> from deq_jax.models import small_cnn
+      >>> images = Images(np.zeros((2, 8, 8, 1), np.float32), np.array([3, 4]))
+      >>> choose_early_state(small_cnn(10, 12), {}, images, PGD(Linf(0.1)), batch_size=64)
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: expected an Equilibrium with a solver, got Explicit
     """
     check_batch_size(batch_size)
 

@@ -1,7 +1,7 @@
 """The worst case over many trials for each image, kept batch by batch, so that it can be resumed at any moment.
 
-Each batch of each trial is kept whole or not at all, in a folder as a file; what is kept is never computed again. What
-an evaluation consists of is in `evaluation.plan`.
+Each batch of each trial is kept whole or not at all, in a folder as a file. A batch that is kept is never computed
+again. The parts of an evaluation are in `evaluation.plan`.
 """
 
 from __future__ import annotations
@@ -57,19 +57,33 @@ def worst_case(
     """Attacks the deployed predictor with all trials, or resumes what `out` holds of the same evaluation.
 
     Args:
-      config: what is done.
+      config: the evaluation.
       classifier: as trained.
-      variables: of the classifier.
-      images: to be attacked.
+      variables: variables of the classifier.
+      images: images to attack.
       out: folder of the results: manifest.json, and trials/NAME/batch-NNNN.npz for each trial and "clean". None keeps
         all of it in memory.
       validation: held-out training images, on which an early state is chosen.
       about: further JSON data that must be the same when an evaluation is resumed.
-      report: called before what takes long, and after every batch.
+      report: called before every long step, and after every batch.
 
     Raises:
       InputError: `out` holds another evaluation; the trials do not fit the classifier; the batch does not divide
         among the devices; logits that are not finite; transferred images that are not of these images.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.data import Images
+      >>> from deq_jax.evaluation import EvalConfig, Trial, worst_case
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.surrogates import ThroughSolver
+      >>> model, images = small_cnn(10, 4), Images(np.zeros((2, 8, 8, 1), np.float32), np.array([3, 4]))
+      >>> config = EvalConfig(Linf(0.1), trials=(Trial("pgd-10", PGD(Linf(0.1)), ThroughSolver()),))
+      >>> worst_case(config, model, model.init(0, images.x), images)
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: trial pgd-10: expected an Equilibrium with a solver, got Explicit
     """
     check_batch_size(config.batch_size)
     images = Images(images.x[: config.max_images], images.y[: config.max_images])
@@ -97,12 +111,12 @@ def worst_case(
 
 @dataclass(frozen=True)
 class Batches:
-    """Runs the stages of an evaluation, unless what they find is kept.
+    """Runs the stages of an evaluation, unless their results are kept.
 
     Attributes:
-      images: that are evaluated.
+      images: images that are evaluated.
       size: images at a time; the last batch is filled by repetition.
-      store: keeps what each batch finds.
+      store: keeps the results of each batch.
       names: names of all stages in their order, for the report.
       report: called before the first batch that is computed, and after each.
     """
@@ -114,10 +128,10 @@ class Batches:
     report: Report
 
     def get(self, stage: Stage, rows: np.ndarray, before: np.ndarray) -> Arrays:
-        """What a stage finds for some images, in their order.
+        """Results of a stage for some images, in their order.
 
         Args:
-          stage: to run.
+          stage: the stage.
           rows: numbers of the images.
           before: [N] bool, which images count as correct before it, for the report.
 
@@ -142,7 +156,7 @@ class Batches:
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
 
     def asked(self, stage: Stage, rows: np.ndarray) -> Arrays:
-        """The same of a stage that measures nothing: it is neither kept nor reported."""
+        """Results of a stage that measures nothing; they are neither kept nor reported."""
         parts = [self._run(stage, own) for own in self._split(rows)]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -198,14 +212,14 @@ def _attacked(stages: Stages, batches: Batches, early_state: list[float] | None)
 def _attempt(
     stages: Stages, batches: Batches, stage: Stage, untouched: Worst, left: np.ndarray, before: np.ndarray
 ) -> tuple[Attempt, np.ndarray]:
-    """What a trial finds for the images that are left to attack, and all its images; others are untouched.
+    """Result of a trial on the images that it attacks, and all its images; the others are clean.
 
     Args:
       stages, batches: all parts of the evaluation, and how their batches are kept.
       stage: the trial.
       untouched: clean images.
-      left: [N] bool, which are attacked.
-      before: [N] bool, which count as correct before it.
+      left: [N] bool, images that are attacked.
+      before: [N] bool, images that count as correct before it.
     """
     rows, inside, (x, clean) = np.flatnonzero(left), np.ones(len(left), bool), untouched
     found = batches.get(stage, rows, before)
@@ -231,7 +245,7 @@ def _stuck(stages: Stages, batches: Batches, still: np.ndarray) -> np.ndarray:
 
 
 def _answers(stages: Stages, batches: Batches) -> tuple[Probe, Cost]:
-    """What the deployed predictor answers in several ways, and what that costs."""
+    """Answers of the deployed predictor, asked in several ways, and their cost."""
     config, store = stages.config, batches.store
     query = stages.predictor, stages.variables, stages.x, config.draws is not None
     timed = partial(timed_answers, *query, batch_size=config.batch_size, seed=config.seed)
@@ -248,7 +262,7 @@ def _predictor(
     store: Store,
     report: Report,
 ) -> tuple[Classifier, list[float] | None]:
-    """What is deployed, and the accuracies by which an early state was chosen."""
+    """The deployed predictor, and the accuracies by which an early state was chosen."""
     early = config.predictor
     if not isinstance(early, EarlyState):
         return early or classifier, None

@@ -54,8 +54,8 @@ def plot_accuracies(accuracies: dict[str, dict[str, float]], path: Path) -> None
     """A grid of accuracies in percent, as a PNG.
 
     Args:
-      accuracies: name of the images (clean, or of a trial) -> name of the predictor -> accuracy.
-      path: of the PNG.
+      accuracies: name of the images (clean, or a trial) -> name of the predictor -> accuracy.
+      path: the PNG file.
     """
     names = list(next(iter(accuracies.values())))
     values = 100 * np.array([[row[name] for name in names] for row in accuracies.values()])
@@ -76,10 +76,10 @@ def plot_images(outcomes: Outcomes, x: np.ndarray, path: Path, count: int = 8) -
     Broken images come first.
 
     Args:
-      outcomes: of an evaluation with an attack.
+      outcomes: results of an evaluation with an attack.
       x: the images [N, H, W, C] in [0, 1].
-      path: of the PNG.
-      count: number of images at the most.
+      path: the PNG file.
+      count: largest number of images.
 
     Raises:
       ValueError: the evaluation was without attack.

@@ -1,4 +1,4 @@
-"""A finished evaluation as files: its record, what was measured of each image, and figures."""
+"""A finished evaluation as files: its record, the measurements of each image, and figures."""
 
 from __future__ import annotations
 
@@ -20,8 +20,36 @@ def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: 
     Args:
       out: gets evaluation.npz, states.png, with trials also trials.png and images.png, and last evaluation.json.
       record: the numbers.
-      result: what was found.
+      result: the results of all trials.
       x: the images [N, H, W, C] in [0, 1].
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import (
+      ...     Cost, EvalConfig, EvaluationRecord, Probe, Row, Rows, WorstCase, read_record, write_evaluation
+      ... )
+      >>> row = Row(np.array([3]), np.array([-1.0]), np.array([0.25]), np.array([np.nan]))
+      >>> logits, clean, x = np.array([[0.0, 1.0]]), Rows(None, None, row), np.zeros((1, 8, 8, 1))
+      >>> result = WorstCase(
+      ...     config=EvalConfig(Linf(0.1), trials=()),
+      ...     y=np.array([3]),
+      ...     clean=clean,
+      ...     zero_gradient=np.array([False]),
+      ...     spectral_radius=np.array([0.5]),
+      ...     probe=Probe(logits, logits, logits, logits),
+      ...     cost=Cost(np.array([15.0]), np.array([0.5])),
+      ...     attempts={},
+      ...     x_adv=x,
+      ...     worst=clean,
+      ... )
+      >>> record = EvaluationRecord.of(result)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_evaluation(Path(folder), record, result, x)
+      ...     read_record(Path(folder, "evaluation.json")) == record
+      True
     """
     folder, outcomes = EvaluationFolder(out), result.outcomes
     correct = {name: row.deployed for name, row in result.robust().items()}

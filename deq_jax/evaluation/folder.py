@@ -10,17 +10,23 @@ EVALUATIONS = "evaluation"  # folder of a run's evaluations, in its workdir
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """Where an evaluation keeps what it finds.
+    """The folder of an evaluation's results.
 
     Attributes:
-      path: of the folder.
+      path: the folder.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.evaluation import EvaluationFolder
+      >>> EvaluationFolder(Path("runs/a/evaluation/test-pgd")).batch("pgd-10", 3).name
+      'batch-0003.npz'
     """
 
     path: Path
 
     @property
     def manifest(self) -> Path:
-        """What the folder is the evaluation of; written first."""
+        """Config and data of the evaluation; written first."""
         return self.path / "manifest.json"
 
     @property
@@ -30,11 +36,11 @@ class EvaluationFolder:
 
     @property
     def arrays(self) -> Path:
-        """What was measured of each image."""
+        """Measurements of each image."""
         return self.path / "evaluation.npz"
 
     def trial(self, name: str) -> Path:
-        """Folder of a trial's batches, or of those of the "clean" images."""
+        """Folder of the batches of a trial, or of the "clean" images."""
         return self.path / "trials" / name
 
     def batch(self, trial: str, number: int) -> Path:
@@ -42,7 +48,7 @@ class EvaluationFolder:
         return self.trial(trial) / f"batch-{number:04d}.npz"
 
     def answers(self, name: str) -> Path:
-        """What was asked once of the deployed predictor: "probe", "cost", "early_state"."""
+        """Answers of the deployed predictor that are asked for once: "probe", "cost", "early_state"."""
         return self.path / f"{name}.npz"
 
     def figure(self, name: str) -> Path:

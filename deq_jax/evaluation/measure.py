@@ -1,4 +1,4 @@
-"""What a classifier does with each image, clean and attacked, at every state of its dynamics."""
+"""Measurements of a classifier on each image, clean and attacked, at every state of its dynamics."""
 
 from __future__ import annotations
 
@@ -32,10 +32,19 @@ RADIUS_STEPS = 30
 def measure(
     classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys | None = None
 ) -> Measured:
-    """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded as they are.
+    """Measures a batch of images [B, H, W, C] in [0, 1] with labels [B]. Raw states are decoded without a further step.
 
-    A classifier whose predictions have a solution must have a method ``decode(variables, z) -> logits``; a random
+    A classifier that returns a solution must have a method ``decode(variables, z) -> logits``; a random
     one draws from the keys, and is deterministic without them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.evaluation import measure
+      >>> from deq_jax.models import small_cnn
+      >>> model, x = small_cnn(10, 4), jnp.zeros((2, 8, 8, 1))
+      >>> measured = measure(model, model.init(0, x), x, jnp.array([3, 4]))
+      >>> measured.deployed.margin.shape, measured.states
+      ((2,), None)
     """
     prediction = classifier(variables, x, keys=None if keys is None else keys.fold(Purpose.DEPLOYED))
     unknown, solution = jnp.full(x.shape[0], jnp.nan), prediction.solution
@@ -73,13 +82,13 @@ def adjoint_residuals(classifier: Classifier, variables: Variables, x: Array, la
 
     Args:
       classifier: as trained.
-      variables: of the classifier.
+      variables: variables of the classifier.
       x: images [B, H, W, C] in [0, 1].
       labels: [B].
 
     Returns:
-      Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ whose estimator has an adjoint
-      state.
+      Relative residuals; see `gradients.adjoint_residual`. None unless it is a DEQ with an estimator that has an
+      adjoint state.
     """
     if not isinstance(classifier, Equilibrium) or not has_adjoint(classifier.dynamics.gradient):
         return None
@@ -100,16 +109,16 @@ def attack_batch(
     surrogate: Surrogate | None = None,
     draws: int | None = None,
 ) -> tuple[Array, Measured]:
-    """Attacks a batch of images, and measures what comes of it.
+    """Attacks a batch of images, and measures the result.
 
-    What is drawn for an image depends on the seed and its number alone.
+    Random numbers of an image depend only on the seed and the image's number.
 
     Args:
-      classifier: as deployed; success is judged on it.
-      variables: of the classifier.
+      classifier: as deployed; success is measured on it.
+      variables: variables of the classifier.
       attack: called with labels.
       batch: images of this device.
-      seed: of the attack's randomness.
+      seed: random seed of the attack.
       surrogate: gives the gradients; None for the classifier's own.
       draws: see `surrogates.judged`.
 
@@ -127,13 +136,13 @@ def evaluator(
 ) -> Callable[..., Outcomes]:
     """Prepares to attack and measure every image of a split once, on all local devices.
 
-    What is drawn for an image depends on the seed and its number alone.
+    Random numbers of an image depend only on the seed and the image's number.
 
     Args:
-      classifier: as deployed; the attack is judged on it.
+      classifier: as deployed; success is measured on it.
       attack: None for clean images only.
       batch_size: images at a time, over all devices; the last batch is padded and masked.
-      seed: of the attack's randomness.
+      seed: random seed of the attack.
 
     Returns:
       ``(variables, images, report) -> Outcomes``, compiled at its first call. `report`, if given, is called
@@ -141,6 +150,16 @@ def evaluator(
 
     Raises:
       InputError: the batch does not divide among the devices.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from deq_jax.data import Images
+      >>> from deq_jax.evaluation import evaluator
+      >>> from deq_jax.models import small_cnn
+      >>> model, images = small_cnn(10, 4), Images(np.zeros((3, 8, 8, 1), np.float32), np.array([3, 4, 5]))
+      >>> evaluate = evaluator(model, attack=None, batch_size=2 * jax.device_count())
+      >>> evaluate(model.init(0, images.x), images).clean.deployed.label.shape
+      (3,)
     """
     check_batch_size(batch_size)
 

@@ -9,13 +9,18 @@ from deq_jax.storage.briefs import duration
 
 
 class Moment(NamedTuple):
-    """What can be told of a running evaluation.
+    """Progress of a running evaluation.
 
     Attributes:
-      name: of what it does, such as a trial.
-      share: of the whole evaluation that is done.
+      name: name of the current part, such as a trial.
+      share: share of the whole evaluation that is done.
       line: a sentence on it.
-      milestone: whether something begins or ends, rather than goes on.
+      milestone: whether a part begins or ends, rather than continues.
+
+    Examples:
+      >>> from deq_jax.evaluation import Moment
+      >>> Moment("apgd-ce", share=0.25, line="[1/4] apgd-ce: nothing left to attack", milestone=True).share
+      0.25
     """
 
     name: str
@@ -29,13 +34,13 @@ class Watch:
     """How far a trial is.
 
     Attributes:
-      name: of the trial.
+      name: name of the trial.
       number, trials: it is the number-th of so many, from 1.
-      images: that it attacks.
-      accuracy: of the deployed predictor under it, if the images that it has not attacked yet withstand.
+      images: number of images that it attacks.
+      accuracy: accuracy of the deployed predictor under it, if the images that it has not attacked yet withstand.
       queries: gradients that it asks for, at most, per image; None if that is not known.
-      done: images that it has attacked.
-      seconds: that each batch has taken, compilation included.
+      done: number of images that it has attacked.
+      seconds: time of each batch, compilation included.
     """
 
     name: str

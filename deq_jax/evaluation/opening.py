@@ -1,4 +1,4 @@
-"""What is checked before an evaluation begins, and whose folder it is."""
+"""Checks before an evaluation begins, and the claim of its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deq_jax.surrogates.base import Direct, judged
 
 
 def check_trials(config: EvalConfig, classifier: Classifier, variables: Variables, images: Images) -> None:
-    """Has every surrogate check that it fits what is deployed, whose logits must fit the images and all labels."""
+    """Checks that every surrogate fits the deployed predictor, and that its logits fit the images and all labels."""
     predictor = config.predictor or classifier
     if isinstance(predictor, EarlyState):
         predictor = deployed(predictor.classifier or classifier, IntermediateState(1))
@@ -34,16 +34,16 @@ def check_trials(config: EvalConfig, classifier: Classifier, variables: Variable
 
 
 def check_reference(config: EvalConfig, variables: str) -> None:
-    """Refuses images as those of the undefended predictor that were made against another one."""
+    """Refuses reference images that were made against another predictor than the undefended one."""
     for trial in config.trials:
         made = trial.attack.manifest if isinstance(trial.attack, Transfer) and trial.suite == REFERENCE else None
         undefended = made is None or (made["config"]["predictor"] is None and made["variables"] == variables)
-        expected = "expected images made against the undefended predictor of this training and checkpoint"
+        expected = "expected images made against the undefended predictor of this run and checkpoint"
         require(undefended, f"trial {trial.name}: {expected}, but its evaluation attacked another one")
 
 
 def claim(out: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder this evaluation's; refuses that of another one, naming the first difference."""
+    """Claims the folder for this evaluation; refuses a folder of another one, naming the first difference."""
     path = EvaluationFolder(out).manifest
     with agreed():
         if path.exists():

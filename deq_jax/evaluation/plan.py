@@ -1,4 +1,4 @@
-"""What an evaluation consists of: trials, each an attack and whose gradient it takes, and what they are for."""
+"""The parts of an evaluation: trials, each an attack with a source of gradients, and diagnostics."""
 
 from __future__ import annotations
 
@@ -33,15 +33,23 @@ REFERENCE = "reference"  # name of the suite of images that were made against it
 
 @dataclass(frozen=True)
 class Trial:
-    """An attack, and whose gradient it takes. Its success is judged on the deployed predictor.
+    """An attack and its source of gradients. Success is measured on the deployed predictor.
 
     Attributes:
-      name: of its row and of its folder of results.
+      name: name of its row and of its folder of results.
       attack: called with labels; or images to be transferred.
-      surrogate: gives the gradients. Trials of one attack whose surrogates differ in numbers only are compiled once.
+      surrogate: gives the gradients. Trials of one attack are compiled once if their surrogates differ only in numbers.
       suite: name of a further row, for the worst case over all trials that share it; None for none.
       from_worst: start from the worst image that the trials before have found, rather than where the attack itself
-        would; for attacks that take a start. It breaks what they broke, and so says nothing of its own gradients.
+        would; for attacks that take a start. It also breaks the images that they broke, so it says nothing about its
+        own gradients.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import Trial
+      >>> from deq_jax.surrogates import Intermediate
+      >>> Trial("pgd-20.z_4", PGD(Linf(8 / 255), steps=20), Intermediate(4)).surrogate.state
+      4
     """
 
     name: str
@@ -64,7 +72,7 @@ def _takes_start(attack: Attack | Transfer) -> bool:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Trials from whose accuracies the red flags are computed. They attack every image.
+    """Trials that give the accuracies for the red flags. They attack every image.
 
     Attributes:
       noise: random noise of the full radius.
@@ -72,6 +80,12 @@ class Diagnostics:
       pgd: a few steps.
       half, long: many steps, and half as many, from the same start.
       far: the same few steps with a multiple of the radius; its images do not count.
+
+    Examples:
+      >>> from dataclasses import fields
+      >>> from deq_jax.evaluation import Diagnostics
+      >>> [field.name for field in fields(Diagnostics)]
+      ['noise', 'fgsm', 'pgd', 'half', 'long', 'far']
     """
 
     noise: Trial
@@ -90,8 +104,15 @@ def diagnostics(threat: Threat, steps: int = 1000, surrogate: Surrogate | None =
 
     Args:
       threat: norm and radius.
-      steps: of the longest attack, at least 2.
+      steps: number of steps of the longest attack, at least 2.
       surrogate: gives the gradients of all of them; None for the predictor's own.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import diagnostics
+      >>> checks = diagnostics(Linf(8 / 255), steps=100)
+      >>> checks.long.name, checks.half.name
+      ('check.long-pgd-100', 'check.half-pgd-50')
     """
     require(steps >= 2, f"diagnostics: steps must be >= 2, got {steps!r}")
     far = 8.0 * threat.epsilon
@@ -117,10 +138,18 @@ class EarlyState:
     """The predictor that classifies the raw state z_t, where t is chosen on held-out training images.
 
     Attributes:
-      attack: under which the accuracy of z_t is highest.
-      classifier: whose states these are, with the variables of the training; None for the classifier as trained.
+      attack: the accuracy of z_t is highest under this attack.
+      classifier: the DEQ that has these states, with the variables of the run; None for the classifier as trained.
 
     References: Yang et al. 2022, section 5.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import EarlyState, EvalConfig, auto_attack_trials
+      >>> ball = Linf(8 / 255)
+      >>> early = EarlyState(PGD(ball, steps=10))
+      >>> EvalConfig(ball, auto_attack_trials(ball), predictor=early, defence="early state").predictor.attack.steps
+      10
     """
 
     attack: Attack
@@ -137,18 +166,26 @@ class EvalConfig:
     Attributes:
       threat: the adversarial images that count lie within this ball.
       trials: their worst case for each image is the accuracy that is reported; in the order in which they run.
-      diagnostics: for the red flags. What they find within the ball also counts. None for none.
-      predictor: what is deployed and judged, with the variables of the training; None for the classifier as trained.
-      defence: what the predictor is called in reports; "none" for the classifier as trained, and for no other.
-      draws: of a random predictor, over which every answer to an attack is the mean (EOT); it is itself judged by one
-        more draw. None: the predictor is asked without keys, and deterministic.
+      diagnostics: trials for the red flags. Their images within the ball also count. None for no diagnostics.
+      predictor: the deployed predictor, with the variables of the run; None for the classifier as trained.
+      defence: name of the predictor in reports; "none" for the classifier as trained, and for no other.
+      draws: number of draws of a random predictor; every answer to an attack is their mean (EOT), and accuracy is
+        measured on one more draw. None: the predictor is asked without keys, and deterministic.
       budget: name of the budget that the trials have, see `default_trials`; None for a choice of your own.
       batch_size: images at a time, over all devices.
-      seed: of the attacks' randomness; each image draws from it and from its number alone.
+      seed: random seed of the attacks; random numbers of an image depend only on it and on the image's number.
       max_images: evaluates only the first ones of the split; None for all.
-      skip_broken: a trial leaves alone the images that are misclassified already, clean or by an earlier trial; its
+      skip_broken: a trial skips the images that are misclassified already, clean or by an earlier trial; its
         accuracy is then cumulative. Otherwise every trial attacks every image and has an accuracy of its own, as
         suites of transferred images need it.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, auto_attack_trials, diagnostics
+      >>> ball = Linf(8 / 255)
+      >>> config = EvalConfig(ball, auto_attack_trials(ball), diagnostics(ball), max_images=1000)
+      >>> len(config.trials), len(config.all_trials)
+      (4, 10)
     """
 
     threat: Threat
@@ -171,7 +208,7 @@ class EvalConfig:
         few = self.max_images is None or self.max_images >= 1
         require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
         named = (self.predictor is None) == (self.defence == UNDEFENDED)
-        rule = f"a name for what is deployed if that is a predictor of its own, and {UNDEFENDED!r} otherwise"
+        rule = f"a name for the predictor if there is one, and {UNDEFENDED!r} otherwise"
         require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {self.predictor!r}")
         _check_names(self)
         suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
@@ -182,17 +219,17 @@ class EvalConfig:
 
     @property
     def extra_trials(self) -> tuple[Trial, ...]:
-        """Those of the diagnostics."""
+        """Trials of the diagnostics."""
         return tuple(_roles(self.diagnostics).values())
 
     @property
     def all_trials(self) -> tuple[Trial, ...]:
-        """In the order in which they run."""
+        """All trials, in the order in which they run."""
         return (*self.trials, *self.extra_trials)
 
 
 def _check_names(config: EvalConfig) -> None:
-    """Refuses names that occur twice, and tells whose they are."""
+    """Refuses names that occur twice, and names their owners."""
     owners: dict[str, list[str]] = {name: ["a row of every evaluation"] for name in RESERVED}
     for i, trial in enumerate(config.trials):
         owners.setdefault(trial.name, []).append(f"trials[{i}]")
@@ -232,18 +269,25 @@ def _roles(diagnostics: Diagnostics | None) -> dict[str, Trial]:
 
 
 def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> EvalConfig:
-    """The evaluation that also judges the final images of all trials of other evaluations, as suites.
+    """The evaluation that also measures the final images of other evaluations' trials, as suites.
 
     Images beyond the radius and trials that found nothing left to attack are excepted. Every trial then attacks every
-    image, so that the suites count what they break themselves. Trials that start from the worst image come last.
+    image, so that each suite counts all images that it breaks. Trials that start from the worst image come last.
 
     Args:
-      config: of the evaluation.
-      suites: of each the name, "reference" if its images were made against the undefended predictor of the same
-        training, and the folder of the other evaluation.
+      config: the evaluation.
+      suites: pairs of a name and the folder of another evaluation; the name is "reference" if its images were made
+        against the undefended predictor of the same run.
 
     Raises:
       InputError: there is no finished evaluation, or it is of another threat model.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, auto_attack_trials, with_transfers
+      >>> config = EvalConfig(Linf(0.1), auto_attack_trials(Linf(0.1)))
+      >>> with_transfers(config, suites=[]) == config
+      True
     """
     transfers = [trial for suite, folder in suites for trial in _transferred(suite, folder, config.threat)]
     first, last = ([t for t in config.trials if t.from_worst == whether] for whether in (False, True))
@@ -266,14 +310,39 @@ def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:
 
 
 def auto_attack_trials(threat: Threat) -> tuple[Trial, ...]:
-    """The four attacks of the standard AutoAttack as trials, and their worst case as a suite."""
+    """The four attacks of the standard AutoAttack as trials, and their worst case as a suite.
+
+    Args:
+      threat: norm and radius.
+
+    References: Croce & Hein 2020a.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import auto_attack_trials
+      >>> [trial.name for trial in auto_attack_trials(Linf(8 / 255))]
+      ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+    """
     names = ("apgd-ce", "apgd-t", "fab-t", "square")
     attacks = AutoAttack.standard(threat).attacks
     return tuple(Trial(name, attack, suite="AutoAttack") for name, attack in zip(names, attacks, strict=True))
 
 
 def with_surrogates(name: str, attack: Attack, surrogates: Sequence[Surrogate]) -> tuple[Trial, ...]:
-    """One trial per surrogate, named by its class and what it is made of, such as ``pgd-10.Intermediate-3-5-0.5``."""
+    """One trial per surrogate, named by its class and parameters, such as ``pgd-10.Intermediate-3-5-0.5``.
+
+    Args:
+      name: first part of the trials' names.
+      attack: the same for all of them.
+      surrogates: each gives the gradients of one trial.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import with_surrogates
+      >>> from deq_jax.surrogates import Intermediate, ThroughSolver
+      >>> [trial.name for trial in with_surrogates("pgd", PGD(Linf(0.1)), [Intermediate(3), ThroughSolver()])]
+      ['pgd.Intermediate-3-5-0.5', 'pgd.ThroughSolver']
+    """
     return tuple(Trial(f"{name}.{_label(surrogate)}", attack, surrogate) for surrogate in surrogates)
 
 

@@ -29,7 +29,7 @@ class Predictor:
     without them.
 
     Attributes:
-      classifier: such as an `Equilibrium`, or a defence around one.
+      classifier: the network, such as an `Equilibrium`, or a defence around one.
       variables: its parameters and batch statistics.
 
     Examples:
@@ -39,7 +39,7 @@ class Predictor:
       (2, 10)
     """
 
-    classifier: Any = field(metadata={"static": True})  # a Classifier; that of a defence is known to its surrogates
+    classifier: Any = field(metadata={"static": True})  # a Classifier; surrogates know the class of a defence
     variables: Variables
 
     def logits(self, x: AnyArray, keys: Keys | None = None) -> Array:
@@ -47,7 +47,7 @@ class Predictor:
         return _logits(self, x, keys)
 
     def measure(self, x: AnyArray, labels: AnyArray, keys: Keys | None = None) -> Measured:
-        """Label, margin, entropy and residual of z_1 .. z_T, their ensemble and what is deployed; see `measure`."""
+        """Label, margin, entropy and residual of z_1 .. z_T, their ensemble and the deployed one; see `measure`."""
         return _measure(self, x, labels, keys)
 
     def accuracy(self, x: AnyArray, labels: AnyArray, batch_size: int = 128) -> float:
@@ -66,11 +66,11 @@ class Predictor:
         return float(np.mean(np.concatenate(right))) if right else float("nan")
 
     def oracle(self, surrogate: Surrogate | None = None, draws: int | None = None) -> Oracle:
-        """What an attack may ask: gradients of the surrogate, success on this predictor.
+        """The oracle of an attack: gradients of the surrogate, success on this predictor.
 
         Args:
-          surrogate: whose gradient it is, such as ``surrogates.Intermediate(4)``; None for the predictor's own.
-          draws: of a random predictor, over which every answer is the mean (EOT); None for a deterministic one.
+          surrogate: source of the gradient, such as ``surrogates.Intermediate(4)``; None for the predictor's own.
+          draws: number of draws of a random predictor; every answer is their mean (EOT). None for a deterministic one.
         """
         return judged(Direct() if surrogate is None else surrogate, self.classifier, self.variables, draws)
 

@@ -1,4 +1,4 @@
-"""What is asked of a deployed predictor beside the attacks: in several ways, and how long it takes."""
+"""Questions to a deployed predictor beside the attacks: the same images in several ways, and timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation as numbers: what evaluation.json holds, written and read here."""
+"""The numbers of an evaluation: the content of evaluation.json, written and read here."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ SCHEMA = 1  # of evaluation.json; files of before have no number
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What a trial did.
+    """The result of a trial in numbers.
 
     Attributes:
       attacked, broken: numbers of images.
-      seconds: spent on it, compilation included.
+      seconds: time spent on it, compilation included.
       threat: config tree of the threat model that its attack declares; None if its images alone were checked.
       gradient_queries: per image, at most; None if its attack does not tell.
+
+    Examples:
+      >>> from deq_jax.evaluation import TrialRecord
+      >>> record = TrialRecord(attacked=100, broken=60, seconds=12.5, gradient_queries=30)
+      >>> record.attacked - record.broken
+      40
     """
 
     attacked: int
@@ -45,8 +51,13 @@ class PredictionCost:
     """The cost of a prediction for one image.
 
     Attributes:
-      evaluations: applications of the cell, of which a vector-Jacobian product is one; None for an explicit network.
+      evaluations: applications of the cell; a vector-Jacobian product counts as one. None for an explicit network.
       seconds: median time on one device, compilation excluded.
+
+    Examples:
+      >>> from deq_jax.evaluation import PredictionCost
+      >>> PredictionCost(evaluations=15.0, seconds=0.004).evaluations
+      15.0
     """
 
     evaluations: float | None = None
@@ -55,15 +66,20 @@ class PredictionCost:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Whose classifier was evaluated, on what, and by which versions.
+    """Where the numbers come from: training run, checkpoint, images and versions.
 
     Attributes:
-      workdir: of the training run.
+      workdir: workdir of the training run.
       checkpoint: best or latest, and its step, such as "best, step 17".
       split: train, validation or test.
       versions: distribution -> version.
       config: config tree of the training run.
       environment: settings, devices and versions, see `storage.environment`; None in older files.
+
+    Examples:
+      >>> from deq_jax.evaluation import Provenance
+      >>> Provenance("runs/a", "best, step 17", "test", versions={"deq_jax": "0.1.0"}, config={}).split
+      'test'
     """
 
     workdir: str
@@ -88,25 +104,46 @@ class EvaluationRecord:
 
     Attributes:
       images: how many were evaluated.
-      rows: means of what was measured in each state, clean and on the worst case of each image.
-      accuracy: name of the images (clean, of a trial or suite, or union) -> predictor -> accuracy.
-      cumulative: whether a trial leaves alone what earlier ones broke.
-      trials: name -> what it did.
-      defence: what the deployed predictor is called.
-      cost: of a prediction.
-      spectral_radius: of the trained cell at the equilibria of the clean images.
-      unsettled: for how many of them its estimate has not settled; None where it is not known.
-      adjoint_residual: of the trained estimator's adjoint states.
-      warnings: sentences on what is wrong with the model.
+      rows: means of the measurements in each state, on clean images and on the worst case of each image.
+      accuracy: name of the images (clean, a trial or suite, or union) -> predictor -> accuracy.
+      cumulative: whether a trial skips the images that earlier ones broke.
+      trials: name of the trial -> its result.
+      defence: name of the deployed predictor.
+      cost: cost of a prediction.
+      spectral_radius: spectral radius of the trained cell at the equilibria of the clean images.
+      unsettled: number of images for which its estimate has not settled; None where it is not known.
+      adjoint_residual: relative residual of the trained estimator's adjoint states.
+      warnings: sentences on faults of the model.
       red_flags: checks of the attacks.
-      early_state: accuracies of z_1 .. z_T on held-out images, by which the deployed one was chosen; None if none was.
+      early_state: accuracies of z_1 .. z_T on held-out images, if the deployed state was chosen by them; otherwise
+        None.
       evaluation: config tree of the evaluation.
       provenance: where the classifier comes from; None for one that comes from no workdir.
 
-    Example::
-
-        record = EvaluationRecord.of(worst_case(config, classifier, variables, images))
-        assert EvaluationRecord.from_json(record.to_json()) == record
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, EvaluationRecord, PredictionCost, Spread
+      >>> from deq_jax.storage import to_tree
+      >>> record = EvaluationRecord(
+      ...     images=100,
+      ...     rows={},
+      ...     accuracy={"clean": {"deployed": 0.9}, "union": {"deployed": 0.4}},
+      ...     cumulative=True,
+      ...     trials={},
+      ...     defence="none",
+      ...     cost=PredictionCost(),
+      ...     spectral_radius=Spread(None, None),
+      ...     unsettled=None,
+      ...     adjoint_residual=Spread(None, None),
+      ...     warnings=(),
+      ...     red_flags=(),
+      ...     early_state=None,
+      ...     evaluation=to_tree(EvalConfig(Linf(0.1), trials=())),
+      ... )
+      >>> record.robust_accuracy
+      0.4
+      >>> EvaluationRecord.from_json(record.to_json()) == record
+      True
     """
 
     images: int
@@ -138,12 +175,12 @@ class EvaluationRecord:
 
     @cached_property
     def plan(self) -> RecordedPlan:
-        """What the evaluation consisted of, by its config."""
+        """The parts of the evaluation, by its config."""
         return RecordedPlan.of(self.evaluation)
 
     @classmethod
     def of(cls, result: WorstCase, provenance: Provenance | None = None) -> EvaluationRecord:
-        """The numbers of what `worst_case` found."""
+        """The numbers of a result of `worst_case`."""
         evaluations, settled = float(np.mean(result.cost.evaluations)), result.radius_settled
         radius = spread(result.spectral_radius)
         is_known = radius.mean is not None and settled is not None
@@ -166,7 +203,7 @@ class EvaluationRecord:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON data, with the number of its schema and what follows from the other numbers."""
+        """All of it as JSON data, with the number of its schema and the numbers that follow from others."""
         where = {} if self.provenance is None else dataclasses.asdict(self.provenance)
         radius = {**dataclasses.asdict(self.spectral_radius), "unsettled": self.unsettled}
         return {
@@ -191,10 +228,10 @@ class EvaluationRecord:
 
     @classmethod
     def from_json(cls, tree: Any) -> EvaluationRecord:
-        """The record that `to_json` wrote, in this version or an older one, whose files may lack some numbers.
+        """The record that `to_json` wrote, in this version or an older one; older files may lack some numbers.
 
         Raises:
-          KeyError, TypeError, ValueError, AttributeError: it is no such record, or one of a newer version.
+          KeyError, TypeError, ValueError, AttributeError: it is not such a record, or is of a newer version.
         """
         schema = tree.get("schema", 0)
         if schema not in range(SCHEMA + 1):
@@ -225,6 +262,14 @@ def read_record(path: Path) -> EvaluationRecord:
 
     Raises:
       InputError: there is no such file, it is damaged, or of a newer version.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.evaluation import read_record
+      >>> read_record(Path("runs/none/evaluation.json"))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none/evaluation.json: no such file
     """
     return parsed(path, EvaluationRecord.from_json)
 

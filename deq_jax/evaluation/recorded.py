@@ -1,4 +1,4 @@
-"""Configs as files have them, read without importing a class that they name: what others need to know of them."""
+"""Configs of files, read without importing the classes that they name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RecordedPlan:
       threat: config tree of the threat model; its class is its `norm`, its radius is `epsilon`.
       trials: in their order.
       checks: trials of the diagnostics by their roles; empty without diagnostics.
-      predictor: config tree of what is deployed; None for the classifier as trained.
+      predictor: config tree of the deployed predictor; None for the classifier as trained.
       draws, budget, batch_size, seed, skip_broken: as in `EvalConfig`.
     """
 
@@ -100,7 +100,7 @@ class RecordedPlan:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The training run whose classifier is evaluated, by its config.
+    """The training run of the evaluated classifier, by its config.
 
     Attributes:
       seed: random seed of the run.
@@ -126,7 +126,7 @@ class RecordedRun:
 
 
 def parsed(path: Path, parser: Callable[[Any], T]) -> T:
-    """What the parser makes of a JSON file.
+    """The result of the parser on a JSON file.
 
     Raises:
       InputError: there is no such file, or it holds something else.
@@ -140,7 +140,7 @@ def parsed(path: Path, parser: Callable[[Any], T]) -> T:
 
 
 def read_plan(folder: EvaluationFolder) -> RecordedPlan:
-    """What an evaluation consists of that has begun, by its manifest; raises `InputError` as `parsed` does."""
+    """The plan of an evaluation that has begun, by its manifest; raises `InputError` as `parsed` does."""
     return parsed(folder.manifest, lambda manifest: RecordedPlan.of(manifest["config"]))
 
 

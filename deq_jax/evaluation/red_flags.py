@@ -29,7 +29,34 @@ ROUNDING = 0.01  # of the largest logit
 
 
 def red_flags(result: WorstCase) -> list[Flag]:
-    """All checks of an evaluation."""
+    """All checks of an evaluation, raised or not.
+
+    Args:
+      result: the results of all trials.
+
+    References: Carlini et al. 2019, "On Evaluating Adversarial Robustness"; Croce et al. 2022.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import Cost, EvalConfig, Probe, Row, Rows, WorstCase, red_flags
+      >>> row = Row(np.array([3]), np.array([-1.0]), np.array([0.25]), np.array([np.nan]))
+      >>> logits, clean = np.array([[0.0, 1.0]]), Rows(None, None, row)
+      >>> result = WorstCase(
+      ...     config=EvalConfig(Linf(0.1), trials=()),
+      ...     y=np.array([3]),
+      ...     clean=clean,
+      ...     zero_gradient=np.array([True]),
+      ...     spectral_radius=np.array([0.5]),
+      ...     probe=Probe(logits, logits, logits, logits),
+      ...     cost=Cost(np.array([15.0]), np.array([0.5])),
+      ...     attempts={},
+      ...     x_adv=np.zeros((1, 8, 8, 1)),
+      ...     worst=clean,
+      ... )
+      >>> [flag.name for flag in red_flags(result) if flag.raised]
+      ['zero gradients']
+    """
     correct = {name: row.deployed for name, row in result.robust().items()}
     extra = result.config.diagnostics
     far = None if extra is None else float(np.mean(correct[extra.far.name]))
@@ -66,7 +93,7 @@ def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarr
     """The share of images that only suspects broke.
 
     Args:
-      name: of the flag.
+      name: name of the flag.
       suspects: [N] bool each, the images that an attack broke which knows less about the model.
       others: [N] bool each, the images that a white-box attack broke.
     """
@@ -106,10 +133,10 @@ def randomness(probe: Probe, draws: int | None) -> Flag:
 
 
 def no_collapse(accuracy: float | None, classes: int, radius: float = 8.0) -> Flag:
-    """The accuracy so far out that nothing can be robust, compared with that of guessing.
+    """Accuracy at a radius at which nothing can be robust, compared with guessing.
 
     Args:
-      accuracy: there; None where it was not run.
+      accuracy: accuracy at this radius; None where it was not run.
       classes: number of classes.
       radius: in multiples of epsilon.
     """
@@ -118,14 +145,14 @@ def no_collapse(accuracy: float | None, classes: int, radius: float = 8.0) -> Fl
 
 
 def no_plateau(gain: float | None) -> Flag:
-    """What the second half of the steps of a long attack still gains, as a share of the images."""
+    """Gain from the second half of the steps of a long attack, as a share of the images."""
     return Flag.of("no plateau", gain, PLATEAU, "more steps would lower the accuracy further")
 
 
 def order_of_strength(correct: Sequence[np.ndarray] | None) -> Flag:
-    """By how much a stronger attack leaves a higher accuracy than the next weaker one, beyond what chance explains.
+    """By how much accuracy is higher under a stronger attack than under the next weaker one, beyond chance.
 
-    Attacks are random: of the images that only one of two equally strong attacks breaks, either breaks about half. So
+    Attacks are random: two equally strong attacks each break about half of the images that only one of them breaks. So
     the excess counts from two standard errors of the paired difference (McNemar's test).
 
     Args:
@@ -150,7 +177,7 @@ def _strength(result: WorstCase, correct: dict[str, np.ndarray]) -> list[np.ndar
 
 
 def _far_radius(result: WorstCase) -> float:
-    """That of the far attack, in multiples of epsilon; 8 where it is not known."""
+    """Radius of the far attack, in multiples of epsilon; 8 where it is not known."""
     extra, epsilon = result.config.diagnostics, result.config.threat.epsilon
     threat = None if extra is None else getattr(extra.far.attack, "threat", None)
     return 8.0 if threat is None or epsilon == 0 else threat.epsilon / epsilon
@@ -175,7 +202,7 @@ def _is_black_box(trial: Trial) -> bool | None:
 
 
 def is_white_box(trial: Trial) -> bool:
-    """Whether what it breaks shows that gradients of the deployed predictor can."""
+    """Whether its success shows that gradients of the deployed predictor can succeed."""
     return _uses_gradients(trial) is True and not _is_transferred(trial) and not trial.from_worst
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: per trial, and the worst case for each image."""
+"""Results of an evaluation: per trial, and the worst case for each image."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from deq_jax.evaluation.rows import Correct, Measured, Outcomes, both, is_correc
 
 
 class Attempt(NamedTuple):
-    """What a trial found. Images that it left alone stand for themselves.
+    """The result of a trial. Its images are the clean ones where it attacked none.
 
     Attributes:
-      read: () -> its images x_adv [N, H, W, C], read from the folder if there is one: those of many trials do not fit
-        into memory.
-      measured: of these images.
+      read: () -> its images x_adv [N, H, W, C], read from the folder if there is one, because the images of many trials
+        do not fit into memory.
+      measured: measurements of these images.
       attacked: [N] bool, whether the image was attacked.
       inside: [N] bool, whether x_adv lies within the threat model's ball.
-      seconds: spent on it, compilation included.
+      seconds: time spent on it, compilation included.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Attempt, Row, Rows
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> attacked, inside = np.array([True, True]), np.array([True, True])
+      >>> attempt = Attempt(lambda: np.zeros((2, 8, 8, 1)), Rows(None, None, row), attacked, inside, seconds=0.5)
+      >>> attempt.read().shape, attempt.measured.deployed.label.tolist()
+      ((2, 8, 8, 1), [3, 5])
     """
 
     read: Callable[[], np.ndarray]
@@ -38,7 +47,7 @@ class Worst(NamedTuple):
 
     Attributes:
       x_adv: [N, H, W, C].
-      measured: of x_adv.
+      measured: measurements of x_adv.
     """
 
     x_adv: np.ndarray
@@ -50,7 +59,7 @@ class Worst(NamedTuple):
         Args:
           y: the true labels [N].
           x_adv: images [N, H, W, C].
-          measured: of these images.
+          measured: measurements of these images.
           inside: [N] bool, which of them count.
         """
         fooled, kept = (~is_correct(one, y).deployed for one in (measured, self.measured))
@@ -61,7 +70,22 @@ class Worst(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Logits [n, K] of the first images: of all of them, in reverse order, each alone, and with another key."""
+    """Logits of the first images, asked in several ways.
+
+    Attributes:
+      whole: [n, K], of all of them in one batch.
+      reverse: [n, K], of the batch in reverse order.
+      alone: [n, K], of each image alone.
+      other_key: [n, K], of the batch with another key.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Probe
+      >>> logits = np.array([[2.0, 1.0]])
+      >>> probe = Probe(whole=logits, reverse=logits, alone=logits, other_key=logits + 0.5)
+      >>> float(abs(probe.other_key - probe.whole).max())  # a random predictor
+      0.5
+    """
 
     whole: np.ndarray
     reverse: np.ndarray
@@ -70,12 +94,18 @@ class Probe(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a prediction costs.
+    """The cost of a prediction.
 
     Attributes:
       evaluations: [n], applications of the cell to each of the first images, where a vector-Jacobian product counts as
         one; NaN for an explicit network.
-      seconds: [repeats], of each image of a batch, on one device, compilation excluded.
+      seconds: [repeats], time per image of a batch, on one device, compilation excluded.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Cost
+      >>> Cost(evaluations=np.array([15.0, 15.0]), seconds=np.array([0.5, 0.25, 0.25])).evaluations.mean().tolist()
+      15.0
     """
 
     evaluations: np.ndarray
@@ -87,11 +117,17 @@ class Flag:
     """A check of an evaluation.
 
     Attributes:
-      name: what is checked.
-      raised: whether the number cannot be trusted; None where what is needed was not run.
-      value: of what is compared with the threshold; None where it was not run.
-      threshold: above which the flag is raised.
-      explanation: what it would mean.
+      name: name of the check.
+      raised: whether the robust accuracy cannot be trusted; None where a needed trial was not run.
+      value: number that is compared with the threshold; None where it was not measured.
+      threshold: the flag is raised above it.
+      explanation: meaning of a raised flag.
+
+    Examples:
+      >>> from deq_jax.evaluation import Flag
+      >>> flag = Flag.of("no plateau", value=0.02, threshold=0.005, explanation="more steps would lower the accuracy")
+      >>> flag
+      Flag(name='no plateau', raised=True, value=0.02, threshold=0.005)
     """
 
     name: str
@@ -108,24 +144,46 @@ class Flag:
 
 @dataclass(frozen=True)
 class WorstCase:
-    """What all trials found.
+    """The results of all trials, and the worst case for each image.
 
     Attributes:
-      config: whose trials they are.
+      config: the evaluation.
       y: [N], the true labels.
-      clean: of the images as they are.
-      zero_gradient: [N] bool, whether the deployed predictor's gradient at the image as it is vanishes, or is NaN. If
-        that is so for too many images: whether the gradients of all surrogates vanish.
-      spectral_radius: [N], of the trained cell at the image's equilibrium; NaN for an explicit network.
-      probe, cost: of the deployed predictor.
-      attempts: by the names of trials and diagnostics, in the order in which they ran.
-      x_adv: [N, H, W, C], for each image the worst one within the ball: one that is misclassified before any other,
-        then the one of highest margin. The image itself if none is worse.
-      worst: of x_adv.
-      early_state: accuracy under attack of z_1 .. z_T on held-out images, if the predictor was chosen by it.
+      clean: measurements of the clean images.
+      zero_gradient: [N] bool, whether the deployed predictor's gradient at the clean image vanishes or is NaN. If it
+        does for too many images: whether the gradients of all surrogates vanish.
+      spectral_radius: [N], spectral radius of the trained cell at the image's equilibrium; NaN for an explicit network.
+      probe, cost: answers of the deployed predictor, and its cost.
+      attempts: results by the names of trials and diagnostics, in the order in which they ran.
+      x_adv: [N, H, W, C], the worst image within the ball: misclassified images first, then the highest margin; the
+        clean image if no trial did worse.
+      worst: measurements of x_adv.
+      early_state: accuracies of z_1 .. z_T under attack, on held-out images, if the predictor was chosen by them.
       radius_settled: [N] bool, whether the estimate of the spectral radius has settled.
-      adjoint_residual: [N], of the trained classifier's gradient estimator; None where it has no adjoint state.
+      adjoint_residual: [N], adjoint residual of the trained classifier's gradient estimator; None where it has no
+        adjoint state.
       red_flags: all checks of the evaluation, raised or not; none without trials.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import Cost, EvalConfig, Probe, Row, Rows, WorstCase
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> clean, nothing = Rows(None, None, row), np.zeros(2)
+      >>> result = WorstCase(
+      ...     config=EvalConfig(Linf(0.1), trials=()),
+      ...     y=np.array([3, 4]),
+      ...     clean=clean,
+      ...     zero_gradient=np.array([False, False]),
+      ...     spectral_radius=nothing,
+      ...     probe=Probe(nothing, nothing, nothing, nothing),
+      ...     cost=Cost(nothing, nothing),
+      ...     attempts={},
+      ...     x_adv=np.zeros((2, 8, 8, 1)),
+      ...     worst=clean,
+      ... )
+      >>> result.clean_accuracy, result.robust_accuracy
+      (0.5, None)
     """
 
     config: EvalConfig
@@ -150,25 +208,25 @@ class WorstCase:
 
     @property
     def robust_accuracy(self) -> float | None:
-        """That of the worst case of each image; None without trials. Not to be trusted while a red flag is raised."""
+        """Accuracy on the worst cases; None without trials. Not to be trusted while a red flag is raised."""
         return float(np.mean(self.robust()["union"].deployed)) if self.attempts else None
 
     @property
     def outcomes(self) -> Outcomes:
-        """Clean, and of the worst case of each image."""
+        """Measurements of the clean images and of the worst case of each."""
         if not self.attempts:
             return Outcomes(self.y, self.clean, None, None)
         return Outcomes(self.y, self.clean, self.worst, self.x_adv)
 
     def broken(self, name: str) -> np.ndarray:
-        """[N] bool: the images that are correct as they are, and that a trial fooled the deployed predictor on."""
+        """[N] bool: images that are classified correctly when clean, and that a trial broke."""
         broken: np.ndarray = self._clean().deployed & ~self._own(name).deployed
         return broken
 
     def robust(self) -> dict[str, Correct]:
         """Which images are classified correctly, bool: clean, after each trial and suite, and in the union.
 
-        The union is over all images within the ball, those of the diagnostics included. In an evaluation that
+        The union is over all images within the ball, including the images of the diagnostics. In an evaluation that
         skips broken images, trials and suites are cumulative.
         """
         rows = {"clean": self._clean()}
@@ -200,7 +258,7 @@ class WorstCase:
         return both(self._clean(), is_correct(self.attempts[name].measured, self.y))
 
     def _counted(self, name: str) -> Correct:
-        """The same, but images beyond the ball count as correct."""
+        """As `_own`, but images beyond the ball count as correct."""
         outside = ~self.attempts[name].inside
         counted: Correct = jax.tree.map(lambda own: own | outside.reshape(-1, *[1] * (own.ndim - 1)), self._own(name))
         return counted

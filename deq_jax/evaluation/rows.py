@@ -1,4 +1,4 @@
-"""What is seen of each image by every predictor that a DEQ has, and means of it."""
+"""Measurements of each image by every predictor that a DEQ has, and their means."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ T = TypeVar("T")
 
 
 class Row(NamedTuple):
-    """What is seen of each image by one predictor, [N]; or by each of T states, [N, T].
+    """Measurements of each image by one predictor, [N]; or by each of T states, [N, T].
 
     Attributes:
-      label: int, the predicted one.
+      label: int, the predicted class.
       margin: best wrong logit minus the true one; not finite where a logit is not.
-      entropy: of the predicted distribution, in nats.
-      residual: relative; for what is deployed the lowest of the trajectory, which is that of the equilibrium. NaN for
-        the mean of the states and for an explicit network.
+      entropy: entropy of the predicted distribution, in nats.
+      residual: relative residual; for the deployed predictor the lowest of the trajectory, which belongs to the
+        equilibrium. NaN for the mean of the states and for an explicit network.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Row
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([0.001, 0.002]))
+      >>> (row.margin < 0).tolist()  # correct
+      [True, False]
     """
 
     label: AnyArray
@@ -32,12 +39,19 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple, Generic[T]):
-    """The same of every predictor that a DEQ has. See `named`.
+    """A value for every predictor that a DEQ has; see `named`.
 
     Attributes:
-      states: of the raw states z_1 .. z_T, in an axis after that of the images; None for an explicit network.
-      ensemble: of the mean of these states; None for an explicit network.
-      deployed: of what is deployed.
+      states: values of the raw states z_1 .. z_T, in an axis after the images'; None for an explicit network.
+      ensemble: value of the mean of these states; None for an explicit network.
+      deployed: value of the deployed predictor.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Rows
+      >>> correct = Rows(states=np.array([[False, True, True]]), ensemble=np.array([True]), deployed=np.array([True]))
+      >>> correct.states.mean(axis=0).tolist()  # of z_1, z_2 and z_3
+      [0.0, 1.0, 1.0]
     """
 
     states: T | None
@@ -55,10 +69,17 @@ class Outcomes(NamedTuple):
 
     Attributes:
       y: [N], the true labels.
-      clean: on the images as they are.
-      attacked: on the adversarial images; None without attack.
+      clean: measurements of the clean images.
+      attacked: measurements of the adversarial images; None without attack.
       x_adv: [N, H, W, C]; None without attack.
-      adjoint_residual: [N], of the images as they are, see `adjoint_residuals`; None where there is no adjoint state.
+      adjoint_residual: [N], at the clean images, see `adjoint_residuals`; None without an adjoint state.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Outcomes, Row, Rows
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> Outcomes(np.array([3, 4]), Rows(None, None, row), attacked=None, x_adv=None).clean.deployed.label.tolist()
+      [3, 5]
     """
 
     y: AnyArray
@@ -69,7 +90,19 @@ class Outcomes(NamedTuple):
 
 
 def is_correct(measured: Measured, labels: AnyArray) -> Correct:
-    """Whether each image is classified correctly, bool. Logits that are not finite never count as fooled."""
+    """Whether each image is classified correctly, bool. Logits that are not finite never count as fooled.
+
+    Args:
+      measured: measurements of N images.
+      labels: [N].
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Row, Rows, is_correct
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> is_correct(Rows(None, None, row), np.array([3, 4])).deployed.tolist()
+      [True, False]
+    """
 
     def of(row: Row) -> AnyArray:
         true = labels if row.label.ndim == 1 else labels[:, None]
@@ -89,6 +122,14 @@ def correctness(outcomes: Outcomes) -> tuple[Correct, Correct | None]:
     """Whether each image is correct when clean, and under attack (None without attack).
 
     An image counts as correct under attack only if it is also correct without it.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Outcomes, Row, Rows, correctness
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([np.nan, np.nan]))
+      >>> clean, robust = correctness(Outcomes(np.array([3, 4]), Rows(None, None, row), attacked=None, x_adv=None))
+      >>> clean.deployed.tolist(), robust
+      ([True, False], None)
     """
     clean = is_correct(outcomes.clean, outcomes.y)
     if outcomes.attacked is None:
@@ -115,7 +156,7 @@ def named(rows: Rows[T]) -> dict[str, T]:
 
 
 def replaced(measured: Measured, chosen: np.ndarray, by: Measured) -> Measured:
-    """What was measured, with that of the chosen images (their numbers, or [N] bool) exchanged."""
+    """Measurements, exchanged for the chosen images (their numbers, or [N] bool)."""
 
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
         whole = np.array(old)
@@ -133,7 +174,7 @@ def to_columns(measured: Measured) -> dict[str, np.ndarray]:
 
 
 def from_columns(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Measured:
-    """What `to_columns` wrote, from arrays whose names begin with the prefix."""
+    """The measurements that `to_columns` wrote, from arrays with this prefix in their names."""
     columns = Row(*(arrays[prefix + name] for name in Row._fields))
     deployed = Row(*(array[:, -1] for array in columns))
     if columns.label.shape[1] == 1:
@@ -143,12 +184,17 @@ def from_columns(arrays: Mapping[str, np.ndarray], prefix: str = "") -> Measured
 
 @dataclass(frozen=True)
 class Means:
-    """Means over images of what was measured in one row.
+    """Means over images of the measurements in one row.
 
     Attributes:
-      accuracy: from 0 to 1.
-      entropy: in nats.
-      residual: relative; None where there is none.
+      accuracy: share of correct images, from 0 to 1.
+      entropy: mean entropy of the predicted distributions, in nats.
+      residual: mean relative residual; None where there is none.
+
+    Examples:
+      >>> from deq_jax.evaluation import Means
+      >>> Means(accuracy=0.9, entropy=0.25, residual=None).accuracy
+      0.9
     """
 
     accuracy: float
@@ -158,7 +204,17 @@ class Means:
 
 @dataclass(frozen=True)
 class RowMeans:
-    """Means of one row on clean and on adversarial images; None without attack."""
+    """Means of one row on clean and on adversarial images.
+
+    Attributes:
+      clean: means on clean images.
+      attacked: means on adversarial images; None without attack.
+
+    Examples:
+      >>> from deq_jax.evaluation import Means, RowMeans
+      >>> RowMeans(clean=Means(0.9, 0.25, None), attacked=Means(0.4, 0.5, None)).attacked.accuracy
+      0.4
+    """
 
     clean: Means
     attacked: Means | None
@@ -166,14 +222,35 @@ class RowMeans:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and largest of the finite numbers among those of the images; None where there is none."""
+    """Mean and largest of the images' finite numbers.
+
+    Attributes:
+      mean: None where no number is finite.
+      largest: None where no number is finite.
+
+    Examples:
+      >>> from deq_jax.evaluation import Spread
+      >>> Spread(mean=0.75, largest=0.875).largest
+      0.875
+    """
 
     mean: float | None
     largest: float | None
 
 
 def summary(outcomes: Outcomes) -> dict[str, RowMeans]:
-    """Means over the images of what was measured, for each row of `named`."""
+    """Means over the images for each row of `named`, such as "z_1" or "deployed".
+
+    Args:
+      outcomes: results of N images.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.evaluation import Outcomes, Row, Rows, summary
+      >>> row = Row(np.array([3, 5]), np.array([-1.0, 0.5]), np.array([0.25, 0.5]), np.array([0.25, 0.5]))
+      >>> summary(Outcomes(np.array([3, 4]), Rows(None, None, row), attacked=None, x_adv=None))["deployed"].clean
+      Means(accuracy=0.5, entropy=0.375, residual=0.375)
+    """
     clean, robust = correctness(outcomes)
     right = {"clean": named(clean), "attacked": {} if robust is None else named(robust)}
     seen = {"clean": named(outcomes.clean), "attacked": {} if outcomes.attacked is None else named(outcomes.attacked)}

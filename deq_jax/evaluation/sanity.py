@@ -10,10 +10,10 @@ CONVERGED = 0.05  # mean relative residual up to which a solver counts as conver
 
 
 def plain_warnings(accuracy: float, images: int, classes: int, residual: float | None = None) -> list[str]:
-    """What anybody should be told before reading further numbers of a classifier.
+    """Warnings to read before any other number of a classifier.
 
     Args:
-      accuracy: of the deployed predictor on clean images, from 0 to 1.
+      accuracy: accuracy of the deployed predictor on clean images, from 0 to 1.
       images: their number.
       classes: number of classes; guessing is right for one image in so many.
       residual: mean of the images' relative residuals at the equilibrium; None without a solver.
@@ -21,6 +21,11 @@ def plain_warnings(accuracy: float, images: int, classes: int, residual: float |
     Returns:
       A sentence with advice for each sign: the accuracy is at chance (an exact binomial test does not tell it from
       guessing, at 5 %), or the mean residual is above 0.05. Usually none.
+
+    Examples:
+      >>> from deq_jax.evaluation import plain_warnings
+      >>> [text.partition(";")[0] for text in plain_warnings(accuracy=0.1, images=100, classes=10)]
+      ['clean accuracy is at chance: 10.0 % of 100 images, guessing gives 10.0 %']
     """
     found = []
     correct = round(accuracy * images)

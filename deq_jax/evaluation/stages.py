@@ -1,4 +1,4 @@
-"""What an evaluation asks of the devices, batch by batch: clean images, attacks, transferred images."""
+"""The device programs of an evaluation, batch by batch: clean images, attacks, transferred images."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Stage:
     """A part of an evaluation.
 
     Attributes:
-      name: of the trial, or "clean".
-      run: batch -> arrays [B, ...]; those of `to_columns` are among them, unless only gradients are asked for.
+      name: name of the trial, or "clean".
+      run: batch -> arrays [B, ...]; they include the ones of `to_columns`, unless only gradients are asked for.
       queries: gradients per image, at most; None if that is not known.
     """
 
@@ -48,11 +48,11 @@ class Stages:
     """All parts of an evaluation.
 
     Attributes:
-      config: of the evaluation.
+      config: the evaluation.
       trained: the classifier as trained.
-      predictor: what is deployed.
-      variables: of both.
-      images: that are evaluated.
+      predictor: the deployed predictor.
+      variables: variables of both.
+      images: images that are evaluated.
       x: the same [N, H, W, C], float32 in [0, 1].
     """
 
@@ -80,10 +80,10 @@ class Stages:
         return Stage(CLEAN, lambda batch: _as_arrays(run(batch)))
 
     def of(self, trial: Trial, start: np.ndarray | None) -> Stage:
-        """Attacks images, or judges transferred ones.
+        """Attacks images, or measures transferred ones.
 
         Args:
-          trial: of the evaluation.
+          trial: a trial of the evaluation.
           start: images [N, H, W, C] from which the attack starts; None to start as it does.
         """
         run = self._transferred(trial.attack) if isinstance(trial.attack, Transfer) else self._attacked(trial, start)
@@ -134,7 +134,7 @@ class Stages:
         return lambda batch: _as_arrays(run(state, (batch, None if start is None else start[batch.number])))
 
     def _draw_from(self, keys: Keys) -> Keys | None:
-        """What the deployed predictor draws from; nothing unless it is random."""
+        """Keys of the deployed predictor; None unless it is random."""
         return None if self.config.draws is None else keys
 
 

@@ -1,4 +1,4 @@
-"""Where an evaluation keeps what it has computed: in a folder, or in memory."""
+"""Storage of an evaluation's results: in a folder, or in memory."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Store:
         return file in self._kept if self.path is None else file.exists()
 
     def batch(self, trial: str, number: int, compute: Callable[[], Arrays]) -> Arrays:
-        """What a batch of a trial has found; computed where nothing is kept."""
+        """Results of a batch of a trial; computed where nothing is kept."""
         return self._get(self._folder.batch(trial, number), compute)
 
     def answers(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
-        """What was asked once of the deployed predictor; computed where nothing is kept."""
+        """Answers of the deployed predictor that are asked for once; computed where nothing is kept."""
         return self._get(self._folder.answers(name), compute)
 
     def x_adv(self, trial: str, x: np.ndarray) -> np.ndarray:
-        """The images [N, H, W, C] that a trial has made; those of x that it left alone stand for themselves."""
+        """The images [N, H, W, C] that a trial has made, and x where it attacked none."""
         folder = self._folder.trial(trial)
         if self.path is not None:
             return read_trial(folder, x)

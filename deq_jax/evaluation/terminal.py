@@ -12,7 +12,7 @@ from deq_jax.evaluation.wording import diagnoses
 def accuracy_table(record: EvaluationRecord) -> Table:
     """Accuracy of every predictor on the images of every trial, for the terminal."""
     predictors = list(record.rows)
-    caption = f"{record.images} images; attacks are judged on what is deployed"
+    caption = f"{record.images} images; success is measured on the deployed predictor"
     cumulative = "; trials are cumulative" if record.cumulative and len(record.trials) > 1 else ""
     grid = Table(title="accuracy (%) of each predictor on the images of each trial", caption=caption + cumulative)
     grid.add_column("images of")

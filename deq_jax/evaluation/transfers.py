@@ -1,4 +1,4 @@
-"""Adversarial images that were made before, read from files and checked."""
+"""Precomputed adversarial images, read from files and checked."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ TOLERANCE = 1e-6  # of a perturbation's length, for rounding
 
 @dataclass(frozen=True)
 class Transfer:
-    """Adversarial images that were made before, against this or another predictor.
+    """Precomputed adversarial images, made against this or another predictor.
 
     Attributes:
-      path: of an npz file with x_adv [N, H, W, C], floating in [0, 1], and, if it has them, the labels y [N], such
-        as the evaluation.npz of another evaluation of the same images; or of the folder of one of its trials, where
-        an image that was left alone stands for itself.
+      path: an npz file with x_adv [N, H, W, C], floating in [0, 1], and, if it has them, the labels y [N], such as the
+        evaluation.npz of another evaluation of the same images; or the folder of one of its trials, which stands for
+        clean images where the trial attacked none.
+
+    Examples:
+      >>> from deq_jax.evaluation import Transfer, Trial
+      >>> Trial("transferred", Transfer("others/x_adv.npz")).attack.uses_gradients  # nothing is read before load()
+      False
     """
 
     path: str
@@ -36,7 +41,7 @@ class Transfer:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """Manifest of the evaluation whose trial it is, as JSON data; None for a file."""
+        """Manifest of the trial's evaluation, as JSON data; None for a file."""
         path = Path(self.path)
         return read_json(EvaluationFolder.of_trial(path).manifest) if path.is_dir() else None
 
@@ -44,9 +49,9 @@ class Transfer:
         """The images [N, H, W, C], float32.
 
         Args:
-          images: that are evaluated.
+          images: images that are evaluated.
           x: the same ones, float32 in [0, 1].
-          threat: within which the adversarial ones must lie.
+          threat: the adversarial images must lie within it.
 
         Raises:
           InputError: they cannot be read, or are not adversarial images of these ones.
@@ -55,7 +60,7 @@ class Transfer:
         x_adv, y = _read_folder(path, x) if path.is_dir() else _read_images(path)
         require(x_adv.shape == x.shape, f"{self.path}: expected x_adv of shape {x.shape}, got {x_adv.shape}")
         same = y is None or np.array_equal(y, images.y)
-        require(same, f"{self.path}: its labels y are not those of the {len(x)} images that are evaluated")
+        require(same, f"{self.path}: its labels y are not the labels of the {len(x)} images that are evaluated")
         found: np.ndarray = clip_to_box(x_adv, f"{self.path}: x_adv").astype(np.float32)
         check_radius(self.path, found, x, threat)
         return found
@@ -68,7 +73,7 @@ def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def read_trial(path: Path, x: np.ndarray) -> np.ndarray:
-    """The images [N, H, W, C] in a trial's folder; those of x that it left alone stand for themselves."""
+    """The images [N, H, W, C] in a trial's folder, and x where it attacked none."""
     return with_batches(x, _read_batches(path))
 
 

@@ -1,4 +1,4 @@
-"""What must be said with the numbers of an evaluation: how exact they are, and what speaks against the model."""
+"""Confidence intervals and warnings that belong to the numbers of an evaluation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ def exact_interval(accuracy: ArrayLike, images: ArrayLike, level: float = 0.95) 
     """The confidence interval of an accuracy on other images of the same kind; arrays give arrays.
 
     Args:
-      accuracy: from 0 to 1.
-      images: on how many it was measured; not an integer where the mean of several outcomes varies less than one.
-      level: of confidence.
+      accuracy: accuracy, from 0 to 1.
+      images: number of images that it was measured on; not an integer where the mean of several outcomes varies less
+        than one.
+      level: confidence level.
 
     References: Clopper & Pearson 1934; Korn & Graubard 1998 for numbers that are not integers.
+
+    Examples:
+      >>> from deq_jax.evaluation import exact_interval
+      >>> [round(float(end), 3) for end in exact_interval(accuracy=0.5, images=100)]
+      [0.398, 0.602]
     """
     accuracy, images, tail = np.asarray(accuracy, float), np.asarray(images, float), (1 - level) / 2
     right, wrong = accuracy * images, (1 - accuracy) * images
@@ -44,7 +50,7 @@ def warnings_of(result: WorstCase) -> list[str]:
 
 
 def better_state(correct: Mapping[str, np.ndarray]) -> str | None:
-    """A sentence on the best of the other states that classify images better than what is deployed; None if none does.
+    """A sentence on the best state that classifies images better than the deployed predictor; None if none does.
 
     A state counts as better if an exact test of the images on which the two differ (McNemar's) says so at 5 %, over all
     states together (Bonferroni).
@@ -62,4 +68,4 @@ def better_state(correct: Mapping[str, np.ndarray]) -> str | None:
     accuracy, name = max(found, key=lambda state: state[0])
     numbers = f"{100 * accuracy:.1f} % against {100 * np.mean(deployed):.1f} %"
     advice = "see --readout, and whether the solver converges"
-    return f"{name} classifies clean images better than what is deployed: {numbers}; {advice}"
+    return f"{name} classifies clean images better than the deployed predictor: {numbers}; {advice}"

@@ -1,4 +1,4 @@
-"""An evaluation in words: its headline, and what captions tell."""
+"""An evaluation in words: its headline and captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,34 @@ from deq_jax.evaluation.results import Flag
 
 
 def headline(record: EvaluationRecord) -> str:
-    """The robust accuracy in one line, with what speaks against it; then a line for each raised flag and warning."""
+    """The robust accuracy in one line, with what speaks against it; then a line for each raised flag and warning.
+
+    Args:
+      record: the numbers of the evaluation.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.evaluation import EvalConfig, EvaluationRecord, PredictionCost, Spread, headline
+      >>> from deq_jax.storage import to_tree
+      >>> record = EvaluationRecord(
+      ...     images=100,
+      ...     rows={},
+      ...     accuracy={"clean": {"deployed": 0.9}, "union": {"deployed": 0.4}},
+      ...     cumulative=True,
+      ...     trials={},
+      ...     defence="none",
+      ...     cost=PredictionCost(),
+      ...     spectral_radius=Spread(None, None),
+      ...     unsettled=None,
+      ...     adjoint_residual=Spread(None, None),
+      ...     warnings=(),
+      ...     red_flags=(),
+      ...     early_state=None,
+      ...     evaluation=to_tree(EvalConfig(Linf(0.1), trials=())),
+      ... )
+      >>> headline(record)
+      'robust accuracy: at most 40.00 % of 100 images (95 %: 30.3 to 50.3); no flags raised'
+    """
     raised = [flag for flag in record.red_flags if flag.raised]
     explained = [f"{flag.name}: {flag.explanation}" for flag in raised]
     warned = [f"warning: {text}" for text in record.warnings]
@@ -35,7 +62,7 @@ def _accuracy_text(record: EvaluationRecord, name: str) -> str:
 
 
 def _budget_text(record: EvaluationRecord) -> str:
-    """What the attacks might cost, where they were chosen by a budget."""
+    """The largest cost of the attacks, where they were chosen by a budget."""
     if record.plan.budget is None:
         return ""
     gradients = sum(trial.gradient_queries or 0 for trial in record.trials.values())

@@ -36,7 +36,7 @@ def import_checkpoint(
 
     Args:
       checkpoint: see `read_state_dict`.
-      config: its classifier is the MDEQ of the checkpoint; its dataset is not read.
+      config: config with the MDEQ of the checkpoint as its classifier; its dataset is not read.
       workdir: gets ``config.json``, ``checkpoints/best`` and ``checkpoints/latest``.
       report: called with a line on entries beside the network, if there are any.
 
@@ -46,10 +46,21 @@ def import_checkpoint(
     Raises:
       InputError: for another classifier, a checkpoint that cannot be read or does not fit, or a workdir that
         holds a run; nothing is written then.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> from deq_jax.interop import import_checkpoint
+      >>> mdeq = dj.models.mdeq(10, channels=(8, 16), head_channels=(4, 8), final_channels=16)
+      >>> model = dj.Equilibrium(*mdeq, dj.Dynamics(dj.Broyden(8)))
+      >>> config = dj.TrainConfig(model, dj.Standard(), dj.data.Digits())
+      >>> import_checkpoint("none.npz", config, "runs/none")
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: none.npz: no such file
     """
     folder = Workdir(Path(workdir))
     names, tree = torch_shapes(mdeq_shapes(config)), to_tree(config)
-    require(not folder.holds_a_run, f"{workdir} holds a training already; choose another --out")
+    require(not folder.holds_a_run, f"{workdir} holds a run already; choose another --out")
     arrays, left_out = read_state_dict(checkpoint, names)
     try:
         shapes = mdeq_shapes(config, _channels(arrays))
@@ -79,6 +90,13 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True
 
     Raises:
       InputError: if the workdir holds no such checkpoint of an MDEQ, or `out` exists or has another ending.
+
+    Examples:
+      >>> from deq_jax.interop import export_checkpoint
+      >>> export_checkpoint("runs/none", "mdeq.npz")
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none: not the workdir of a run (no config.json)
     """
     folder, out = Workdir(Path(workdir)), Path(out)
     check_writable(out)
@@ -109,11 +127,20 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
     """Shapes and dtypes of the variables of the config's MDEQ.
 
     Args:
-      config: its dataset is not read.
+      config: config with an MDEQ as its classifier; its dataset is not read.
       channels: number of channels of the images; None for the config's normalisation, or three without one.
 
     Raises:
       InputError: the classifier is not an MDEQ, or its parts do not fit together.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> from deq_jax.interop import mdeq_shapes
+      >>> mdeq = dj.models.mdeq(10, channels=(8, 16), head_channels=(4, 8), final_channels=16)
+      >>> model = dj.Equilibrium(*mdeq, dj.Dynamics(dj.Broyden(8)))
+      >>> shapes = mdeq_shapes(dj.TrainConfig(model, dj.Standard(), dj.data.Digits()))
+      >>> shapes["params"]["encoder"]["stem_conv0"]["kernel"].shape
+      (3, 3, 3, 8)
     """
     classifier = config.classifier
     encoder = classifier.encoder if isinstance(classifier, Equilibrium) else None
@@ -125,7 +152,7 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
         and isinstance(classifier.cell, MdeqCell)
         and isinstance(classifier.decoder, MdeqDecoder)
     ):
-        raise InputError("the config's classifier is no MDEQ: expected Equilibrium(*mdeq(...), dynamics)")
+        raise InputError("the config's classifier is not an MDEQ: expected Equilibrium(*mdeq(...), dynamics)")
     side = 2 ** (len(encoder.channels) - 1)  # the coarsest branch is one pixel
     images = jnp.zeros((1, side, side, own if channels is None else channels))
     try:

@@ -38,11 +38,22 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
     """Variables from arrays under their torch names.
 
     Args:
-      arrays: by torch name; convolutions OIHW, dense layers [out, in]. Counters of seen batches are ignored.
+      arrays: arrays by torch name; convolutions OIHW, dense layers [out, in]. Counters of seen batches are ignored.
       like: variables, or their shapes (``jax.eval_shape(classifier.init, key, x)``), of the MDEQ to be filled.
 
     Raises:
       InputError: listing the entries that are missing, unexpected or of another shape.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> import deq_jax as dj
+      >>> from deq_jax.interop import from_torch, mdeq_shapes, to_torch
+      >>> mdeq = dj.models.mdeq(10, channels=(8, 16), head_channels=(4, 8), final_channels=16)
+      >>> model = dj.Equilibrium(*mdeq, dj.Dynamics(dj.Broyden(8)))
+      >>> like = mdeq_shapes(dj.TrainConfig(model, dj.Standard(), dj.data.Digits()))
+      >>> arrays = to_torch(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), like))
+      >>> from_torch(arrays, like)["params"]["decoder"]["classifier"]["bias"].shape
+      (10,)
     """
     arrays = {name: array for name, array in arrays.items() if not name.endswith(IGNORED)}
     names, expected = _torch_names(like), torch_shapes(like)
@@ -68,7 +79,22 @@ def from_torch(arrays: dict[str, np.ndarray], like: Variables) -> Variables:
 
 
 def to_torch(variables: Variables) -> dict[str, np.ndarray]:
-    """Arrays under their torch names, without the counters of seen batches: the inverse of `from_torch`."""
+    """Arrays under their torch names, without the counters of seen batches: the inverse of `from_torch`.
+
+    Args:
+      variables: variables of an MDEQ, ``{"params", "batch_stats"}``.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> import deq_jax as dj
+      >>> from deq_jax.interop import mdeq_shapes, to_torch
+      >>> mdeq = dj.models.mdeq(10, channels=(8, 16), head_channels=(4, 8), final_channels=16)
+      >>> model = dj.Equilibrium(*mdeq, dj.Dynamics(dj.Broyden(8)))
+      >>> shapes = mdeq_shapes(dj.TrainConfig(model, dj.Standard(), dj.data.Digits()))
+      >>> arrays = to_torch(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+      >>> arrays["downsample.0.weight"].shape
+      (8, 3, 3, 3)
+    """
     names = _torch_names(variables)
     return {names[path]: _to_torch(path, np.asarray(leaf)) for path, leaf in flatten_dict(variables).items()}
 
@@ -78,6 +104,14 @@ def torch_shapes(like: Variables) -> dict[str, tuple[int, ...]]:
 
     Args:
       like: as in `from_torch`.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> from deq_jax.interop import mdeq_shapes, torch_shapes
+      >>> mdeq = dj.models.mdeq(10, channels=(8, 16), head_channels=(4, 8), final_channels=16)
+      >>> model = dj.Equilibrium(*mdeq, dj.Dynamics(dj.Broyden(8)))
+      >>> torch_shapes(mdeq_shapes(dj.TrainConfig(model, dj.Standard(), dj.data.Digits())))["classifier.weight"]
+      (10, 16)
     """
     names = _torch_names(like)
     return {names[path]: _torch_shape(path, leaf.shape) for path, leaf in flatten_dict(like).items()}

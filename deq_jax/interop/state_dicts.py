@@ -38,7 +38,7 @@ class StateDict(NamedTuple):
     """The entries that were read of a network.
 
     Attributes:
-      arrays: by name, without a prefix.
+      arrays: arrays by name, without a prefix.
       left_out: names beside it, that do not have its prefix.
     """
 
@@ -50,9 +50,9 @@ def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     """The arrays of the network that has the expected names, under these names.
 
     The network may be the whole file, or an entry of a file of PyTorch at whatever place (``state_dict``, ``ema``), and
-    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): entry
-    and prefix are those under which all expected names are found, or most of them if there are no such ones. Weights
-    normalised by a parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
+    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): the
+    entry and prefix with all expected names are taken, or else with most of them. Weights normalised by a
+    parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
 
     Args:
       path: ``.pth.tar``, ``.pth`` or ``.pt``; ``.safetensors``; ``.npz``.
@@ -61,6 +61,18 @@ def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     Raises:
       InputError: if the file is missing, damaged, or holds anything but arrays by name; if two of its entries or
         prefixes have all expected names; if torch >= 2.10 or safetensors is needed and missing.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.interop import read_state_dict, write_state_dict
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = Path(folder, "network.npz")
+      ...     write_state_dict(path, {"module.weight": np.ones((4, 3)), "epoch": np.array(7)})
+      ...     arrays, left_out = read_state_dict(path, expected=["weight"])
+      >>> arrays["weight"].shape, left_out
+      ((4, 3), ['epoch'])
     """
     path = Path(path)
     read = _by_ending(path, _READERS)
@@ -115,7 +127,18 @@ def _prefixes(arrays: Mapping[str, Any], expected: frozenset[str]) -> Counter[st
 
 
 def write_state_dict(path: str | Path, arrays: Arrays) -> None:
-    """Writes arrays by name, whole or not at all; raises `InputError` as `check_writable` does."""
+    """Writes arrays by name, whole or not at all; raises `InputError` as `check_writable` does.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.interop import write_state_dict
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_state_dict(Path(folder, "network.npz"), {"weight": np.ones((4, 3))})
+      ...     [path.name for path in Path(folder).iterdir()]
+      ['network.npz']
+    """
     check_writable(path)
     _by_ending(Path(path), _WRITERS)(Path(path), arrays)
 

@@ -18,6 +18,12 @@ class Prediction(NamedTuple):
       solution: the equilibrium; its `evaluations` also count the gradient estimator; None for an explicit
         network.
       penalty: ``[B]``, to be added to the loss of each image in training; 0 where nothing is penalised.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.models import Prediction
+      >>> Prediction(logits=jnp.zeros((2, 10)), batch_stats={}, solution=None).penalty
+      0.0
     """
 
     logits: Array

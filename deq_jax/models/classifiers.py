@@ -31,16 +31,21 @@ COLLECTIONS = ("params", "batch_stats")
 
 @dataclass(frozen=True)
 class Dynamics:
-    """How a DEQ is run: which trajectory, which state of it, differentiated how.
+    """How a DEQ is run: its solver, the state that is read out, and its gradient.
 
     Attributes:
-      solver: which trajectory; None for none.
-      readout: which state of it.
-      gradient: how that state is differentiated.
+      solver: computes the trajectory; None for no solver.
+      readout: chooses a state of the trajectory.
+      gradient: differentiates that state.
       compute_dtype: in which the cell computes, e.g. ``jax.numpy.bfloat16``; parameters, states and the solver's
         arithmetic keep theirs. None: as the parameters.
       rematerialize: compute the inside of the cell again in the backward pass, where every application would
         otherwise keep it: about a third more computation for a fraction of the memory.
+
+    Examples:
+      >>> from deq_jax import Anderson, Dynamics, Implicit, LastState
+      >>> Dynamics(Anderson(10), readout=LastState(), gradient=Implicit()).solver.steps
+      10
     """
 
     solver: Solver | None
@@ -60,6 +65,15 @@ class Equilibrium:
       decoder: ``(z, train, axis_name) -> logits``.
       dynamics: how the equilibrium is found, read out and differentiated.
       jacobian: penalises the cell's Jacobian at the state that is read out, in training mode; None for no penalty.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax import Dynamics, Equilibrium, FixedPoint
+      >>> from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
+      >>> model = Equilibrium(SmallEncoder(4), SmallCell(4), SmallDecoder(10), Dynamics(FixedPoint(8)))
+      >>> variables = jax.eval_shape(model.init, 0, jnp.ones((2, 8, 8, 1)))
+      >>> sorted(variables["params"])
+      ['cell', 'decoder', 'encoder']
     """
 
     encoder: nn.Module
@@ -143,7 +157,7 @@ class Equilibrium:
         return _ModuleCell(self.cell, self.dynamics.compute_dtype, self.dynamics.rematerialize)
 
     def with_dynamics(self, **changes: Any) -> Equilibrium:
-        """The same network run in another way; see `Dynamics`.
+        """The network with other dynamics; see `Dynamics`.
 
         Examples:
           >>> from deq_jax import Broyden, Dynamics, EnsembleState, Equilibrium
@@ -175,7 +189,17 @@ class Equilibrium:
 
 @dataclass(frozen=True)
 class Explicit:
-    """An ordinary network: a module ``(x, train, keys, axis_name) -> logits``."""
+    """An ordinary network as a classifier.
+
+    Attributes:
+      module: ``(x [B, H, W, C], train, keys, axis_name) -> logits [B, K]``.
+
+    Examples:
+      >>> from deq_jax import Explicit
+      >>> from deq_jax.models import ResNet18
+      >>> Explicit(ResNet18(num_classes=100)).module.num_classes
+      100
+    """
 
     module: nn.Module
 
@@ -204,6 +228,13 @@ def require_deq(classifier: Any) -> tuple[Equilibrium, Solver]:
 
     Raises:
       InputError: it is not an `Equilibrium` with a solver.
+
+    Examples:
+      >>> from deq_jax.models import require_deq, small_cnn
+      >>> require_deq(small_cnn(classes=10, channels=12))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: expected an Equilibrium with a solver, got Explicit
     """
     if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
         raise InputError(f"expected an Equilibrium with a solver, got {type(classifier).__name__}")

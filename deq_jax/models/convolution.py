@@ -121,7 +121,29 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     precision: Any = None,
 ) -> Array:
-    """`conv` behind the signature that ``nn.Conv(conv_general_dilated=...)`` calls; plain 2D NHWC only."""
+    """Convolution behind the signature that ``nn.Conv(conv_general_dilated=...)`` calls; plain 2D NHWC only.
+
+    Args:
+      x: [B, H, W, I].
+      kernel: [h, w, I, O].
+      strides: along H and W.
+      padding: "SAME", "VALID", or (before, after) along H and W.
+      lhs_dilation, rhs_dilation, feature_group_count: must mean no dilation and no groups.
+      dimension_numbers, precision: not used.
+
+    Returns:
+      [B, H', W', O].
+
+    Raises:
+      InputError: the convolution is dilated, grouped or not 2D.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.models import conv_general_dilated
+      >>> x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+      >>> jax.eval_shape(lambda x, kernel: conv_general_dilated(x, kernel, (2, 2), "SAME"), x, kernel).shape
+      (2, 4, 4, 4)
+    """
     plain = x.ndim == 4 and feature_group_count == 1 and {*(lhs_dilation or ()), *(rhs_dilation or ())} <= {1}
     require(plain, "conv_general_dilated: only plain 2D convolutions, without dilation or groups")
     if isinstance(padding, str):

@@ -31,7 +31,21 @@ def conv_layer(
     bias_init: initializers.Initializer = initializers.zeros,
     name: str | None = None,
 ) -> nn.Conv:
-    """nn.Conv, size x size, padded by size // 2 on every side (as PyTorch does), without bias by default."""
+    """nn.Conv, size x size, padded by size // 2 on every side (as PyTorch does), without bias by default.
+
+    Args:
+      features: number of output channels.
+      size: side of the kernel.
+      strides: along height and width.
+      use_bias: learn a bias.
+      kernel_init, bias_init: initialisers of Flax.
+      name: name of the module.
+
+    Examples:
+      >>> from deq_jax.models import conv_layer
+      >>> conv_layer(16, size=3).padding
+      ((1, 1), (1, 1))
+    """
     edge = (size // 2, size // 2)
     return nn.Conv(
         features,
@@ -55,6 +69,14 @@ class GroupNorm(nn.Module):
     Attributes:
       groups: must divide the channels.
       affine: learn a scale and a bias.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.core import prng_key
+      >>> from deq_jax.models import GroupNorm
+      >>> variables = jax.eval_shape(lambda: GroupNorm(groups=4).init(prng_key(0), jnp.ones((2, 4, 4, 8))))
+      >>> variables["params"]["scale"].shape
+      (8,)
     """
 
     groups: int = 8
@@ -90,6 +112,14 @@ class BatchNorm(nn.Module):
 
     Attributes:
       affine: learn a scale and a bias.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax.core import prng_key
+      >>> from deq_jax.models import BatchNorm
+      >>> variables = jax.eval_shape(lambda: BatchNorm().init(prng_key(0), jnp.ones((2, 4, 4, 3)), train=False))
+      >>> variables["batch_stats"]["mean"].shape
+      (3,)
     """
 
     affine: bool = True
@@ -128,7 +158,21 @@ class BatchNorm(nn.Module):
 
 
 def dropout_mask(keys: Keys, channels: int, rate: float, dtype: Any) -> Array:
-    """One variational channel mask per image, [B, 1, 1, channels]: 0 or 1 / (1 - rate)."""
+    """One variational channel mask per image, [B, 1, 1, channels]: 0 or 1 / (1 - rate).
+
+    Args:
+      keys: one per image.
+      channels: number of channels.
+      rate: share of the channels that is dropped, in [0, 1).
+      dtype: dtype of the mask.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Keys
+      >>> from deq_jax.models import dropout_mask
+      >>> dropout_mask(Keys.of(0, batch_size=2), channels=3, rate=0.5, dtype=jnp.float32).shape
+      (2, 1, 1, 3)
+    """
     keep = keys.draw(lambda key: jax.random.bernoulli(key, 1 - rate, (1, 1, channels)))
     return keep.astype(dtype) / (1 - rate)
 

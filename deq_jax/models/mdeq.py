@@ -38,7 +38,15 @@ def _uniform_bias(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.flo
 
 
 class Mdeq(NamedTuple):
-    """The three modules of a DEQ classifier: ``Equilibrium(*mdeq(...), dynamics=...)``."""
+    """The three modules of a DEQ classifier: ``Equilibrium(*mdeq(...), dynamics=...)``.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, Equilibrium
+      >>> from deq_jax.models import mdeq_large
+      >>> encoder, cell, decoder = mdeq_large()
+      >>> Equilibrium(encoder, cell, decoder, Dynamics(Broyden(8))).cell.channels
+      (32, 64, 128, 256)
+    """
 
     encoder: nn.Module
     cell: nn.Module
@@ -65,6 +73,12 @@ def mdeq(
 
     Raises:
       InputError: no branch, or not one head width per branch, or a rate outside [0, 1).
+
+    Examples:
+      >>> from deq_jax.models import mdeq
+      >>> modules = mdeq(num_classes=10, channels=(8, 16), head_channels=(4, 8), final_channels=32)
+      >>> modules.cell.channels
+      (8, 16)
     """
     require(len(channels) > 0, "mdeq: channels must name at least one branch")
     one_each = len(head_channels) == len(channels)
@@ -91,12 +105,28 @@ def mdeq_large(num_classes: int = 10, dropout: float = 0.22) -> Mdeq:
 
 
 def mdeq_xl(num_classes: int = 10, dropout: float = 0.22) -> Mdeq:
-    """MDEQ-XL: 48,792,098 parameters with 10 classes; 138,240 state entries per 32x32 image."""
+    """MDEQ-XL: 48,792,098 parameters with 10 classes; 138,240 state entries per 32x32 image.
+
+    Examples:
+      >>> from deq_jax.models import mdeq_xl
+      >>> mdeq_xl(num_classes=10).cell.channels
+      (72, 144, 288, 576)
+    """
     return mdeq(num_classes, (72, 144, 288, 576), (20, 40, 80, 160), 1800, dropout=dropout)
 
 
 class MdeqEncoder(nn.Module):
-    """Image -> injection into the finest branch (zero for the others), and the dropout masks."""
+    """Image -> injection into the finest branch (zero for the others), and the dropout masks.
+
+    Attributes:
+      channels: number in each branch, finest first.
+      dropout: rate of the variational dropout inside the cell.
+
+    Examples:
+      >>> from deq_jax.models import MdeqEncoder
+      >>> MdeqEncoder(channels=(8, 16)).dropout
+      0.22
+    """
 
     channels: tuple[int, ...]
     dropout: float = 0.22
@@ -105,7 +135,7 @@ class MdeqEncoder(nn.Module):
     def __call__(
         self, x: Array, train: bool = False, keys: Keys | None = None, axis_name: str | None = None
     ) -> Injection:
-        """See `Equilibrium`.
+        """The injection of images, and in training their dropout masks; see `Equilibrium`.
 
         Args:
           x: [B, H, W, 3]; H and W divisible by 2^(branches - 1).
@@ -139,7 +169,20 @@ class MdeqEncoder(nn.Module):
 
 
 class MdeqCell(nn.Module):
-    """One application of f(z; u): a residual block per branch, then every branch sums all of them."""
+    """One application of f(z; u): a residual block per branch, then every branch sums all of them.
+
+    Attributes:
+      channels: number in each branch, finest first; multiples of `groups`.
+      expansion: channels inside the blocks, as a multiple.
+      groups: number of groups of the normalisations.
+
+    References: Bai et al. 2020, section 3.
+
+    Examples:
+      >>> from deq_jax.models import MdeqCell
+      >>> MdeqCell(channels=(8, 16)).expansion
+      5
+    """
 
     channels: tuple[int, ...]
     expansion: int = 5
@@ -249,7 +292,18 @@ def _norm(v: Array) -> Array:
 
 
 class MdeqDecoder(nn.Module):
-    """State -> logits: a bottleneck per branch, summed from fine to coarse, averaged over the image."""
+    """State -> logits [B, K]: a bottleneck per branch, summed from fine to coarse, averaged over the image.
+
+    Attributes:
+      num_classes: K.
+      head_channels: width of each branch's bottleneck.
+      final_channels: number of features that are averaged and classified.
+
+    Examples:
+      >>> from deq_jax.models import MdeqDecoder
+      >>> MdeqDecoder(num_classes=10, head_channels=(4, 8), final_channels=32).num_classes
+      10
+    """
 
     num_classes: int
     head_channels: tuple[int, ...]

@@ -60,6 +60,11 @@ class Normalized(nn.Module):
     Attributes:
       module: an encoder, or an explicit network: ``(x, ...) -> output``.
       mean, std: one for each channel.
+
+    Examples:
+      >>> from deq_jax.models import Normalized, SmallEncoder
+      >>> Normalized(SmallEncoder(4), mean=(0.5,), std=(0.25,)).module.channels
+      4
     """
 
     module: nn.Module

@@ -15,7 +15,16 @@ he_normal = initializers.variance_scaling(2.0, "fan_out", "normal")
 class ResNet18(nn.Module):
     """Residual network of four stages of two blocks, without the downsampling stem of its ImageNet form.
 
+    Attributes:
+      num_classes: K.
+
     References: He et al. 2016 (Deep residual learning); He et al. 2015 (initialisation).
+
+    Examples:
+      >>> from deq_jax import Explicit
+      >>> from deq_jax.models import ResNet18
+      >>> Explicit(ResNet18()).module.num_classes
+      10
     """
 
     num_classes: int = 10
@@ -56,6 +65,12 @@ class WideResNet(nn.Module):
       width: the stages have 16, 32 and 64 times as many channels.
 
     References: Zagoruyko & Komodakis 2016.
+
+    Examples:
+      >>> from deq_jax.models import WideResNet
+      >>> network = WideResNet(num_classes=10, blocks=5, width=10)
+      >>> 6 * network.blocks + 4  # WRN-34-10
+      34
     """
 
     num_classes: int = 10

@@ -18,6 +18,11 @@ class SmallEncoder(nn.Module):
       channels: number of channels of the state.
       strides: stride of the first convolution; it divides the resolution of the image.
       dropout: rate of the variational dropout inside the cell.
+
+    Examples:
+      >>> from deq_jax.models import SmallEncoder
+      >>> SmallEncoder(channels=12, dropout=0.1).strides
+      1
     """
 
     channels: int
@@ -43,6 +48,11 @@ class SmallCell(nn.Module):
       channels: number of channels of the state.
       expansion: channels inside the block, as a multiple.
       groups: number of groups of the normalisations.
+
+    Examples:
+      >>> from deq_jax.models import SmallCell
+      >>> SmallCell(channels=12).groups
+      4
     """
 
     channels: int
@@ -61,7 +71,16 @@ class SmallCell(nn.Module):
 
 
 class SmallDecoder(nn.Module):
-    """State -> logits: a strided convolution to twice the channels, normalisation and a dense layer."""
+    """State -> logits [B, K]: a strided convolution to twice the channels, normalisation and a dense layer.
+
+    Attributes:
+      num_classes: K.
+
+    Examples:
+      >>> from deq_jax.models import SmallDecoder
+      >>> SmallDecoder(num_classes=10).num_classes
+      10
+    """
 
     num_classes: int
 
@@ -76,6 +95,20 @@ class SmallCNN(nn.Module):
     """The explicit baseline of the small DEQ: its encoder, `depth` blocks like its cell, its decoder.
 
     With `depth` = 1 it has exactly the DEQ's parameters.
+
+    Attributes:
+      num_classes: K.
+      channels: number of channels between the blocks; divisible by `groups`.
+      strides: stride of the first convolution.
+      expansion: channels inside the blocks, as a multiple.
+      groups: number of groups of the normalisations.
+      depth: number of blocks.
+      dropout: rate of the variational dropout inside the blocks.
+
+    Examples:
+      >>> from deq_jax.models import SmallCNN
+      >>> SmallCNN(num_classes=10, channels=12, depth=3).expansion
+      2
     """
 
     num_classes: int
@@ -110,11 +143,11 @@ def small_deq(
 
     Args:
       classes: K.
-      channels: of the state; divisible by `groups`.
+      channels: number of channels of the state; divisible by `groups`.
       dynamics: how the equilibrium is found, read out and differentiated.
-      strides: of the first convolution; the state's resolution is the image's divided by it.
+      strides: stride of the first convolution; it divides the resolution of the image.
       expansion: channels inside the cell, as a multiple.
-      groups: of the cell's normalisations.
+      groups: number of groups of the cell's normalisations.
       dropout: rate of the variational dropout inside the cell.
       jacobian: see `Equilibrium`.
 
@@ -137,5 +170,17 @@ def small_cnn(
     depth: int = 1,
     dropout: float = 0.0,
 ) -> Explicit:
-    """The explicit baseline of `small_deq`; with `depth` = 1 it has exactly the same parameters. See there."""
+    """The explicit baseline of `small_deq`; with `depth` = 1 it has exactly the same parameters.
+
+    Args:
+      classes: K.
+      channels: number of channels between the blocks; divisible by `groups`.
+      strides, expansion, groups, dropout: as in `small_deq`.
+      depth: number of blocks like the DEQ's cell.
+
+    Examples:
+      >>> from deq_jax.models import small_cnn
+      >>> small_cnn(classes=10, channels=12, depth=3).module.depth
+      3
+    """
     return Explicit(SmallCNN(classes, channels, strides, expansion, groups, depth, dropout))

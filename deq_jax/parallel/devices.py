@@ -31,6 +31,13 @@ def replicate_and_split(function: Callable[[State, Rows], Result], *, joint: boo
     Returns:
       A function of the state, without device axis, and of the whole batch, leaves ``[B, ...]``. All processes
       call it with the same arguments; each hands only its own rows to its devices.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from deq_jax.parallel import replicate_and_split
+      >>> scale = replicate_and_split(lambda state, batch: state * batch, joint=False)
+      >>> scale(2.0, np.ones(2 * jax.device_count()))[:2].tolist()
+      [2.0, 2.0]
     """
     mapped = jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=None if joint else 0)
 
@@ -43,13 +50,29 @@ def replicate_and_split(function: Callable[[State, Rows], Result], *, joint: boo
 
 
 def replicate(state: PyTree) -> PyTree:
-    """The state as `replicate_and_split` returns it, so that the first call is compiled like all others."""
+    """The state as `replicate_and_split` returns it, so that the first call is compiled like all others.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.parallel import replicate
+      >>> replicate({"weight": np.ones(3)})["weight"].shape
+      (3,)
+    """
     mapped = jax.pmap(lambda state, _: state, AXIS, in_axes=(None, 0), out_axes=None)
     return mapped(state, np.zeros(jax.local_device_count()))
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises `InputError`, in all processes, unless the batch divides evenly among the devices of all of them."""
+    """Raises `InputError`, in all processes, unless the batch divides evenly among the devices of all of them.
+
+    Args:
+      batch_size: images of a step, over all devices.
+
+    Examples:
+      >>> import jax
+      >>> from deq_jax.parallel import check_batch_size
+      >>> check_batch_size(4 * jax.device_count())
+    """
     counts = Counter(device.process_index for device in jax.devices())
     per_process = sorted(set(counts.values()))
     require(len(per_process) == 1, f"processes must have equally many devices, found {per_process}")

@@ -50,6 +50,10 @@ def connect(
 
     Raises:
       InputError: for arguments that do not go together.
+
+    Examples:
+      >>> from deq_jax.parallel import connect
+      >>> connect(processes=1)  # does not look for others
     """
     if processes == 1 and process in (None, 0):
         return
@@ -71,7 +75,13 @@ def connect(
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that reads and writes the workdir."""
+    """Whether this process is the one that reads and writes the workdir.
+
+    Examples:
+      >>> from deq_jax.parallel import is_primary
+      >>> is_primary()  # always so with a single process
+      True
+    """
     return jax.process_index() == 0
 
 
@@ -84,6 +94,11 @@ def agreed() -> Iterator[None]:
     Raises:
       InputError: wherever it was raised in any process.
       RuntimeError: in the processes that did not fail themselves, for any other exception.
+
+    Examples:
+      >>> from deq_jax.parallel import agreed
+      >>> with agreed():
+      ...     value = 1 + 1  # an exception here is raised in every process
     """
     failure = None
     try:
@@ -117,13 +132,30 @@ def gather_texts(text: str) -> list[str]:
 
 
 def gather(rows: np.ndarray) -> np.ndarray:
-    """The rows [b, ...] of all processes, one below the other in their order, [B, ...]."""
+    """The rows [b, ...] of all processes, one below the other in their order, [B, ...].
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.parallel import gather
+      >>> gather(np.array([3, 4]))[:2].tolist()  # the rows of process 0 come first
+      [3, 4]
+    """
     every: np.ndarray = multihost_utils.process_allgather(rows, tiled=True)
     return every
 
 
 def from_primary(tree: PyTree) -> PyTree:
-    """The primary's arrays, in all processes; `tree` has the same shapes everywhere."""
+    """The primary's arrays, in all processes.
+
+    Args:
+      tree: pytree of arrays, of the same structure, shapes and dtypes in every process.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.parallel import from_primary
+      >>> from_primary({"step": np.int32(7)})["step"].item()
+      7
+    """
     return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
@@ -132,6 +164,12 @@ class StopRequest:
 
     With several processes a signal to any of them stops all of them, after the same step: the preemption service
     of JAX, which has been listening to SIGTERM since `connect`, agrees on it.
+
+    Examples:
+      >>> from deq_jax.parallel import StopRequest
+      >>> with StopRequest() as stop:
+      ...     print(stop.after(step=1))
+      None
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Finished evaluations on disk: what each one found, and under which conditions."""
+"""Finished evaluations on disk: their results and conditions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ Measurements = dict[tuple[str, str, str], np.ndarray]
 
 @dataclass(frozen=True)
 class Setting:
-    """What two evaluations must share to be compared.
+    """Conditions that two evaluations must share to be compared.
 
     Attributes:
-      dataset, split, images: which images, the first ones of the split.
-      checkpoint: which parameters: "best" or "latest".
-      norm, epsilon: of the threat model.
+      dataset, split, images: dataset, split and number of images, the first ones of the split.
+      checkpoint: source of the parameters: "best" or "latest".
+      norm, epsilon: the threat model.
+
+    Examples:
+      >>> from deq_jax.reporting import Setting
+      >>> print(Setting("Digits", "test", 360, "best", "Linf", 8 / 255))
+      360 images of Digits, test split, best checkpoint, Linf ε = 8/255
     """
 
     dataset: str
@@ -56,11 +61,17 @@ class Evaluation:
     """A finished evaluation of a training run's classifier.
 
     Attributes:
-      folder: that holds evaluation.json.
+      folder: the folder with evaluation.json.
       record: its numbers.
-      provenance: whose classifier it is.
+      provenance: where its classifier comes from.
       measured: state, "clean" or "attacked", and accuracy (True or False), entropy or residual -> [N].
       correct: name of the images -> [N] bool, which the deployed predictor classifies correctly.
+
+    Examples:
+      >>> from dataclasses import fields
+      >>> from deq_jax.reporting import Evaluation
+      >>> [field.name for field in fields(Evaluation)]
+      ['folder', 'record', 'provenance', 'measured', 'correct']
     """
 
     folder: Path
@@ -81,22 +92,22 @@ class Evaluation:
 
     @property
     def training(self) -> str:
-        """The training's config without its seed, as text."""
+        """The config of the training run without its seed, as text."""
         return self.run.text
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the R rows in which each image was measured: z_1 .. z_T, their mean, what is deployed."""
+        """Names of the R rows in which each image was measured: z_1 .. z_T, their mean, the deployed one."""
         return tuple(self.record.rows)
 
     @property
     def predictor(self) -> str:
-        """What was deployed, as text."""
+        """The deployed predictor, as text."""
         return self.record.defence + canonical(self.record.plan.predictor)
 
     @property
     def setting(self) -> Setting:
-        """See `Setting`."""
+        """The conditions of the evaluation."""
         where, plan = self.provenance, self.record.plan
         kind, dataset = where.checkpoint.partition(",")[0], self.run.dataset
         known = {name: value for name, value in dataset.items() if value is not None}
@@ -111,19 +122,19 @@ class Evaluation:
 
     @property
     def identity(self) -> tuple[str, str, Setting, tuple[str, ...]]:
-        """What it shares with the evaluations of other seeds of the same training, and with no others."""
+        """Its properties that only evaluations of the same training config under other seeds share."""
         return self.training, self.predictor, self.setting, self.attacks
 
     @property
     def clean(self) -> np.ndarray:
-        """[N] bool, which images are classified correctly as they are."""
+        """[N] bool, which clean images are classified correctly."""
         return self.correct["clean"]
 
     @property
     def reference(self) -> np.ndarray | None:
         """[N] bool, of the reference protocol: attacks on the undefended predictor; None if that was not run.
 
-        Of the undefended predictor these are all attacks, as their images are what is shown to the defended ones.
+        For the undefended predictor these are all attacks, because defended ones are shown their images.
         """
         return self.robust if self.record.defence == UNDEFENDED else self.correct.get(REFERENCE)
 
@@ -133,19 +144,27 @@ class Evaluation:
         return self.correct.get("union")
 
     def in_state(self, state: str, condition: str, quantity: str) -> np.ndarray | None:
-        """[N], what was measured of each image, or None; the arguments are as in `measured`."""
+        """[N], the measurement of each image, or None; the arguments are as in `measured`."""
         values = self.measured.get((state, condition, quantity))
         return None if values is None or np.isnan(values).any() else values
 
 
 def read_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
-    """All finished evaluations of trainings, and single ones.
+    """All finished evaluations of training runs, and single ones.
 
     Args:
-      runs: workdirs of trainings, or folders of evaluations; see `unfinished`.
+      runs: workdirs of training runs, or folders of evaluations; see `unfinished`.
 
     Raises:
       InputError: there are none, one is damaged, or two are the same.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.reporting import read_evaluations
+      >>> read_evaluations([Path("runs/none")])
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none: no such folder
     """
     for run in runs:
         require(run.is_dir(), f"{run}: no such folder")
@@ -159,7 +178,17 @@ def read_evaluations(runs: Sequence[Path]) -> list[Evaluation]:
 
 
 def unfinished(runs: Sequence[Path]) -> list[Path]:
-    """Folders of evaluations that were begun and not finished, and those of `runs` that have none at all."""
+    """Folders of evaluations that were begun and not finished, and folders of `runs` without any.
+
+    Args:
+      runs: workdirs of training runs, or folders of evaluations.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.reporting import unfinished
+      >>> [folder.name for folder in unfinished([Path("runs/none")])]
+      ['none']
+    """
     found = [unfinished_in(run) or ([] if finished_in(run) else [run]) for run in runs]
     return list(dict.fromkeys(folder for part in found for folder in part))
 
@@ -207,7 +236,7 @@ def _check_accuracy(evaluation: Evaluation) -> None:
 
 
 def _check_states(evaluation: Evaluation) -> None:
-    """Whether means of the arrays are those of the record, for the same rows and conditions."""
+    """Checks that the means of the arrays equal the record's, for the same rows and conditions."""
     stored = {
         (state, condition, quantity): getattr(means, quantity)
         for state, row in evaluation.record.rows.items()
@@ -228,5 +257,5 @@ def _check_repetitions(evaluations: list[Evaluation]) -> None:
     first: dict[Any, Evaluation] = {}
     for new in evaluations:
         old = first.setdefault((new.identity, new.seed), new)
-        same = f"the same training, defence, seed {new.seed}, images, radius and attacks"
+        same = f"the same training config, defence, seed {new.seed}, images, radius and attacks"
         require(old is new, f"{new.folder} has {same} as {old.folder}: expected one of the two")

@@ -16,7 +16,18 @@ from deq_jax.reporting.statistics import Estimate, paired_difference
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups that are compared seed by seed and image by image: the first one minus the second one."""
+    """Two groups that are compared seed by seed and image by image: the first one minus the second one.
+
+    Attributes:
+      first: the group from which is subtracted.
+      second: the group that is subtracted.
+
+    Examples:
+      >>> from deq_jax.reporting import Group, Pair
+      >>> pair = Pair(Group("trades", "none", ()), Group("pgd-at", "none", ()))
+      >>> pair.is_flagged, pair.difference(lambda evaluation: evaluation.robust)
+      (False, None)
+    """
 
     first: Group
     second: Group
@@ -33,13 +44,12 @@ class Pair:
         return bool(self.first.raised or self.second.raised)
 
     def difference(self, quantity: Quantity) -> Estimate | None:
-        """Over the seeds for which both have the quantity; None if there is no such seed."""
+        """The mean over the seeds for which both have the quantity; None without such a seed."""
         return paired_difference(self.first.values(quantity), self.second.values(quantity))
 
 
 def undefended(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The undefended predictor of the same training and setting; of several evaluations the one that has most attacks
-    in common."""
+    """The undefended predictor of the same training config and setting; the one with most attacks in common."""
     alike = [
         other
         for other in groups
@@ -49,13 +59,13 @@ def undefended(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def defence_pairs(groups: Sequence[Group]) -> list[Pair]:
-    """Every defence against the undefended predictor of the same training and setting."""
+    """Every defence against the undefended predictor of the same training config and setting."""
     found = [(group, undefended(group, groups)) for group in groups if group.is_defended]
     return [Pair(group, base) for group, base in found if base is not None]
 
 
 def training_pairs(groups: Sequence[Group]) -> list[Pair]:
-    """All pairs of trainings with the same defence, setting and attacks."""
+    """All pairs of training configs with the same defence, setting and attacks."""
     pairs = [Pair(later, earlier) for earlier, later in combinations(groups, 2)]
     return [pair for pair in pairs if _differ_in_training(pair.first, pair.second)]
 
@@ -67,10 +77,10 @@ def _differ_in_training(a: Group, b: Group) -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """Evaluations of one training and defence by the same trials at several radii.
+    """Evaluations of one training config and defence by the same trials at several radii.
 
     Attributes:
-      label: of the defence, and of the trials where that is not enough.
+      label: name of the defence, with the trials where that is not enough.
       groups: one per radius, in increasing order.
     """
 
@@ -79,7 +89,7 @@ class Curve:
 
 
 def by_training(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Group]]:
-    """The groups of each training in each setting."""
+    """The groups of each training config in each setting."""
     parts: dict[tuple[str, Setting], list[Group]] = {}
     for group in groups:
         parts.setdefault((group.training, group.setting), []).append(group)
@@ -87,8 +97,7 @@ def by_training(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Group
 
 
 def undefended_trainings(groups: Sequence[Group]) -> list[dict[str, Group]]:
-    """For each setting with several trainings: training -> its undefended predictor, of the most seeds and then under
-    the most attacks."""
+    """For each setting with several training configs: name -> undefended predictor with most seeds, then attacks."""
     parts: dict[Setting, dict[str, Group]] = {}
     for group in sorted(groups, key=lambda group: (len(group.evaluations), len(group.attacks))):
         if not group.is_defended:
@@ -97,14 +106,14 @@ def undefended_trainings(groups: Sequence[Group]) -> list[dict[str, Group]]:
 
 
 def labels(groups: Sequence[Group]) -> list[str]:
-    """The defences of a training's groups, with their trials where one occurs more than once; no two are the same."""
+    """Different names for the defences of these groups, with their trials where one occurs more than once."""
     count = Counter(group.defence for group in groups)
     names = [group.defence if count[group.defence] == 1 else f"{group.defence}: {group.trials}" for group in groups]
     return list(numbered(dict(enumerate(names))).values())
 
 
 def radius_curves(groups: Sequence[Group]) -> dict[tuple[str, Setting], list[Curve]]:
-    """Training and setting (of radius 0) -> curves of at least two radii.
+    """Training config and setting (of radius 0) -> curves of at least two radii.
 
     Where two evaluations by trials of the same names have the same radius, the stronger one counts.
     """

@@ -57,7 +57,7 @@ FLAGS: Field[Group] = Field(Column("red flags", kind="text"), lambda group: text
 
 
 def headline_table(groups: Sequence[Group]) -> Table:
-    """A row for each training, defence and set of attacks; a section for each setting."""
+    """A row for each training config, defence and set of attacks; a section for each setting."""
 
     def under_reference(group: Group) -> Cell:
         return estimate_cell(group.accuracy(reference)) if group.is_defended else _robust_cell(group)
@@ -87,7 +87,7 @@ def _raised(group: Group) -> str:
 
 
 def pair_table(name: str, caption: str, pairs: Sequence[Pair], words: Words) -> Table:
-    """A row for each pair: differences over the seeds that both have, and what they are called."""
+    """A row for each pair: differences over the seeds that both have, and their verdicts."""
 
     def differences(quantity: Quantity) -> Callable[[Pair], Cell]:
         return lambda pair: difference_cell(pair.difference(quantity))
@@ -154,7 +154,7 @@ def accuracy_table(name: str, group: Group) -> Table:
 
 
 def states_table(name: str, groups: Mapping[str, Group]) -> Table:
-    """What was measured in every state of the dynamics, clean and attacked; a section for each labelled group."""
+    """Measurements in every state of the dynamics, clean and attacked; a section for each labelled group."""
 
     def measured(condition: str, quantity: str) -> Callable[[tuple[Group, str]], Cell]:
         return lambda row: estimate_cell(row[0].in_state(row[1], condition, quantity), FORMS[quantity])
@@ -166,7 +166,7 @@ def states_table(name: str, groups: Mapping[str, Group]) -> Table:
     ]
     state: Field[tuple[Group, str]] = Field(Column("state", kind="text"), lambda row: text_cell(row[1]))
     sections = {label: [(group, state) for state in group.evaluations[0].states] for label, group in groups.items()}
-    known = "attacked: the worst case of each image; residual of what is deployed: the lowest one of all states"
+    known = "attacked: the worst case of each image; residual of the deployed predictor: the lowest of all states"
     caption = f"Accuracy (%), prediction entropy (nats) and relative residual, {OVER_BOTH}; {known}"
     return filled(name, caption, "predictor", [state, *fields], sections)
 
@@ -198,7 +198,7 @@ def flags_table(name: str, group: Group) -> Table:
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
-    """What a prediction costs, and as a multiple of the undefended one's."""
+    """Cost of a prediction, also as a multiple of the undefended predictor's."""
 
     def mean(quantity: Callable[[Evaluation], float | None]) -> Callable[[Group], Cell]:
         def cell(group: Group) -> Cell:

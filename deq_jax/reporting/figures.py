@@ -35,8 +35,8 @@ class Picture:
     """A figure.
 
     Attributes:
-      name: of its PNG file.
-      alt: what it shows, for those who do not see it.
+      name: name of its PNG file.
+      alt: description for readers who do not see it.
       png: the file.
     """
 
@@ -104,12 +104,12 @@ def _plot(axis: Axes, x: Iterable[float], means: Sequence[Estimate | None], **lo
 
 
 def _wrapped(label: str) -> str:
-    """As wide as a figure."""
+    """Wraps a label to the width of a figure."""
     return textwrap.fill(label, 54)
 
 
 def _figure(labels: Iterable[str]) -> tuple[Figure, Axes]:
-    """With room for a legend below."""
+    """A figure with room for a legend below."""
     lines = sum(1 + _wrapped(label).count("\n") for label in labels)
     figure = Figure(figsize=(3.7, 2.9 + 0.15 * lines), layout="constrained")
     axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""Evaluations of one training and defence, put together over the training's seeds, and compared with others."""
+"""Evaluations of one training config and defence, grouped over the seeds of its runs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ MOST_NAMES = 4  # of attacks, in a table
 
 @dataclass(frozen=True)
 class Group:
-    """Evaluations that differ in the seed of the training alone, in its order.
+    """Evaluations that differ only in the seed of the training run, in the order of the seeds.
 
     Attributes:
-      training, defence: what they are called; no two different ones are called the same.
+      training, defence: names of the training config and the defence; different ones have different names.
       evaluations: one per seed.
+
+    Examples:
+      >>> from deq_jax.reporting import Group
+      >>> Group(training="pgd-at", defence="none", evaluations=()).values(lambda evaluation: evaluation.robust)
+      {}
     """
 
     training: str
@@ -96,7 +101,7 @@ class Group:
         return Estimate.of_accuracies(found) if found else None
 
     def in_state(self, state: str, condition: str, quantity: str) -> Estimate | None:
-        """The mean of what was measured; accuracies in percent. See `Evaluation.in_state`."""
+        """The mean of the measurements; accuracies in percent. See `Evaluation.in_state`."""
         found = list(self.values(lambda one: one.in_state(state, condition, quantity)).values())
         if not found:
             return None
@@ -104,7 +109,13 @@ class Group:
 
 
 def groups_of(evaluations: Sequence[Evaluation]) -> list[Group]:
-    """Groups in the order in which settings and trainings first appear, undefended predictors before others."""
+    """Groups in the order in which settings and training configs first appear, undefended predictors first.
+
+    Examples:
+      >>> from deq_jax.reporting import groups_of
+      >>> groups_of([])
+      []
+    """
     parts: dict[Any, list[Evaluation]] = {}
     for one in evaluations:
         parts.setdefault(one.identity, []).append(one)
@@ -159,12 +170,12 @@ def clean(evaluation: Evaluation) -> np.ndarray | None:
 
 
 def reference(evaluation: Evaluation) -> np.ndarray | None:
-    """The same under the reference protocol: attacks on the undefended predictor."""
+    """Accuracy per image under the reference protocol, 0 or 100: attacks on the undefended predictor."""
     return _percent(evaluation.reference)
 
 
 def robust(evaluation: Evaluation) -> np.ndarray | None:
-    """The same under the worst case of all attacks."""
+    """Accuracy per image under the worst case of all attacks, 0 or 100."""
     return _percent(evaluation.robust)
 
 

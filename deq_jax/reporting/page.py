@@ -17,6 +17,11 @@ def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()
     Args:
       evaluations: as `read_evaluations` gives them.
       missing: folders to be named as not evaluated; see `unfinished`.
+
+    Examples:
+      >>> from deq_jax.reporting import report_files
+      >>> list(report_files([]))
+      ['index.html']
     """
     report = Report.of(evaluations, missing)
     files = {f"{table.name}.csv": table.csv().encode() for table in report.tables}
@@ -25,7 +30,13 @@ def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()
 
 
 def render(report: Report) -> str:
-    """The page, which needs no network, no script and no other file."""
+    """The page, which needs no network, no script and no other file.
+
+    Examples:
+      >>> from deq_jax.reporting import Report, render
+      >>> render(Report.of([])).startswith("<!")
+      True
+    """
     environment = Environment(
         loader=PackageLoader("deq_jax.reporting"),
         autoescape=True,

@@ -25,7 +25,7 @@ def protocol_text(one: Evaluation) -> str:
         "images": f"{one.record.images} of {brief(run.dataset)}, {where.split} split",
         "evaluation": f"batch size {plan.batch_size}, seed of the attacks {plan.seed}",
         "draws": "the predictor is deterministic" if plan.draws is None else f"{plan.draws} (EOT)",
-        "broken images": "left alone by later trials" if plan.skip_broken else "attacked by every trial",
+        "broken images": "skipped by later trials" if plan.skip_broken else "attacked by every trial",
         "versions": ", ".join(f"{name} {version}" for name, version in where.versions.items()),
     }
     trials = plan.all_trials

@@ -39,9 +39,9 @@ class Section:
     """A part of the page with a table.
 
     Attributes:
-      title, note: its heading, and under which conditions.
-      table: what it tells.
-      pictures: that show the same.
+      title, note: its heading and conditions.
+      table: its content.
+      pictures: figures of the same numbers.
       is_open: whether the table is shown at once.
     """
 
@@ -57,7 +57,7 @@ class Comparison:
     """Pairs of groups.
 
     Attributes:
-      pairs: what is compared.
+      pairs: the pairs that are compared.
       table: a row for each pair.
       sentences: one for each pair.
     """
@@ -68,7 +68,7 @@ class Comparison:
 
     @classmethod
     def of(cls, name: str, caption: str, pairs: Sequence[Pair], words: Words) -> Comparison:
-        """The comparison of pairs, whose differences have such words."""
+        """The comparison of pairs, in these words."""
         texts = tuple(sentences(pair, words) for pair in pairs)
         return cls(tuple(pairs), pair_table(name, caption, pairs, words), texts)
 
@@ -84,21 +84,26 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Report:
-    """What is said on many evaluations.
+    """The content of a page on many evaluations.
 
     Attributes:
       evaluations: all of them.
       missing: folders that are named as not evaluated.
       groups: the evaluations put together over training seeds.
       quotes: the robust accuracy to quote in each setting.
-      warnings: sentences on what is wrong with a model.
-      worst_case: what the worst case of all trials is called.
+      warnings: sentences on faults of a model.
+      worst_case: name of the worst case of all trials.
       is_defended: whether any group has a defence.
       headline, cost: tables of all groups.
-      defences, trainings: what is compared.
+      defences, trainings: comparisons of defences and of training configs.
       accuracies, flags: a section for each group, but without flags where nothing has attacked.
       dynamics, radii: sections with figures.
-      protocols: of each evaluation.
+      protocols: one for each evaluation.
+
+    Examples:
+      >>> from deq_jax.reporting import Report
+      >>> Report.of([]).groups
+      ()
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -144,7 +149,7 @@ class Report:
             defences=Comparison.of(
                 "defences", "Every defence minus the undefended predictor", defence_pairs(groups), DEFENCE
             ),
-            trainings=Comparison.of("trainings", "Pairs of trainings", training_pairs(groups), TRAINING),
+            trainings=Comparison.of("trainings", "Pairs of training configs", training_pairs(groups), TRAINING),
             accuracies=tuple(
                 _section(group, accuracy_table(_name("accuracy", i, group.training, group.defence), group))
                 for i, group in enumerate(groups, 1)

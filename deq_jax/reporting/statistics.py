@@ -33,9 +33,15 @@ class Estimate:
 
     Attributes:
       value: the mean over seeds and images.
-      interval: its lower and upper end; None where nothing tells its width.
-      seeds: how many there are. Of a single one the interval is for other images alone.
+      interval: lower and upper end of its interval; None where the width is not known.
+      seeds: number of seeds. With a single one the interval is for other images alone.
       agree: whether several seeds have the same mean, so that their spread is not known.
+
+    Examples:
+      >>> from deq_jax.reporting import Estimate
+      >>> estimate = Estimate.of_accuracies([[100, 0, 100, 100], [100, 0, 0, 100]])  # two seeds, four images
+      >>> estimate.value, estimate.seeds
+      (62.5, 2)
     """
 
     value: float
@@ -113,6 +119,13 @@ def paired_difference(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) 
 
     Args:
       a, b: seed -> accuracies [N] of the same images, 100 or 0.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.reporting import paired_difference
+      >>> a, b = {0: np.array([100.0, 100.0])}, {0: np.array([100.0, 0.0]), 1: np.array([0.0, 0.0])}
+      >>> paired_difference(a, b).value  # seed 0 alone has both
+      50.0
     """
     common = sorted(set(a) & set(b))
     return Estimate.of_differences([a[seed] - b[seed] for seed in common]) if common else None
@@ -123,6 +136,11 @@ def paired_quotient(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate 
 
     Args:
       a, b: seed -> value.
+
+    Examples:
+      >>> from deq_jax.reporting import paired_quotient
+      >>> paired_quotient({0: 3.0, 1: 5.0}, {0: 2.0, 1: 2.0}).value
+      2.0
     """
     common = [seed for seed in sorted(set(a) & set(b)) if b[seed] > 0]
     return Estimate.of_seeds([a[seed] / b[seed] for seed in common]) if common else None
@@ -131,8 +149,8 @@ def paired_quotient(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate 
 def accuracy_sides(correct: np.ndarray) -> Sides:
     """How far the interval of `Estimate.of_accuracies` reaches; of many tables [..., S, N] at once.
 
-    Averages over seeds vary less between images than a single outcome does. The number of images that the exact
-    interval is given is that of which single outcomes would have the same variance: N to S N (Korn & Graubard 1998).
+    Averages over seeds vary less between images than a single outcome does. The exact interval is given the number of
+    images at which single outcomes would have the same variance: N to S N (Korn & Graubard 1998).
     """
     seeds, images = correct.shape[-2:]
     per_image = correct.mean(axis=-2) / 100
@@ -162,7 +180,7 @@ def _joined(table: np.ndarray, value: Any, low: Any, high: Any) -> Sides:
 def _seeds_half(table: np.ndarray) -> Any:
     """Half the length of the seeds' part, [...] of [..., S, N]; 0 for a single seed.
 
-    Its square is Student's t² MS / (S N), where MS is the larger one of the mean squares of seeds and of what is left
+    Its square is Student's t² MS / (S N), where MS is the larger one of the mean squares of seeds and of the remainder
     after seeds and images (each with its degrees of freedom): the former exceeds the latter on average, and by less
     where seeds happen to agree.
     """

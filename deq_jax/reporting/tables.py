@@ -68,11 +68,16 @@ class Table:
     """A table; the first cell of each row is its heading.
 
     Attributes:
-      name: of its CSV file.
-      caption: what it shows.
-      section: what the titles of the sections are, as a heading in a CSV file.
+      name: name of its CSV file.
+      caption: a title for the page.
+      section: heading of the sections' titles in a CSV file.
       columns: one per cell of a row.
       sections: title -> rows; a single section may have the title "".
+
+    Examples:
+      >>> from deq_jax.reporting import Table
+      >>> Table("cost", "Cost of a prediction", section="setting", columns=(), sections={}).caption
+      'Cost of a prediction'
     """
 
     name: str
@@ -82,7 +87,7 @@ class Table:
     sections: dict[str, list[tuple[Cell, ...]]]
 
     def csv(self) -> str:
-        """The same texts, every number in a column of its own, and remarks in the last one if there are any."""
+        """The table as CSV: every number in a column of its own, and remarks in the last one if there are any."""
         heads = [f"{column.name} {part}".strip() for column in self.columns for part in column.parts]
         lines = [
             [title, *(part for cell, column in zip(row, self.columns, strict=True) for part in cell.csv(column))]
@@ -115,7 +120,7 @@ def filled(
     """The table with a row for each thing; see `Table`.
 
     Args:
-      name, caption, section: of the table.
+      name, caption, section: as in `Table`.
       fields: its columns.
       sections: title -> things.
     """
@@ -132,7 +137,7 @@ def sectioned(things: Iterable[T], title: Callable[[T], str]) -> dict[str, list[
 
 
 def text_cell(text: str) -> Cell:
-    """A text, or a number as it is to be written."""
+    """A text, or a number in its written form."""
     return Cell((text,))
 
 

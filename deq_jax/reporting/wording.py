@@ -1,4 +1,4 @@
-"""What evaluations and their comparisons show, in words."""
+"""Evaluations and their comparisons in words."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NOT_SHOWN = "no verdict (not shown the images that broke the undefended predicto
 
 
 class Words(NamedTuple):
-    """What a difference whose interval lies below, around or above 0 is called."""
+    """Names of a difference with an interval below, around or above 0."""
 
     below: str
     around: str
     above: str
 
     def of(self, difference: Estimate) -> str:
-        """One of them; of a single seed nothing is said on others."""
+        """The name of a difference; a single seed says nothing about others."""
         word = (self.around, self.above, self.below)[difference.sign or 0]
         return word if difference.seeds > 1 else f"{word}, of this seed alone"
 
@@ -32,15 +32,15 @@ TRAINING = Words("less accurate", "no difference shown", "more accurate")
 
 
 def worst_case(groups: Sequence[Group]) -> str:
-    """What the worst case of all trials is called: adaptive if some group is."""
+    """Name of the worst case of all trials: adaptive if some group is."""
     return "adaptive worst case" if any(group.is_adaptive for group in groups) else "worst case"
 
 
 def quotes(groups: Sequence[Group]) -> list[str]:
     """The robust accuracy to quote in each setting, and everything that belongs to it.
 
-    Of several evaluations of one training and defence the one with the lowest accuracy counts; of several trainings and
-    defences the one with the highest, those without red flags first.
+    Among several evaluations of one training config and defence the lowest accuracy counts. Among several training
+    configs and defences the highest one counts; those without red flags come first.
     """
     lowest: dict[str, dict[tuple[str, str], tuple[float, Group]]] = {}
     for group in groups:
@@ -65,7 +65,7 @@ def _quote(group: Group, count: int) -> str:
     chosen = (
         ""
         if count == 1
-        else f", the highest of {count} trainings and defences" + (" without red flags" if not group.raised else "")
+        else f", the highest of {count} configs and defences" + (" without red flags" if not group.raised else "")
     )
     flags = f"red flags raised: {', '.join(group.raised)}" if group.raised else "no red flags raised"
     start = "No robust accuracy to quote, since red flags are raised" if group.raised else "Robust accuracy to quote"
@@ -76,7 +76,7 @@ def _quote(group: Group, count: int) -> str:
 
 
 def _interval(estimate: Estimate) -> str:
-    """With what it is for, in brackets, after a space."""
+    """The interval and its meaning, in brackets, after a space."""
     if estimate.interval is None:
         return ""
     low, high = estimate.interval
@@ -86,7 +86,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def pair_title(pair: Pair) -> str:
-    """What is compared with what."""
+    """The names of both sides of a comparison."""
     if pair.first.training == pair.second.training:
         return f"{pair.first.training}: {pair.first.defence} against {pair.second.defence}"
     defence = f" (both: {pair.first.defence})" if pair.first.is_defended else ""
@@ -94,19 +94,19 @@ def pair_title(pair: Pair) -> str:
 
 
 def verdict(pair: Pair, difference: Estimate | None, words: Words) -> str:
-    """What the difference is called, if the comparison is fair."""
+    """The name of the difference, if the comparison is fair."""
     if difference is None:
         return ""
     return words.of(difference) if pair.is_fair else NOT_SHOWN
 
 
 def sentences(pair: Pair, words: Words) -> str:
-    """What a pair shows, in words; and what the adaptive attacks take away from a defence."""
+    """The result of a pair in words, and the loss of a defence under adaptive attacks."""
     protocols = {f"the {worst_case([pair.first, pair.second])}": robust}
     if pair.first.is_defended:
         protocols["the reference protocol"] = reference
     parts = [_sentence(name, pair, pair.difference(quantity), words) for name, quantity in protocols.items()]
-    known = "; ".join(part for part in parts if part) or "nothing that both were attacked with"
+    known = "; ".join(part for part in parts if part) or "no attack in common"
     trust = " Red flags are raised, so this is not trustworthy." if pair.is_flagged else ""
     return f"{pair_title(pair)}: {known}.{_taken_away(pair.first)}{trust}"
 
@@ -124,4 +124,4 @@ def _taken_away(group: Group) -> str:
         return ""
     difference = Estimate.of_differences(list(lost.values()))
     points = f"{difference.value:.2f} points{_interval(difference)}"
-    return f" The adaptive attacks take away {points} of what the reference protocol gives it."
+    return f" The adaptive attacks take away {points} of its accuracy under the reference protocol."

@@ -34,6 +34,14 @@ def load_config(
 
     Raises:
       InputError: the file does not exist, cannot be run, or returns something else.
+
+    Examples:
+      >>> from deq_jax import TrainConfig
+      >>> from deq_jax.storage import load_config
+      >>> load_config("configs/none.py", TrainConfig)
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: configs/none.py: no such config file
     """
     path = Path(path)
     require(path.is_file(), f"{path}: no such config file")
@@ -69,7 +77,7 @@ def _run_module(path: Path) -> ModuleType:
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a name of the clone's folder configs/ that cannot be imported."""
+    """Advice on a name of the clone's folder configs/ that cannot be imported."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ImportError) or package != "configs":
         return ""
@@ -88,6 +96,12 @@ def set_fields(config: Any, assignments: list[str]) -> Any:
     Raises:
       InputError: for an unknown name (with the valid ones), a value of the wrong type, or a value that
         the object itself refuses.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.storage import set_fields
+      >>> set_fields(PGD(Linf(0.1)), ["threat.epsilon=0.2", "steps=20"]).threat
+      Linf(epsilon=0.2)
     """
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
@@ -114,7 +128,7 @@ def _set_field(node: Any, whole: str, names: list[str], text: str) -> Any:
 
 
 def _instead(name: str, current: Any) -> str:
-    """What to do where an object was to be set."""
+    """Advice where an object was to be set."""
     paths = scalar_paths(current)
     example = f"set one of its fields, such as --set {name}.{paths[0]}=VALUE, or " if paths else ""
     return f"{example}replace it in a config file: replace(config, ...)"

@@ -28,6 +28,11 @@ def environment() -> dict[str, dict[str, Any]]:
       ``settings`` of JAX (x64, precision of matrix products, random numbers), and the default float that follows from
       them; ``flags`` of XLA and CUDA, None where unset; ``platform`` and kind of the devices; ``versions`` of this
       package and of those that compute, None where one is not installed.
+
+    Examples:
+      >>> from deq_jax.storage import environment
+      >>> sorted(environment())
+      ['flags', 'platform', 'settings', 'versions']
     """
     device = jax.devices()[0]
     settings = {name: getattr(jax.config, name) for name in SETTINGS}
@@ -40,7 +45,13 @@ def environment() -> dict[str, dict[str, Any]]:
 
 
 def decisive_settings() -> dict[str, Any]:
-    """The settings of this process that a run must keep, and share with all its processes."""
+    """The settings of this process that a run must keep, and share with all its processes.
+
+    Examples:
+      >>> from deq_jax.storage import decisive_settings
+      >>> "jax_enable_x64" in decisive_settings()
+      True
+    """
     settings = environment()["settings"]
     return {name: settings[name] for name in DECISIVE}
 
@@ -63,7 +74,7 @@ def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list
         return [{"step": step, **now}], []
     found = _differences(kept[-1], now)
     for name in DECISIVE:
-        advice = f"set {name.upper()} as it was, or choose another --workdir"
+        advice = f"set {name.upper()} as before, or choose another --workdir"
         require(name not in found, f"the workdir holds a run under another setting of JAX: {found.get(name)}; {advice}")
     return kept + [{"step": step, **now}] * bool(found), list(found.values())
 

@@ -17,7 +17,16 @@ from deq_jax.core.types import PyTree
 
 
 def make_folder(folder: Path) -> Path:
-    """Creates the folder; raises `InputError` where nothing can be written."""
+    """Creates the folder; raises `InputError` where nothing can be written.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from deq_jax.storage import make_folder
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     make_folder(Path(folder) / "runs" / "a").is_dir()
+      True
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}.tmp"
@@ -29,12 +38,35 @@ def make_folder(folder: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON."""
+    """Writes a file as indented JSON, whole or not at all.
+
+    Args:
+      path: the file, in a folder that exists.
+      value: JSON data.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from deq_jax.storage import read_json, write_json
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_json(Path(folder, "a.json"), {"step": 7})
+      ...     read_json(Path(folder, "a.json"))
+      {'step': 7}
+    """
     write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises `InputError` where there is none or it is damaged."""
+    """Reads a JSON file; raises `InputError` where there is none or it is damaged.
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.storage import read_json
+      >>> read_json(Path("runs/none/config.json"))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none/config.json: no such file
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -46,12 +78,34 @@ def read_json(path: Path) -> Any:
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes named arrays as a compressed npz file."""
+    """Writes named arrays as a compressed npz file, whole or not at all.
+
+    Args:
+      path: the file, in a folder that exists.
+      arrays: arrays by name.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.storage import read_npz, write_npz
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_npz(Path(folder, "a.npz"), {"y": np.arange(3)})
+      ...     read_npz(Path(folder, "a.npz"))["y"].tolist()
+      [0, 1, 2]
+    """
     write_whole(path, lambda file: np.savez_compressed(file, **cast(Any, arrays)))
 
 
 def digest(tree: PyTree) -> str:
-    """SHA-256 of all arrays of a pytree and of where they are, shortened to 16 digits."""
+    """SHA-256 of all arrays of a pytree and of where they are, shortened to 16 digits.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.storage import digest
+      >>> len(digest({"weight": np.zeros(3)}))
+      16
+    """
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
@@ -71,7 +125,25 @@ def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
 
 
 def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays of an npz file but those to skip; raises `InputError` where there is none or it is damaged."""
+    """The arrays of an npz file, by name.
+
+    Args:
+      path: the file.
+      skip: names of arrays that are not read.
+
+    Raises:
+      InputError: there is no such file, or it is damaged.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> import numpy as np
+      >>> from deq_jax.storage import read_npz, write_npz
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_npz(Path(folder, "a.npz"), {"x": np.zeros(3), "y": np.ones(3)})
+      ...     list(read_npz(Path(folder, "a.npz"), skip=["x"]))
+      ['y']
+    """
     try:
         with path.open("rb") as file:  # numpy leaves a damaged file open
             arrays = np.load(file, allow_pickle=False)

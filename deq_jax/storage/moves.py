@@ -1,4 +1,4 @@
-"""Names and fields that files of older versions have, as this version writes them: the one table of what has moved."""
+"""Names and fields that files of older versions have, as this version writes them: the one table of moved names."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FIELDS = {
     "deq_jax.core.IntermediateState": {"t": "state"},
     "deq_jax.surrogates.SimultaneousAdjoint": {"step": "state"},
 }
-"""Of each class, under its name of this version: fields that had another name."""
+"""Renamed fields by class; the class has its name of this version."""
 
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schedule(penalty: dict[str, Any]) -> dict[str, Any]:
-    """The schedule that was part of a penalty, before it became that of the training."""
+    """The schedule of a penalty; today it is part of the training config."""
     return {name: penalty[name] for name in ("probability", "epochs") if name in penalty}
 
 

@@ -18,7 +18,20 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 
 
 def to_tree(node: Any) -> Any:
-    """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name."""
+    """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name.
+
+    Args:
+      node: numbers, strings, None, named functions and frozen dataclasses of these, or tuples of them.
+
+    Raises:
+      InputError: anything else is in it.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.storage import to_tree
+      >>> to_tree(Linf(0.1))
+      {'class': 'deq_jax.attacks.Linf', 'epsilon': 0.1}
+    """
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         return {"class": public_name(type(node))} | {name: to_tree(value) for name, value in fields_of(node).items()}
     if isinstance(node, FunctionType | type) and "<" not in node.__qualname__:
@@ -35,6 +48,11 @@ def from_tree(tree: Any) -> Any:
 
     Raises:
       InputError: if a name cannot be imported or does not fit.
+
+    Examples:
+      >>> from deq_jax.storage import from_tree
+      >>> from_tree({"class": "deq_jax.attacks.Linf", "epsilon": 0.1})
+      Linf(epsilon=0.1)
     """
     if isinstance(tree, list):
         return tuple(from_tree(item) for item in tree)
@@ -54,7 +72,19 @@ def from_tree(tree: Any) -> Any:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Dotted name and values of the first field in which two config trees differ, or None."""
+    """Dotted name and values of the first field in which two config trees differ, or None.
+
+    Args:
+      old: a config tree, also of an older version.
+      new: a config tree of this version, see `to_tree`.
+      path: name of the place in the whole config.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.storage import first_difference, to_tree
+      >>> first_difference(to_tree(Linf(0.1)), to_tree(Linf(0.2)))
+      'epsilon was 0.1, now 0.2'
+    """
     old = upgraded(old) if isinstance(old, dict) else old
     are_mappings = isinstance(old, dict) and isinstance(new, dict) and old.keys() != {"name"}  # which is a function
     if are_mappings and old.get("class") == new.get("class"):
@@ -77,7 +107,14 @@ def _brief(tree: Any) -> str:
 
 
 def public_name(thing: Any) -> str:
-    """The name under which a class or function is imported: that of the room whose face has it, or of its module."""
+    """The name under which a class or function is imported: from the room that shows it, else from its module.
+
+    Examples:
+      >>> from deq_jax.attacks import Linf
+      >>> from deq_jax.storage import public_name
+      >>> public_name(Linf)
+      'deq_jax.attacks.Linf'
+    """
     room = ".".join(thing.__module__.split(".")[:2])
     is_public = room.startswith("deq_jax.") and getattr(sys.modules.get(room), thing.__qualname__, None) is thing
     return f"{room if is_public else thing.__module__}.{thing.__qualname__}"
@@ -88,5 +125,5 @@ def _import_name(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
-        message = f"config: cannot import {name!r}; run from the folder in which the training was started"
+        message = f"config: cannot import {name!r}; run from the folder in which training was started"
         raise InputError(message) from None

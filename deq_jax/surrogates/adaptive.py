@@ -41,7 +41,7 @@ class BPDA:
     """The gradient of a predictor ``classifier(g(x))``, where the derivative of a proxy replaces the derivative of g.
 
     The logits are the predictor's own. The predictor is a frozen dataclass with the classifier in one field. It calls
-    that one as any `Classifier`, and asks nothing else of it. So g need not be named: the classifier's input is g(x).
+    this field as any `Classifier`, and asks nothing else of it. So g need not be named: the classifier's input is g(x).
     It may be random.
 
     Attributes:
@@ -51,6 +51,20 @@ class BPDA:
       random: let the predictor draw from the keys of a query; for evaluations with `draws`.
 
     References: Athalye et al. 2018, section 4.1.
+
+    Examples:
+      >>> from dataclasses import dataclass
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Explicit
+      >>> from deq_jax.models import SmallCNN
+      >>> from deq_jax.surrogates import BPDA, judged
+      >>> @dataclass(frozen=True)
+      ... class Rounded:
+      ...     base: Explicit
+      ...     def __call__(self, variables, x, **options):
+      ...         return self.base(variables, jnp.round(x), **options)
+      >>> predictor = Rounded(Explicit(SmallCNN(num_classes=3, channels=4)))
+      >>> oracle = judged(BPDA(), predictor, variables={})  # jnp.round passes its gradient on unchanged
     """
 
     proxy: Callable[[Array], Array] = field(default=identity, metadata={"static": True})
@@ -88,6 +102,14 @@ def defended(classifier: Any) -> EntropyReduced:
 
     Raises:
       InputError: it has no input entropy reduction.
+
+    Examples:
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.surrogates import defended
+      >>> defended(small_cnn(classes=10, channels=12))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: adaptive surrogate: expected an EntropyReduced classifier, got Explicit
     """
     if not isinstance(classifier, EntropyReduced):
         raise InputError(f"adaptive surrogate: expected an EntropyReduced classifier, got {type(classifier).__name__}")
@@ -100,6 +122,13 @@ class BPDAIdentity:
     """Forward the defence, backward the identity: the base classifies the purified input, which passes its gradient on.
 
     References: Athalye et al. 2018, section 4.1.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import with_surrogates
+      >>> from deq_jax.surrogates import BPDAIdentity
+      >>> with_surrogates("pgd", PGD(Linf(0.1)), [BPDAIdentity()])[0].name
+      'pgd.BPDAIdentity'
     """
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
@@ -121,6 +150,12 @@ class BPDAHead:
 
     Attributes:
       gradient: estimator that leads on from the state.
+
+    Examples:
+      >>> from deq_jax import Phantom
+      >>> from deq_jax.surrogates import BPDAHead
+      >>> BPDAHead(Phantom(5)).gradient.steps
+      5
     """
 
     gradient: Gradient = field(default=Phantom(0), metadata={"static": True})
@@ -159,6 +194,13 @@ class BPDASolver:
 
     It is to the defended classifier what `surrogates.ThroughSolver` is to the undefended one; without updates the two
     have the same gradient.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import with_surrogates
+      >>> from deq_jax.surrogates import BPDASolver
+      >>> with_surrogates("pgd", PGD(Linf(0.1)), [BPDASolver()])[0].name
+      'pgd.BPDASolver'
     """
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
@@ -176,6 +218,11 @@ class EndToEnd:
     Attributes:
       temperature: softness of the smooth sign. A small one is nearer to the sign, but its gradient vanishes more often.
       smooth: also take the smooth sign in the forward pass.
+
+    Examples:
+      >>> from deq_jax.surrogates import EndToEnd
+      >>> EndToEnd(temperature=0.5).smooth
+      False
     """
 
     temperature: float = field(default=1.0, metadata={"static": True})
@@ -216,6 +263,12 @@ class SmoothSign:
     Attributes:
       temperature: relative to each image's mean magnitude.
       smooth: also return the smooth sign.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.surrogates import SmoothSign
+      >>> SmoothSign(temperature=1.0)(jnp.array([[-2.0, 0.0, 4.0]])).tolist()
+      [[-1.0, 0.0, 1.0]]
     """
 
     temperature: float
@@ -240,6 +293,11 @@ class PathAverage:
 
     Attributes:
       source: gives the logits along the path, and how they are differentiated: `BPDAHead` or `EndToEnd`.
+
+    Examples:
+      >>> from deq_jax.surrogates import EndToEnd, PathAverage
+      >>> PathAverage(EndToEnd()).source.temperature
+      1.0
     """
 
     source: _HasPath = BPDAHead()
@@ -266,6 +324,11 @@ class OnBase:
 
     Attributes:
       surrogate: ``(base, variables) -> Oracle``, any surrogate of an undefended classifier.
+
+    Examples:
+      >>> from deq_jax.surrogates import OnBase, ThroughSolver
+      >>> OnBase(ThroughSolver()).surrogate
+      ThroughSolver()
     """
 
     surrogate: Callable[[Any, Variables], Oracle]

@@ -23,10 +23,19 @@ def classifier_oracle(classifier: Classifier, variables: Variables, *, random: b
     """Oracle of a classifier in evaluation mode, with the gradient of its own dynamics.
 
     Args:
-      classifier: to be attacked.
+      classifier: the classifier that is attacked.
       variables: its parameters and batch statistics.
       random: let random readouts draw a state at every query, as in training; otherwise the
         deterministic predictor that is deployed.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Explicit, Keys
+      >>> from deq_jax.models import SmallCNN
+      >>> from deq_jax.surrogates import classifier_oracle
+      >>> model, x = Explicit(SmallCNN(num_classes=3, channels=4)), jnp.ones((2, 4, 4, 1))
+      >>> classifier_oracle(model, model.init(0, x)).logits(x, Keys.of(0, 2)).shape
+      (2, 3)
     """
 
     def logits(x: Array, keys: Keys) -> Array:
@@ -68,7 +77,14 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Direct:
-    """The predictor's own gradient; also for explicit networks."""
+    """The predictor's own gradient; also for explicit networks.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import Trial
+      >>> Trial("pgd-10", PGD(Linf(0.1))).surrogate  # unless another one is named
+      Direct()
+    """
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
         return classifier_oracle(classifier, variables)
@@ -81,6 +97,12 @@ class WithGradient:
 
     Attributes:
       gradient: replaces the estimator of the dynamics; a static field, so each one is compiled.
+
+    Examples:
+      >>> from deq_jax import Broyden, Implicit
+      >>> from deq_jax.surrogates import WithGradient
+      >>> WithGradient(Implicit(Broyden(30))).gradient.solver.steps
+      30
     """
 
     gradient: Gradient = field(metadata={"static": True})

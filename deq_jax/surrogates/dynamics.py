@@ -52,6 +52,17 @@ def simultaneous_adjoint(
       The states z_1 .. z_T and the adjoint states u_1 .. u_T, leaves [T, B, ...].
 
     References: Yang et al. 2022, section 4.1, reconstructed from its description: no code was published.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import Broyden
+      >>> from deq_jax.surrogates import simultaneous_adjoint
+      >>> def cell(a, z, u):
+      ...     return a * z + u
+      >>> one = jnp.ones((1, 1))
+      >>> states, adjoints = simultaneous_adjoint(Broyden(3), cell, 0.5, one, 0 * one, jnp.ones_like)
+      >>> adjoints[-1].round(3).tolist()  # (I - J^T)^{-1} 1
+      [[2.0]]
     """
     f, start, unravel = flat_cell(cell, params, z0)
 
@@ -83,6 +94,13 @@ class ThroughSolver:
 
     Where the equilibrium is not reached within the solver's steps, estimators of its gradient, exact ones included,
     can miss how the prediction depends on the image. Costs a backward pass through all steps.
+
+    Examples:
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.evaluation import Trial
+      >>> from deq_jax.surrogates import ThroughSolver
+      >>> Trial("pgd-10", PGD(Linf(0.1)), ThroughSolver()).surrogate
+      ThroughSolver()
     """
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
@@ -105,6 +123,11 @@ class Intermediate:
       damping: weight of f(z), in (0, 1].
 
     References: Yang et al. 2022, section 4.2.
+
+    Examples:
+      >>> from deq_jax.surrogates import Intermediate
+      >>> Intermediate(state=3, steps=9, damping=0.5).steps
+      9
     """
 
     state: Number
@@ -133,6 +156,11 @@ class MeanOverStates:
       damping: weight of f(z) in them, in (0, 1].
 
     References: Yang et al. 2022, section 4.2.
+
+    Examples:
+      >>> from deq_jax.surrogates import MeanOverStates
+      >>> MeanOverStates(steps=5).damping
+      0.5
     """
 
     steps: Number = 9
@@ -172,6 +200,11 @@ class SimultaneousAdjoint:
       state: n, counts the solver's steps from 1 to T; the solver must be `Broyden`.
 
     References: Yang et al. 2022, section 4.1 (a reconstruction from its description).
+
+    Examples:
+      >>> from deq_jax.surrogates import SimultaneousAdjoint
+      >>> SimultaneousAdjoint(state=5).state
+      5
     """
 
     state: Number

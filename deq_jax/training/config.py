@@ -1,4 +1,4 @@
-"""What a training run is: `TrainConfig`."""
+"""The config of a training run: `TrainConfig`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ from deq_jax.training.optimizers import AdamCosine
 
 @dataclass(frozen=True)
 class PenaltySchedule:
-    """Which steps of a training have the classifier's Jacobian penalty: a few, drawn at random in the first epochs.
+    """Chooses the training steps with the classifier's Jacobian penalty: a few, drawn at random in the first epochs.
 
     Attributes:
-      probability: with which a training step is penalised.
-      epochs: after which no step is penalised any more.
+      probability: probability of a penalty at a training step.
+      epochs: number of epochs with penalised steps.
 
     References: Bai et al. 2021, section 4.2.
+
+    Examples:
+      >>> from deq_jax.training import PenaltySchedule
+      >>> schedule = PenaltySchedule(probability=1.0, epochs=90)
+      >>> schedule.is_drawn(seed=0, step=3, epoch=0), schedule.is_drawn(seed=0, step=9000, epoch=90)
+      (True, False)
     """
 
     probability: float = 0.02
@@ -48,7 +54,13 @@ class PenaltySchedule:
 
 
 class Phase(Enum):
-    """What a training step does; each phase is compiled once."""
+    """The kind of a training step; each phase is compiled once.
+
+    Examples:
+      >>> from deq_jax.training import Phase
+      >>> [phase.name for phase in Phase]
+      ['PRETRAINING', 'PLAIN', 'PENALISED']
+    """
 
     PRETRAINING = "shallow pre-training"
     PLAIN = "training"
@@ -57,11 +69,11 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a training.
+    """Everything that determines a training run.
 
     Attributes:
       classifier: `Equilibrium` or `Explicit`.
-      objective: what is minimised.
+      objective: the loss, and the images for it.
       dataset: where the images come from.
       validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
         training images.
@@ -71,11 +83,18 @@ class TrainConfig:
         their gradients are averaged, and each part is normalised by its own statistics.
       epochs: passes over the training images.
       pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
-      penalty_schedule: which of the other steps have the classifier's Jacobian penalty, if it has one.
-      augmentation: of training images; None for none.
-      seed: of initialisation, data order and all randomness.
+      penalty_schedule: chooses the other steps that have the classifier's Jacobian penalty, if it has one.
+      augmentation: random changes of training images; None for none.
+      seed: random seed of initialisation, data order and all else.
       log_every: steps between two lines of training metrics.
       checkpoint_every: steps between two checkpoints; None for every epoch.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> model = dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
+      >>> config = dj.TrainConfig(model, dj.Standard(), dj.data.Digits(), batch_size=64, epochs=6, pretrain_steps=34)
+      >>> config.phase(step=0, steps_per_epoch=17).name, config.phase(step=34, steps_per_epoch=17).name
+      ('PRETRAINING', 'PLAIN')
     """
 
     classifier: Equilibrium | Explicit
@@ -123,7 +142,7 @@ class TrainConfig:
         return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
 
     def phase(self, step: int, steps_per_epoch: int) -> Phase:
-        """What training step `step` (from 0) does.
+        """The phase of training step `step` (from 0).
 
         For example, with 100 steps an epoch and ``pretrain_steps=34``::
 
@@ -157,7 +176,20 @@ class TrainConfig:
 
 
 def with_readout(config: TrainConfig, readout: Readout) -> TrainConfig:
-    """The config with another readout of the equilibrium's dynamics."""
+    """The config with another readout of the equilibrium's dynamics.
+
+    Raises:
+      InputError: the classifier is not an `Equilibrium`.
+
+    Examples:
+      >>> from deq_jax import Broyden, Dynamics, LastState, Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_deq
+      >>> from deq_jax.training import with_readout
+      >>> config = TrainConfig(small_deq(10, 12, Dynamics(Broyden(8))), Standard(), Digits())
+      >>> with_readout(config, LastState()).classifier.dynamics.readout
+      LastState()
+    """
     classifier = config.classifier
     if not isinstance(classifier, Equilibrium):
         raise InputError(f"with_readout: expected an Equilibrium, got {type(classifier).__name__}")
@@ -169,6 +201,15 @@ def threat_of(train: TrainConfig) -> Threat:
 
     Raises:
       InputError: its validation attack declares no threat model.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import threat_of
+      >>> threat_of(TrainConfig(small_cnn(10, 12), Standard(), Digits(), validation_attack=PGD(Linf(0.1))))
+      Linf(epsilon=0.1)
     """
     attack = train.validation_attack
     threat = getattr(attack, "threat", None)

@@ -1,4 +1,4 @@
-"""What a run keeps: in memory, or in its workdir."""
+"""Storage of a training run: in memory, or in its workdir."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Meta = dict[str, Any]  # JSON data beside the state: config, best_accuracy, inte
 class Memory:
     """Keeps the lines of metrics and the best variables, and writes nothing.
 
-    Also what all processes but the first have, which alone reads and writes the workdir.
+    All processes but the first also have this one; only the first reads and writes the workdir.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Memory:
     def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
         """The latest state, shaped like the given one, and its meta data; None for a new run.
 
-        `changed` then tells how the environment differs from that of the steps before.
+        `changed` then tells how the environment differs from the one of earlier steps.
         """
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
@@ -73,7 +73,7 @@ class Disk(Memory):
     """Keeps a run in its workdir: see `loop.fit`.
 
     Args:
-      path: of the workdir, created by `open`.
+      path: the workdir, created by `open`.
     """
 
     def __init__(self, path: Path):
@@ -82,17 +82,15 @@ class Disk(Memory):
         self.latest_checkpoints, self.best_checkpoints = self.workdir.latest, self.workdir.best
 
     def check(self, config: TrainConfig) -> None:
-        """See `Memory.check`."""
         check_same_config(config, self.workdir.path)
 
     def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
-        """See `Memory.restore`."""
         latest = self.latest_checkpoints.latest_step()
         self.environments, self.changed = environments_of(self.workdir.path, latest or 0)
         return None if latest is None else self.latest_checkpoints.restore(state)
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
-        """See `Memory.open`; makes the workdir, and what a resumed run reads."""
+        """Makes the workdir, and the files that a resumed run reads."""
         make_folder(self.workdir.path)
         write_json(self.workdir.config_file, meta["config"])
         if not has_ended:
@@ -104,31 +102,24 @@ class Disk(Memory):
         self._log = MetricsLog(self.workdir.metrics, self.workdir.events, int(state.step))
 
     def log(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        """See `Memory.log`."""
         return self._log.append(line_of(step, epoch, split, metrics))
 
     def save(self, step: int, state: TrainState, meta: Meta) -> None:
-        """See `Memory.save`."""
         self.latest_checkpoints.save(step, state, meta)
 
     def save_best(self, step: int, state: TrainState, meta: Meta) -> None:
-        """See `Memory.save_best`."""
         self.best_checkpoints.save(step, state, meta)
 
     def close(self) -> None:
-        """See `Memory.close`."""
         self._log.close()
 
     def last_good(self, step: int) -> str:
-        """See `Memory.last_good`."""
         saved = self.latest_checkpoints.folder / str(step)
         return f"last good one: {saved}" if step >= 0 else "no checkpoint yet"
 
     def best(self, template: Variables) -> Variables:
-        """See `Memory.best`."""
         found = self.best_checkpoints
         return template if found.latest_step() is None else found.restore(template, only=list(template))[0]
 
     def lines(self) -> list[dict[str, Any]]:
-        """See `Memory.lines`."""
         return read_metrics(self.workdir.metrics)

@@ -31,11 +31,26 @@ from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal."""
+    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal.
+
+    Examples:
+      >>> from deq_jax.training import Interrupted
+      >>> Interrupted(2, 100).args  # the signal, and the steps that were done
+      (2, 100)
+    """
 
 
 class NonFiniteLoss(Exception):
-    """The loss is no longer a finite number; the message names the step and the last good checkpoint."""
+    """The loss is no longer a finite number; the message names the step and the last good checkpoint.
+
+    Examples:
+      >>> from deq_jax.training import NonFiniteLoss
+      >>> try:
+      ...     raise NonFiniteLoss("the loss is nan at step 7 of 100")  # as fit does
+      ... except NonFiniteLoss as error:
+      ...     print(error)
+      the loss is nan at step 7 of 100
+    """
 
 
 @dataclass(frozen=True)
@@ -43,12 +58,18 @@ class Run:
     """A finished training run.
 
     Attributes:
-      config: what was trained.
+      config: config of the run.
       data: the three splits of its dataset.
       predictor: the classifier with the variables of the best checkpoint, by accuracy under the config's validation
         attack on held-out training images.
-      state: after the last step.
+      state: training state after the last step.
       metrics: the lines of metrics.jsonl; with several processes and a workdir, those of process 0 alone.
+
+    Examples:
+      >>> from dataclasses import fields
+      >>> from deq_jax.training import Run
+      >>> [field.name for field in fields(Run)]
+      ['config', 'data', 'predictor', 'state', 'metrics']
     """
 
     config: TrainConfig
@@ -67,9 +88,9 @@ def fit(
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
-    """Trains to the end: in a workdir, resuming whatever it holds of the same training, or in memory.
+    """Trains to the end: in a workdir, resuming the run that it holds, or in memory.
 
-    Both make the same numbers, those of ``python -m deq_jax.train``. In memory no file is written, and an interrupted
+    Both give the same numbers as ``python -m deq_jax.train``. In memory no file is written, and an interrupted
     run is lost.
 
     The workdir gets ``config.json``, ``environment.json`` (settings and versions), ``metrics.jsonl``, TensorBoard
@@ -78,17 +99,17 @@ def fit(
     averaged parameters, and the latest one both.
 
     A line of training metrics has means over the steps since the last one, and the largest value of `residual_max`;
-    an interval in which a run was stopped and resumed is whole. `learning_rate` is that of the last step, where the
+    an interval in which a run was stopped and resumed is whole. `learning_rate` is the rate of the last step, where the
     optimiser tells it (see `Optimizer`). `seconds_per_step` and `images_per_second` are without compilation, which is
     `compile_seconds` in the line after it, and without validation. A line of validation has `warnings` if there are any
     (see `plain_warnings`).
 
     Args:
-      config: what to train.
-      workdir: folder of this training; None for memory.
-      init_from: workdir of another run, whose parameters and batch statistics a new run starts from; its config may
-        differ in all but the shapes of these. Recorded in ``origin.json`` and not read again.
-      init_checkpoint: of `init_from`: best or latest.
+      config: config of the run.
+      workdir: folder of this run; None for memory.
+      init_from: workdir of another run. A new run starts from its parameters and batch statistics; its config may
+        differ in all but their shapes. Recorded in ``origin.json`` and not read again.
+      init_checkpoint: checkpoint of `init_from`: best or latest.
       report: called with every line of metrics as it is written.
       say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
         environment than before.
@@ -96,7 +117,7 @@ def fit(
     With several processes (`parallel.connect`) all call this alike. Process 0 alone reads and writes
     the workdirs, which the others need not see, and calls `report` and `say`; it hands the state to the others.
 
-    Example::
+    For example::
 
         run = dj.fit(dj.TrainConfig(dj.models.small_cnn(10, 12), dj.Standard(), dj.data.Digits(), epochs=6))
         print(run.predictor.accuracy(*run.data.test))
@@ -106,6 +127,14 @@ def fit(
         under settings of JAX that make other numbers.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
+
+    Examples:
+      >>> import deq_jax as dj
+      >>> model = dj.models.small_cnn(classes=10, channels=4)
+      >>> dj.fit(dj.TrainConfig(model, dj.Standard(), dj.data.Digits(), batch_size=4800))
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: batch_size 4800 exceeds the 1149 training images
     """
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)
@@ -176,7 +205,7 @@ class _Training:
             if init_from is not None and self.workdir is not None:
                 check_origin(self.workdir, self._origin(), init_from, init_checkpoint)
             if self.saved < self.total_steps:
-                self.say(f"going on after step {self.saved} of {self.total_steps}")
+                self.say(f"resuming after step {self.saved} of {self.total_steps}")
         elif init_from is not None:
             variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
             self.state = self.state._replace(**variables)
@@ -184,7 +213,7 @@ class _Training:
             self.say(f"starting from {init_from}, {init_checkpoint} checkpoint, step {origin.step}")
             if self.config.pretrain_steps:
                 phase = f"{self.config.pretrain_steps} pre-training steps"
-                self.say(f"note: training begins with the {phase} of its config; pretrain_steps=0 leaves them out")
+                self.say(f"note: training begins with the {phase} of its config; pretrain_steps=0 skips them")
         if self.kept.changed:
             self.say(f"note: numbers may differ from here on: {'; '.join(self.kept.changed)}")
 

@@ -22,11 +22,11 @@ class Meter:
     """Means over the steps since the last line, and how long these took.
 
     Metrics stay on their devices until `wait`, so that no step waits for them. They are summed step by step in double
-    precision: an interval whose sums are saved in a checkpoint and given to another meter ends with the same means.
+    precision: an interval ends with the same means if its sums are saved in a checkpoint and given to another meter.
 
     Args:
       batch_size: images of a step.
-      sums: of the interval's steps so far.
+      sums: sums over the interval's steps so far.
     """
 
     def __init__(self, batch_size: int, sums: Sums):
@@ -42,7 +42,7 @@ class Meter:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """What is inside is compilation: a first call, which returns before its step has run."""
+        """Counts the time inside as compilation: a first call, which returns before its step has run."""
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started

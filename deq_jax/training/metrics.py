@@ -20,9 +20,9 @@ class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
 
     Args:
-      path: of the file.
+      path: the file.
       events: folder of the events.
-      step: last step that counts; later lines, left by a run that was killed after them, are dropped.
+      step: last step that counts; later lines, of a run that was killed after them, are dropped.
     """
 
     def __init__(self, path: Path, events: Path, step: int):
@@ -47,7 +47,18 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is left out."""
+    """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is skipped.
+
+    Examples:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from deq_jax.training import read_metrics
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = Path(folder, "metrics.jsonl")
+      ...     _ = path.write_text('{"step": 10, "split": "train", "loss": 2.5}')
+      ...     read_metrics(path)
+      [{'step': 10, 'split': 'train', 'loss': 2.5}]
+    """
     lines: list[dict[str, Any]] = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""Training objectives: what is minimised, and on which images.
+"""Training objectives: a loss, and the images for it.
 
 An objective has two parts. ``perturb`` makes the images to train on, with the model in evaluation mode
 and its parameters held constant; ``loss`` is differentiated. Both are pure.
@@ -20,11 +20,17 @@ from deq_jax.surrogates.base import Surrogate, classifier_oracle, judged
 
 
 class Outcome(NamedTuple):
-    """What a loss leaves behind besides its value.
+    """Results of a loss besides its value.
 
     Attributes:
-      batch_stats: after the step.
+      batch_stats: running statistics after the step.
       metrics: scalars of the local batch.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.training import Outcome
+      >>> float(Outcome(batch_stats={}, metrics={"accuracy": jnp.float32(0.5)}).metrics["accuracy"])
+      0.5
     """
 
     batch_stats: PyTree
@@ -32,7 +38,7 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-    """What training minimises."""
+    """An objective of training."""
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         """Images to train on, [B, H, W, C]."""
@@ -48,13 +54,21 @@ class Objective(Protocol):
         keys: Keys,
         axis_name: str | None,
     ) -> tuple[Array, Outcome]:
-        """The mean loss of the batch, and what else the forward passes gave."""
+        """The mean loss of the batch, and the other results of the forward passes."""
         ...
 
 
 @dataclass(frozen=True)
 class Standard:
-    """Cross-entropy on the images as they are."""
+    """Cross-entropy on the clean images.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> TrainConfig(small_cnn(classes=10, channels=12), Standard(), Digits(), epochs=6).objective
+      Standard()
+    """
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         return x
@@ -87,6 +101,12 @@ class PGDAdversarialTraining:
         classifier's own gradient estimator.
 
     References: Madry et al. 2018, eq. 2.1.
+
+    Examples:
+      >>> from deq_jax import PGDAdversarialTraining
+      >>> from deq_jax.attacks import PGD, Linf
+      >>> PGDAdversarialTraining(PGD(Linf(8 / 255), steps=10, best_of=False)).attack.gradient_queries
+      10
     """
 
     attack: Attack
@@ -129,6 +149,13 @@ class Trades:
 
     References: Zhang et al. 2019, eq. 5.
     Differs from the reference: the clean prediction is computed once per step, not at every attack step.
+
+    Examples:
+      >>> from deq_jax import Trades
+      >>> from deq_jax.attacks import PGD, Linf, gaussian_start
+      >>> from deq_jax.core import kl
+      >>> Trades(PGD(Linf(8 / 255), steps=10, loss=kl, start=gaussian_start, best_of=False)).beta
+      6.0
     """
 
     attack: Attack

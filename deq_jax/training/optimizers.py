@@ -14,11 +14,17 @@ from deq_jax.core.types import Array, Optimizer, PyTree
 
 @dataclass(frozen=True)
 class AdamCosine:
-    """Adam whose learning rate falls along a cosine, step by step.
+    """Adam with a learning rate that falls along a cosine, step by step.
 
     Attributes:
-      learning_rate: at the first step.
-      final_learning_rate: at the last step.
+      learning_rate: learning rate at the first step.
+      final_learning_rate: learning rate at the last step.
+
+    Examples:
+      >>> from deq_jax.training import AdamCosine
+      >>> schedule = AdamCosine(learning_rate=3e-3).schedule(steps=100)
+      >>> [round(float(schedule(step)), 6) for step in (0, 100)]
+      [0.003, 1e-06]
     """
 
     learning_rate: float = 1e-3
@@ -43,7 +49,7 @@ class Schedule(Protocol):
     """How the learning rate changes over a run."""
 
     def over(self, steps: int, peak: float) -> optax.Schedule:
-        """The learning rate at each step, from 0, of a run of `steps` steps whose highest rate is `peak`."""
+        """The learning rate at each step, from 0, of a run of `steps` steps with `peak` as the highest."""
         ...
 
 
@@ -110,7 +116,7 @@ class Piecewise:
 
     Attributes:
       milestones: shares of the steps after which the rate changes.
-      factor: by which it is multiplied at each of them.
+      factor: factor of the rate at each of them.
 
     Examples:
       >>> from deq_jax.training import Piecewise
@@ -136,10 +142,10 @@ class Sgd:
     """Stochastic gradient descent with momentum and weight decay, which is added to the gradient as in PyTorch.
 
     Attributes:
-      learning_rate: the highest.
+      learning_rate: highest learning rate.
       momentum: share of the last step that goes into the next.
       nesterov: whether the momentum looks ahead.
-      weight_decay: of all parameters.
+      weight_decay: weight decay of all parameters.
       clip: largest length of the gradient of all parameters; None for no limit.
       rates: schedule of the learning rate.
 
@@ -177,8 +183,8 @@ class AdamW:
     """Adam with decoupled weight decay.
 
     Attributes:
-      learning_rate: the highest.
-      weight_decay: of all parameters, times the learning rate.
+      learning_rate: highest learning rate.
+      weight_decay: weight decay of all parameters, times the learning rate.
       clip: largest length of the gradient of all parameters; None for no limit.
       rates: schedule of the learning rate.
 
@@ -212,11 +218,11 @@ class WeightAverage:
     """An optimiser with an exponential moving average of the parameters: the average is validated and deployed.
 
     After step t (from 1) the average has moved to the parameters by ``max(1 - decay, 9 / (t + 9))``, so that the first
-    steps are soon forgotten. Training goes on from the parameters themselves, which ``checkpoints/latest`` has too: the
-    average is in ``checkpoints/best``. Batch statistics are not averaged.
+    steps are soon forgotten. Training continues from the parameters themselves, which ``checkpoints/latest`` has too:
+    the average is in ``checkpoints/best``. Batch statistics are not averaged.
 
     Attributes:
-      optimizer: whose steps are averaged.
+      optimizer: the optimiser; the parameters after its steps are averaged.
       decay: share of the average that each step keeps.
 
     References: Polyak & Juditsky 1992; for robust training Gowal et al. 2020, section 4.3.
@@ -260,8 +266,8 @@ class Averaged(NamedTuple):
 
     Attributes:
       optimizer: the state of the optimiser.
-      average: of the parameters.
-      steps: how many there were.
+      average: average of the parameters.
+      steps: number of steps that were done.
     """
 
     optimizer: PyTree

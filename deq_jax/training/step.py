@@ -25,7 +25,20 @@ from deq_jax.training.optimizers import deployed_params
 
 
 class TrainState(NamedTuple):
-    """All the state there is: every step depends on it and on the config alone."""
+    """All the state there is: every step depends on it and on the config alone.
+
+    Attributes:
+      step: int32, number of steps that were done.
+      params: parameters of the classifier.
+      batch_stats: its running statistics.
+      opt_state: state of the optimiser.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.training import TrainState
+      >>> sorted(TrainState(np.int32(0), params={}, batch_stats={}, opt_state=()).variables)
+      ['batch_stats', 'params']
+    """
 
     step: Array
     params: PyTree
@@ -34,7 +47,7 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> Variables:
-        """What the next step starts from."""
+        """Parameters and batch statistics, from which the next step starts."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def to_deploy(self) -> TrainState:
@@ -49,6 +62,13 @@ class Batch(NamedTuple):
       x: [B, H, W, C], uint8 or float32 in [0, 1].
       y: [B] int32.
       position: [B] int32, each image's place in the whole batch.
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.training import Batch
+      >>> batch = Batch(np.zeros((2, 8, 8, 1), np.float32), np.array([3, 4], np.int32), np.arange(2, dtype=np.int32))
+      >>> batch.position.tolist()
+      [0, 1]
     """
 
     x: AnyArray
@@ -67,8 +87,8 @@ def train_step(
 
     Args:
       config: objective, classifier, augmentation and seed are used.
-      optimizer: whose state is in `state`.
-      state: before the step.
+      optimizer: the optimiser of `state`.
+      state: training state before the step.
       batch: this device's images.
       axis_name: mapped axis over which gradients, batch statistics and metrics are averaged.
 
@@ -78,6 +98,19 @@ def train_step(
 
     Raises:
       InputError: the optimiser's state does not keep its structure, shapes and dtypes.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import Batch, initial_state, optimizer_of, train_step
+      >>> config, data = TrainConfig(small_cnn(10, 4), Standard(), Digits()), Digits().load()
+      >>> optimizer = optimizer_of(config, steps=100)
+      >>> state, batch = initial_state(config, optimizer, data), Batch(data.train.x[:2], data.train.y[:2], np.arange(2))
+      >>> after, metrics = jax.eval_shape(lambda *args: train_step(config, optimizer, *args), state, batch)
+      >>> sorted(metrics)
+      ['accuracy', 'gradient_norm', 'loss']
     """
 
     def add(carry: tuple[PyTree, PyTree], part: Batch) -> tuple[tuple[PyTree, PyTree], dict[str, Array]]:
@@ -104,7 +137,7 @@ def train_step(
 
 
 def _check_same_shapes(config: TrainConfig, before: TrainState, after: TrainState) -> None:
-    """Refuses an optimiser whose step would be compiled anew at the next step, and whose checkpoints would not fit."""
+    """Refuses an optimiser that changes the shape of its state: it would compile anew, and no checkpoint would fit."""
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     except AssertionError as error:
@@ -114,7 +147,7 @@ def _check_same_shapes(config: TrainConfig, before: TrainState, after: TrainStat
 
 
 def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: str | None) -> tuple[PyTree, Outcome]:
-    """Gradient of the loss on these images, and what else their passes gave."""
+    """Gradient of the loss on these images, and the other results of their passes."""
     keys = Keys(jax.random.fold_in(prng_key(config.seed), state.step), batch.position)
     x = to_unit(batch.x)
     if config.augmentation is not None:
@@ -131,7 +164,19 @@ def _gradient(config: TrainConfig, state: TrainState, batch: Batch, axis_name: s
 
 
 def optimizer_of(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """The optax optimiser of a run of `steps` steps; raises `InputError` if its schedule does not suit them."""
+    """The optax optimiser of a run of `steps` steps.
+
+    Raises:
+      InputError: the optimiser's schedule does not suit so many steps.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import optimizer_of
+      >>> type(optimizer_of(TrainConfig(small_cnn(10, 12), Standard(), Digits()), steps=100)).__name__
+      'GradientTransformationExtraArgs'
+    """
     try:
         return config.optimizer.transformation(steps)
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -141,11 +186,20 @@ def optimizer_of(config: TrainConfig, steps: int) -> optax.GradientTransformatio
 
 
 def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, data: Splits) -> TrainState:
-    """The state before the first step, of a classifier whose training mode has also been checked.
+    """The state before the first step; the classifier's training mode is also checked.
 
     Raises:
       InputError: see `initial_variables`; also if the classifier cannot be run in training mode, or does not
         synchronise its batch statistics where there are several devices.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import initial_state, optimizer_of
+      >>> config = TrainConfig(small_cnn(10, 4), Standard(), Digits())
+      >>> int(initial_state(config, optimizer_of(config, steps=100), Digits().load()).step)
+      0
     """
     variables = initial_variables(config, data)
     _check_training_mode(config.classifier, variables, _example(data))
@@ -158,6 +212,14 @@ def initial_variables(config: TrainConfig, data: Splits) -> Variables:
 
     Raises:
       InputError: if the classifier does not accept the dataset's images or has too few classes.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import initial_variables
+      >>> sorted(initial_variables(TrainConfig(small_cnn(10, 4), Standard(), Digits()), Digits().load()))
+      ['batch_stats', 'params']
     """
     classifier, x = config.classifier, _example(data)
     with _fitting(f"classifier does not fit images of shape {x.shape[1:]}"):
@@ -191,7 +253,7 @@ def _check_training_mode(classifier: Classifier, variables: Variables, x: Array)
     if devices > 1:
         try:
             on_devices(None)
-        except ValueError:  # of vmap, as they are not the same everywhere
+        except ValueError:  # of vmap, because they are not the same everywhere
             raise InputError(
                 f"classifier in training mode: its batch statistics are each of the {devices} devices' own; average "
                 "them over axis_name, as models.layers.BatchNorm does, or hand it to nn.BatchNorm"
@@ -213,6 +275,13 @@ def learning_rate(optimizer: Optimizer, steps: int, state: TrainState) -> float 
     """The learning rate of the last step of a run of `steps` steps; None where nothing tells it.
 
     It is told by the optimiser's method `schedule`, or by its state if that has one (`optax.inject_hyperparams`).
+
+    Examples:
+      >>> import numpy as np
+      >>> from deq_jax.training import AdamCosine, TrainState, learning_rate
+      >>> after_one_step = TrainState(np.int32(1), params={}, batch_stats={}, opt_state=())
+      >>> round(learning_rate(AdamCosine(3e-3), steps=100, state=after_one_step), 6)
+      0.003
     """
     schedule = getattr(optimizer, "schedule", None)
     if schedule is not None:

@@ -1,4 +1,4 @@
-"""What the workdir of a training says about it: its config, its surroundings, and where it started."""
+"""The workdir of a training run: its config, its environment, and its origin."""
 
 from __future__ import annotations
 
@@ -29,13 +29,19 @@ class Workdir:
     """The folder of a training run: the names of its files have this one place.
 
     Attributes:
-      path: of the folder.
+      path: the folder.
 
-    Example::
+    For example, the numbers of a finished run::
 
         workdir = Workdir(Path("runs/a"))
         print(workdir.config.objective, workdir.latest.latest_step(), read_metrics(workdir.metrics)[-1])
         print(read_record(workdir.evaluation("test-pgd").record).robust_accuracy)
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.training import Workdir
+      >>> Workdir(Path("runs/a")).evaluation("test-pgd").record.as_posix()
+      'runs/a/evaluation/test-pgd/evaluation.json'
     """
 
     path: Path
@@ -68,7 +74,7 @@ class Workdir:
     @property
     def config(self) -> TrainConfig:
         """The config of the run; raises `InputError` if there is none that can be read."""
-        require(self.config_file.is_file(), f"{self.path}: not a training's workdir (no {self.config_file.name})")
+        require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")
         config = from_tree(read_json(self.config_file))
         if not isinstance(config, TrainConfig):
             raise InputError(f"{self.config_file}: expected a TrainConfig")
@@ -92,7 +98,7 @@ class Workdir:
     def trained(self, name: str) -> Checkpoints:
         """The ``best`` or ``latest`` checkpoints; raises `InputError` if there are none."""
         require(name in CHECKPOINTS, f"checkpoint must be best or latest, got {name!r}")
-        require(self.config_file.is_file(), f"{self.path}: not a training's workdir (no {self.config_file.name})")
+        require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")
         checkpoints = self._named(name)
         require(checkpoints.latest_step() is not None, f"{self.path}: has no {name} checkpoint yet")
         return checkpoints
@@ -113,10 +119,15 @@ class Origin(NamedTuple):
     """The variables from which a run started, of another run.
 
     Attributes:
-      workdir: of the other run, an absolute path.
+      workdir: workdir of the other run, an absolute path.
       checkpoint: best or latest.
-      step: of the checkpoint.
+      step: step of the checkpoint.
       digest: SHA-256 of its parameters and batch statistics, shortened.
+
+    Examples:
+      >>> from deq_jax.training import Origin
+      >>> Origin("/home/me/runs/a", "best", step=17, digest="0123456789abcdef").checkpoint
+      'best'
     """
 
     workdir: str
@@ -138,7 +149,7 @@ def read_origin(workdir: Path, name: str, template: Variables) -> tuple[Variable
 
 def check_origin(workdir: Path, origin: Origin | None, given: Path, name: str) -> None:
     """Raises `InputError` if the run in `workdir` did not start from the `name` checkpoint of the run in `given`."""
-    advice = "leave --init-from out to go on, or choose another --workdir"
+    advice = "drop --init-from to resume, or choose another --workdir"
     require(origin is not None, f"--init-from {given}: {workdir} holds a run that started from no other one; {advice}")
     if origin is not None:
         started = f"{workdir} holds a run that started from the {origin.checkpoint} checkpoint of {origin.workdir}"
@@ -157,16 +168,16 @@ def check_same_everywhere(tree: Any) -> None:
 
 
 def check_same_config(config: TrainConfig, workdir: Path) -> None:
-    """Raises `InputError`, naming the field, if the workdir holds another training."""
+    """Raises `InputError`, naming the field, if the workdir holds another run."""
     path = Workdir(workdir).config_file
     if path.exists():
         difference = first_difference(read_json(path), to_tree(config))
-        message = f"{workdir} holds a training of another config: {difference}; choose another --workdir"
+        message = f"{workdir} holds a run of another config: {difference}; choose another --workdir"
         require(difference is None, message)
 
 
 def environments_of(workdir: Path, step: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """The environments of the run in `workdir` that goes on at `step`; see `resumed_environments`."""
+    """The environments of the run in `workdir` that continues at `step`; see `resumed_environments`."""
     path = Workdir(workdir).environment
     records = read_json(path) if path.exists() else []
     is_record = isinstance(records, list) and all(isinstance(record, dict) and "step" in record for record in records)
@@ -179,10 +190,19 @@ class LoadedRun:
     """A training run, as its checkpoint has it.
 
     Attributes:
-      config: of the run.
+      config: config of the run.
       data: the three splits of its dataset.
       variables: parameters and batch statistics.
-      step: of the checkpoint.
+      step: step of the checkpoint.
+
+    Examples:
+      >>> from deq_jax import Standard, TrainConfig
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.models import small_cnn
+      >>> from deq_jax.training import LoadedRun
+      >>> config = TrainConfig(small_cnn(10, 12), Standard(), Digits())
+      >>> LoadedRun(config, Digits().load(), {"params": {}, "batch_stats": {}}, step=17).data.test.y.shape
+      (360,)
     """
 
     config: TrainConfig
@@ -195,7 +215,14 @@ def load_run(workdir: str | Path, *, best: bool = True) -> LoadedRun:
     """A run's best (or latest) checkpoint, with its config and its dataset.
 
     Raises:
-      InputError: if the folder holds no readable training.
+      InputError: if the folder holds no readable run.
+
+    Examples:
+      >>> from deq_jax.training import load_run
+      >>> load_run("runs/none")
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none: not the workdir of a run (no config.json)
     """
     folder = Workdir(Path(workdir))
     config, checkpoints = folder.config, folder.trained("best" if best else "latest")

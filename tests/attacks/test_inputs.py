@@ -254,7 +254,7 @@ def test_a_seed_is_a_key(name):
 
 @EVERY
 def test_keys_of_other_images_are_refused(name):
-    with pytest.raises(InputError, match="keys: expected those of 6 images, got images of shape"):
+    with pytest.raises(InputError, match="keys: expected Keys of 6 images, got images of shape"):
         attack(name, key=Keys.of(0, 4))
 
 

@@ -157,18 +157,18 @@ MISTAKES = [
     # the workdir
     training("workdir-below-a-file", "", "empty.py", "cannot write there", workdir="{}/empty.py/run"),
     training("workdir-is-a-file", "", "empty.py", "cannot write there", workdir="{}/empty.py"),
-    training("workdir-of-another-config", "", "run holds a training of another config", "was", "now", workdir="{}/run"),
+    training("workdir-of-another-config", "", "run holds a run of another config", "was", "now", workdir="{}/run"),
     training("workdir-damaged", "", "damaged", "config.json", "not valid JSON", workdir="{}/damaged"),
     # another run to start from
-    training("init-from-nowhere", "--init-from {}/nowhere", "{}/nowhere: not a training's workdir"),
+    training("init-from-nowhere", "--init-from {}/nowhere", "{}/nowhere: not the workdir of a run"),
     training("init-from-unsaved", "--init-from {}/unsaved", "{}/unsaved: has no best checkpoint yet"),
     training("init-from-damaged", "--init-from {}/truncated", "{}/truncated/checkpoints/best/2 cannot be read"),
     training(
         "init-from-another", "--init-from {}/run", "run/checkpoints/best/2 does not fit: ", "has shape", "expected"
     ),
     # evaluation
-    evaluation("empty-folder", "", "empty: not a training's workdir", "config.json", workdir="{}/empty"),
-    evaluation("no-folder", "", "nowhere: not a training's workdir", workdir="{}/nowhere"),
+    evaluation("empty-folder", "", "empty: not the workdir of a run", "config.json", workdir="{}/empty"),
+    evaluation("no-folder", "", "nowhere: not the workdir of a run", workdir="{}/nowhere"),
     evaluation("config-damaged", "", "config.json", "not valid JSON", workdir="{}/damaged"),
     evaluation("config-unknown", "", "cannot import 'no.Config'", workdir="{}/unknown"),
     evaluation("no-checkpoint", "", "unsaved: has no best checkpoint yet", workdir="{}/unsaved"),
@@ -399,7 +399,7 @@ def test_a_training_tells_its_life_into_a_file(folder, tmp_path, capfd):
         r"devices: 8 x cpu",
         r"preparing: data and initial state \.\.\.",
         rf"starting from {folder}/run, best checkpoint, step 2",
-        r"note: training begins with the 1 pre-training steps of its config; pretrain_steps=0 leaves them out",
+        r"note: training begins with the 1 pre-training steps of its config; pretrain_steps=0 skips them",
         r"compiling: shallow pre-training \.\.\.",
         rf"step 1/2  loss \d\.\d+  accuracy \d\.\d+  {pace}",
         r"compiling: training \.\.\.",

@@ -83,5 +83,5 @@ def test_keys_of_other_images_are_refused():
     given = Keys.of(0, 3)
     assert Keys.of(given, 3) is given
     for size in (2, 4):
-        with pytest.raises(InputError, match=rf"keys: expected those of {size} images, got images of shape \(3,\)"):
+        with pytest.raises(InputError, match=rf"keys: expected Keys of {size} images, got images of shape \(3,\)"):
             Keys.of(given, size)

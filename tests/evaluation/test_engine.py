@@ -475,7 +475,7 @@ class TestTransfer:
         [
             (lambda x, y: {"x": x}, "expected an array x_adv, found x"),
             (lambda x, y: {"x_adv": x[1:]}, r"expected x_adv of shape \(60, 8, 8, 1\), got \(59, 8, 8, 1\)"),
-            (lambda x, y: {"x_adv": x, "y": y[::-1]}, "its labels y are not those of the 60 images"),
+            (lambda x, y: {"x_adv": x, "y": y[::-1]}, "its labels y are not the labels of the 60 images"),
             (lambda x, y: {"x_adv": np.round(255 * x).astype(np.uint8)}, "x_adv: images must be floating"),
             (lambda x, y: {"x_adv": x + 1}, r"x_adv: images must lie in \[0, 1\], found \["),
             (lambda x, y: {"x_adv": np.full_like(x, np.nan)}, r"x_adv: images must lie in \[0, 1\], found \[nan"),

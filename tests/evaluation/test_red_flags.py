@@ -221,7 +221,7 @@ def test_a_robust_accuracy_is_said_with_what_speaks_against_the_model(honest):
     chance, solver, state = lines
     assert chance.startswith("warning: clean accuracy is at chance: ")
     assert solver.startswith("warning: the solver has not converged: mean residual 0.058")
-    assert state.startswith("warning: z_1 classifies clean images better than what is deployed: ")
+    assert state.startswith("warning: z_1 classifies clean images better than the deployed predictor: ")
 
 
 def test_a_trial_with_nothing_left_to_attack_says_so_in_the_table(honest):

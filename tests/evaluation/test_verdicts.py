@@ -39,7 +39,7 @@ def test_a_state_is_better_by_mcnemars_exact_test(won, lost):
 def test_the_best_of_the_better_states_is_told_and_many_states_need_more():
     ensemble = np.arange(200) >= 5
     text = better_state({"z_1": states(30, 0)["z_1"], "ensemble": ensemble, "deployed": states(30, 0)["deployed"]})
-    assert text.startswith("z_1 classifies clean images better than what is deployed: 100.0 % against 85.0 %; ")
+    assert text.startswith("z_1 classifies clean images better than the deployed predictor: 100.0 % against 85.0 %; ")
     one = states(5, 0)  # 2^-5 is 3 %, eight times that is not
     many = {f"z_{t}": one["z_1"] for t in range(1, 9)}
     assert better_state({**many, "deployed": one["deployed"]}) is None

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch: into a training's workdir and back, exactly; what is unsafe or does not fit is refused."""
+"""Checkpoints of PyTorch: into a run's workdir and back, exactly; what is unsafe or does not fit is refused."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ MISTAKES = {
     "no-config": ("{}/good.npz", "--config FILE is needed"),
     "no-such-config": ("{}/good.npz --config {}/no.py", "{}/no.py: no such config file"),
     "set-unknown": ("{}/good.npz --config {}/mdeq.py --set epoch=3", "no field epoch"),
-    "no-mdeq": ("{}/good.npz --config configs/digits_standard.py", "is no MDEQ", "Equilibrium(*mdeq("),
-    "explicit": ("{}/good.npz --config configs/digits_cnn_standard.py", "is no MDEQ"),
+    "no-mdeq": ("{}/good.npz --config configs/digits_standard.py", "is not an MDEQ", "Equilibrium(*mdeq("),
+    "explicit": ("{}/good.npz --config configs/digits_cnn_standard.py", "is not an MDEQ"),
     "parts-do-not-fit": ("{}/good.npz --config {}/mdeq.py --set classifier.cell.groups=5", "8 channels", "5 groups"),
     "checkpoint-of-a-file": ("{}/good.npz --config {}/mdeq.py --checkpoint best", "--checkpoint goes with"),
     "ending": ("{}/notes.txt --config {}/mdeq.py", "expected a file ending in .npz, .safetensors, .pth.tar"),
@@ -173,10 +173,10 @@ MISTAKES = {
         "{}/other.npz: the PyTorch entries do not fit this MDEQ",
         "1 missing: downsample.0.weight; 1 unexpected: stray; 1 mis-shaped: classifier.bias (7,) instead of (10,)",
     ),
-    "another-training": ("{}/good.npz --config {}/mdeq.py --out {}/run", "{}/run holds a training already"),
+    "another-training": ("{}/good.npz --config {}/mdeq.py --out {}/run", "{}/run holds a run already"),
     "out-is-a-file": ("{}/good.npz --config {}/mdeq.py --out {}/mdeq.py", "{}/mdeq.py: cannot write there"),
     "config-of-a-workdir": ("{}/run --config {}/mdeq.py --out {}/new.npz", "--config and --set go with a checkpoint"),
-    "no-workdir": ("{}/empty --out {}/new.npz", "{}/empty: not a training's workdir (no config.json)"),
+    "no-workdir": ("{}/empty --out {}/new.npz", "{}/empty: not the workdir of a run (no config.json)"),
     "export-ending": ("{}/run --out {}/new.pt", "new.pt: expected a file ending in .npz, .safetensors"),
     "export-over-a-file": ("{}/run --out {}/good.npz", "{}/good.npz exists already"),
 }

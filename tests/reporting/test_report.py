@@ -384,7 +384,7 @@ class TestNumbers:
         assert text == (
             f"tiny: ensemble state against none: no difference shown under the adaptive worst case, {worst}; no "
             f"difference shown under the reference protocol, {under_reference}. The adaptive attacks take away "
-            f"{taken} of what the reference protocol gives it."
+            f"{taken} of its accuracy under the reference protocol."
         )
         (text,) = [sentences(pair, TRAINING) for pair in training_pairs(groups)]
         assert (
@@ -616,7 +616,7 @@ class TestQuotes:
         far, near = quotes(groups)
         assert far == (
             "Robust accuracy to quote: at most 70.00 % (95 % interval [4.63, 100.00], 2 seeds) of 40 images of Digits, "
-            "test split, best checkpoint, Linf ε = 0.1; training tiny, defence none, the highest of 3 trainings and "
+            "test split, best checkpoint, Linf ε = 0.1; training tiny, defence none, the highest of 3 configs and "
             "defences without red flags; attacks: AutoAttack, pgd (2 trials); no red flags raised."
         )
         assert near.startswith("Robust accuracy to quote: at most 86.25 % (95 % interval [")
@@ -773,7 +773,7 @@ class TestMistakes:
     def test_twice_the_same(self, capsys, tmp_path, copies):
         edit(copies[1], lambda content: content["config"].update(seed=0))
         line = self.refused(capsys, tmp_path / "out", *copies)
-        same = "the same training, defence, seed 0, images, radius and attacks"
+        same = "the same training config, defence, seed 0, images, radius and attacks"
         assert line == f"error: {copies[1]} has {same} as {copies[0]}: expected one of the two"
 
     def test_a_folder_that_cannot_be_written(self, capsys, tmp_path, copies):

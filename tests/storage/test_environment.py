@@ -46,7 +46,7 @@ def test_nothing_is_said_of_the_same_environment():
 @pytest.mark.parametrize("name", DECISIVE)
 def test_settings_that_change_numbers_are_refused(name):
     other = {"jax_enable_x64": True, "jax_default_matmul_precision": "bfloat16", "jax_threefry_partitionable": False}
-    message = f"another setting of JAX: {name} was {other[name]}, now .*; set {name.upper()} as it was"
+    message = f"another setting of JAX: {name} was {other[name]}, now .*; set {name.upper()} as before"
     with pytest.raises(InputError, match=message):
         resumed_environments([changed("settings", name, other[name])], 5)
 

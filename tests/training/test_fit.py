@@ -66,7 +66,7 @@ def test_a_finished_workdir_is_read_again(runs):
     again = dj.fit(CONFIG, workdir)
     same(again.predictor, disk.predictor)
     assert again.metrics == disk.metrics
-    with pytest.raises(InputError, match="holds a training of another config: seed was 0, now 1"):
+    with pytest.raises(InputError, match="holds a run of another config: seed was 0, now 1"):
         dj.fit(tiny.get_config(epochs=2, log_every=5, seed=1), workdir)
 
 

@@ -222,7 +222,7 @@ def test_a_line_has_the_means_of_its_interval_even_if_it_was_stopped(uninterrupt
         fit(config, tmp_path, report=stop)
     assert stopped.value.args[1] == 6
     fit(config, tmp_path, say=said.append)
-    assert said[1] == "going on after step 6 of 17"
+    assert said[1] == "resuming after step 6 of 17"
     steps = [line for line in metrics_of(uninterrupted[0]) if line["split"] == "train"]
     lines = [line for line in metrics_of(tmp_path) if line["split"] == "train"]
     assert [line["step"] for line in lines] == [5, 10, 15]
@@ -270,7 +270,7 @@ def test_another_config_is_refused_by_name_of_the_field(uninterrupted):
 
 
 def test_settings_that_change_numbers_are_refused_on_resume(uninterrupted):
-    words = "jax_default_matmul_precision was None, now highest; set JAX_DEFAULT_MATMUL_PRECISION as it was"
+    words = "jax_default_matmul_precision was None, now highest; set JAX_DEFAULT_MATMUL_PRECISION as before"
     with jax.default_matmul_precision("highest"), pytest.raises(InputError, match=words):
         fit(tiny.get_config(), uninterrupted[0])
 
@@ -354,11 +354,11 @@ def test_a_run_starts_from_the_variables_of_another(uninterrupted, tuned, tmp_pa
 
 
 def test_another_origin_is_refused_on_resume(uninterrupted, tuned, tmp_path):
-    words = f"holds a run that started from the latest checkpoint of {uninterrupted[0]}; leave --init-from out"
+    words = f"holds a run that started from the latest checkpoint of {uninterrupted[0]}; drop --init-from"
     for given in ({"init_from": tmp_path, "init_checkpoint": "latest"}, {"init_from": uninterrupted[0]}):
         with pytest.raises(InputError, match=words):
             fit(TUNED, tuned[0], **given)
-    with pytest.raises(InputError, match="holds a run that started from no other one; leave --init-from out"):
+    with pytest.raises(InputError, match="holds a run that started from no other one; drop --init-from"):
         fit(tiny.get_config(), uninterrupted[0], init_from=tuned[0])
 
 

@@ -34,7 +34,7 @@ def test_what_is_not_there_is_named(workdir, tmp_path):
     nothing = Workdir(tmp_path)
     assert not nothing.holds_a_run
     for read in (lambda: nothing.config, lambda: nothing.trained("best")):
-        with pytest.raises(InputError, match=r"not a training's workdir \(no config.json\)"):
+        with pytest.raises(InputError, match=r"not the workdir of a run \(no config.json\)"):
             read()
     with pytest.raises(InputError, match="checkpoint must be best or latest, got 'newest'"):
         workdir.trained("newest")
