@@ -9,20 +9,12 @@ image, so each row of the table has an accuracy of its own. The last trial start
 others.
 """
 
-from deq_jax import Broyden, Equilibrium, Implicit, InputError, TrainConfig
+from deq_jax import Equilibrium, InputError, TrainConfig
 from deq_jax.attacks import APGD, PGD, Targeted, Threat
 from deq_jax.core import targeted_dlr
-from deq_jax.evaluation import EvalConfig, Trial, auto_attack_trials, diagnostics, with_surrogates
-from deq_jax.surrogates import Intermediate, MeanOverStates, SimultaneousAdjoint, Surrogate, ThroughSolver, WithGradient
+from deq_jax.evaluation import EvalConfig, Trial, auto_attack_trials, diagnostics, white_box_trials
+from deq_jax.surrogates import ThroughSolver
 from deq_jax.training import threat_of
-
-
-def surrogates(states: int, adjoint: bool) -> list[Surrogate]:
-    """All surrogates of a DEQ with this many states; the simultaneous adjoint needs Broyden's method."""
-    settings = [(k, damping) for k in (1, 5, 9) for damping in (0.5, 1.0)]
-    intermediate = [Intermediate(i, k, damping) for k, damping in settings for i in range(1, states + 1)]
-    steps = range(1, states + 1) if adjoint else ()
-    return [*intermediate, MeanOverStates(), *(SimultaneousAdjoint(step) for step in steps)]
 
 
 def from_worst(threat: Threat) -> PGD:
@@ -32,16 +24,13 @@ def from_worst(threat: Threat) -> PGD:
 
 def get_config(train: TrainConfig) -> EvalConfig:
     classifier = train.classifier
-    solver = classifier.dynamics.solver if isinstance(classifier, Equilibrium) else None
-    if solver is None:
+    if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
         raise InputError("these attacks are for a DEQ with a solver; see configs/eval_auto_attack.py")
     threat = threat_of(train)
-    pgd = PGD(threat, steps=10)
     return EvalConfig(
         threat,
         trials=(
-            *with_surrogates("pgd-10", pgd, surrogates(solver.steps, isinstance(solver, Broyden))),
-            Trial("pgd-10.exact", pgd, WithGradient(Implicit(Broyden(30)))),
+            *white_box_trials(classifier, threat),
             Trial("apgd-ce.through-solver", APGD(threat), ThroughSolver()),
             Trial("apgd-t.through-solver", Targeted(APGD(threat, 50, loss=targeted_dlr)), ThroughSolver()),
             *auto_attack_trials(threat),

@@ -1,7 +1,7 @@
 """Classifiers under attack: the worst case of many trials for each image, with red flags."""
 
 from deq_jax.evaluation.assess import assess
-from deq_jax.evaluation.budgets import BUDGETS, default_trials
+from deq_jax.evaluation.budgets import BUDGETS, default_trials, white_box_trials
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.files import write_evaluation
@@ -82,6 +82,7 @@ __all__ = [
     "read_record",
     "red_flags",
     "summary",
+    "white_box_trials",
     "with_surrogates",
     "with_transfers",
     "worst_case",

@@ -7,6 +7,7 @@ from deq_jax.models.layers import BatchNorm, GroupNorm, conv_layer, dropout_mask
 from deq_jax.models.mdeq import Mdeq, MdeqCell, MdeqDecoder, MdeqEncoder, mdeq, mdeq_large, mdeq_xl
 from deq_jax.models.normalized import Normalized, normalized
 from deq_jax.models.penalty import JacobianRegularization
+from deq_jax.models.pretrained import Pretrained, pretrained
 from deq_jax.models.resnets import ResNet18, WideResNet
 from deq_jax.models.small import SmallCell, SmallCNN, SmallDecoder, SmallEncoder, small_cnn, small_deq
 
@@ -24,6 +25,7 @@ __all__ = [
     "MdeqEncoder",
     "Normalized",
     "Prediction",
+    "Pretrained",
     "ResNet18",
     "SmallCNN",
     "SmallCell",
@@ -38,6 +40,7 @@ __all__ = [
     "mdeq_large",
     "mdeq_xl",
     "normalized",
+    "pretrained",
     "require_deq",
     "small_cnn",
     "small_deq",

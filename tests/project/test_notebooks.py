@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-NAMES = ["01_deq_layer", "02_neural_dynamics"]
+NAMES = ["01_deq_layer", "02_neural_dynamics", "03_attacking_a_deq"]
 LARGEST = 300_000  # bytes
 
 
@@ -69,7 +69,7 @@ def test_stored_notebook_is_whole_small_and_portable(name):
     assert not re.search(r"/home/|/root/|/tmp/|Warning|Traceback", text)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_notebook_runs_and_prints_what_is_stored(name, tmp_path):
     stored = read(name)
     again = run(stored, tmp_path)

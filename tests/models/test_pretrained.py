@@ -1,0 +1,52 @@
+"""Networks that come with the package."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+import deq_jax as dj
+from deq_jax import InputError
+from deq_jax.models import pretrained
+from deq_jax.models.pretrained import BUILDERS, FOLDER
+from deq_jax.storage import from_tree, load_config
+from deq_jax.training import TrainConfig
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_network_is_that_of_its_config(name):
+    model = pretrained(name)
+    config = load_config(f"configs/{name}.py", TrainConfig)
+    assert model.classifier == config.classifier
+    assert from_tree(model.about["config"]) == config
+
+
+def test_its_accuracy_on_clean_images_is_the_one_it_tells():
+    model, test = pretrained("digits_pgd_at"), dj.data.Digits().load().test
+    accuracy = dj.Predictor(model.classifier, model.variables).accuracy(test.x, test.y)
+    assert accuracy == pytest.approx(model.about["robustness"]["clean_accuracy"], abs=1.1 / 360)  # one image
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(InputError, match="no network is called 'cifar'; there is digits_pgd_at"):
+        pretrained("cifar")
+
+
+def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(FOLDER, tmp_path / "trained")
+    monkeypatch.setattr(sys.modules["deq_jax.models.pretrained"], "FOLDER", tmp_path / "trained")
+    content = bytearray((FOLDER / "digits_pgd_at.npz").read_bytes())
+    content[1000] ^= 1
+    (tmp_path / "trained" / "digits_pgd_at.npz").write_bytes(content)
+    with pytest.raises(InputError, match="damaged, its SHA-256 is"):
+        pretrained("digits_pgd_at")
+
+
+def test_weights_are_in_single_precision():
+    leaves = [leaf for part in pretrained("digits_pgd_at").variables.values() for leaf in _leaves(part)]
+    assert leaves and all(leaf.dtype == np.float32 for leaf in leaves)
+
+
+def _leaves(tree):
+    return [leaf for part in tree.values() for leaf in _leaves(part)] if isinstance(tree, dict) else [tree]
