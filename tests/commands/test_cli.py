@@ -426,6 +426,7 @@ def evaluate_tiny(folder, out, *arguments):
     return json.loads((out / "evaluation.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_evaluation_config_is_run_resumed_and_never_mixed(folder, tmp_path, capfd):
     out = tmp_path / "out"
     arguments = ["--config", f"{folder}/eval.py", "--readout", "ensemble", "--epsilon", "0.2"]

@@ -69,7 +69,8 @@ def test_stored_notebook_is_whole_small_and_portable(name):
     assert not re.search(r"/home/|/root/|/tmp/|Warning|Traceback", text)
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs_and_prints_what_is_stored(name, tmp_path):
     stored = read(name)
     again = run(stored, tmp_path)
