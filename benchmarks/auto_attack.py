@@ -2,8 +2,9 @@
 
     pip install torch torchattacks foolbox && python benchmarks/auto_attack.py --out auto_attack.json
 
-Prints, for each attack and for the whole: robust accuracy over the seeds, the official one, agreement per image,
-and CPU seconds (of this process, without compilation) as a ratio to torchattacks on the same images.
+Prints, for each attack and for the whole, on a network of Flax's convolutions and on one of our own: robust accuracy
+over the seeds, the official one, agreement per image, and CPU seconds (of this process, without compilation) as a ratio
+to torchattacks on the same images.
 torchattacks and foolbox are skipped, and named, if they are not installed.
 """
 
@@ -15,7 +16,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from typing import Any
 with contextlib.suppress(AttributeError):  # before any library starts its threads; Linux only
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from deq_jax import Keys
-from deq_jax.attacks import PGD, AutoAttack, Linf, Oracle, is_fooled, oracle_of
+from deq_jax.attacks import PGD, AutoAttack, Linf, Stage, is_fooled, oracle_of
 from deq_jax.models.convolution import conv
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "attacks"
@@ -59,10 +61,13 @@ def main() -> None:
     suites["autoattack"] = auto
     peers = torch_attacks(arrays, threat.epsilon) if has("torchattacks") and not args.no_torch else {}
     for name in args.attacks:
-        row = compare(name, suites[name], oracle_of(network(arrays)), x, y, truth[name], args.seeds, peers.get(name))
-        results["rows"].append(row)
-        print(describe(row), flush=True)
-        save(args.out, results)
+        theirs = time_peer(peers[name], x, y) if name in peers else {}
+        for kind in args.networks:
+            run = suites[name].bind(oracle_of(network(arrays, kind)))
+            row = {"name": name, "network": kind, **compare(run, x, y, truth[name], args.seeds), **theirs}
+            results["rows"].append(row)
+            print(describe(row), flush=True)
+            save(args.out, results)
     if has("foolbox"):
         results["foolbox"] = against_foolbox(arrays, x, y, threat.epsilon)
         print("LinfPGD, 40 gradient calls, images fooled:", results["foolbox"], flush=True)
@@ -80,6 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=200, help="how many of the 200 images")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time in our attacks")
     parser.add_argument("--attacks", nargs="+", default=[*NAMES, "autoattack"], choices=[*NAMES, "autoattack"])
+    parser.add_argument("--networks", nargs="+", default=["flax", "own"], choices=["flax", "own"], help="convolutions")
     parser.add_argument("--no-torch", action="store_true", help="leave torchattacks out")
     return parser.parse_args()
 
@@ -94,12 +100,19 @@ def save(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def network(arrays: Arrays) -> Callable[..., jax.Array]:
-    """The golden network, ``(x, keys) -> logits``."""
+def network(arrays: Arrays, kind: str = "flax") -> Callable[..., jax.Array]:
+    """The golden network, ``(x, keys) -> logits``, with Flax's convolutions or our own."""
+
+    def flax(x: jax.Array, kernel: np.ndarray, bias: np.ndarray) -> Any:
+        layer = nn.Conv(kernel.shape[-1], kernel.shape[:2], (2, 2))
+        return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+    def own(x: jax.Array, kernel: np.ndarray, bias: np.ndarray) -> jax.Array:  # "SAME" with stride 2 on an even side
+        return conv(x, jnp.asarray(kernel), (2, 2), ((1, 2), (1, 2))) + bias
 
     def logits(x: jax.Array, keys: Keys | None = None) -> jax.Array:
-        for layer in ("1", "2"):  # "SAME" with stride 2 on an even side
-            x = jax.nn.relu(conv(x, arrays["w" + layer], (2, 2), ((1, 2), (1, 2))) + arrays["b" + layer])
+        for layer in ("1", "2"):
+            x = jax.nn.relu({"flax": flax, "own": own}[kind](x, arrays["w" + layer], arrays["b" + layer]))
         x = jax.nn.relu(x.reshape(len(x), -1) @ arrays["w3"] + arrays["b3"])
         return x @ arrays["w4"] + arrays["b4"]
 
@@ -107,46 +120,40 @@ def network(arrays: Arrays) -> Callable[..., jax.Array]:
 
 
 def compare(
-    name: str,
-    suite: AutoAttack,
-    oracle: Oracle,
-    x: np.ndarray,
-    y: np.ndarray,
-    truth: np.ndarray,
-    seeds: int,
-    peer: Peer | None,
+    run: Callable[..., Iterator[Stage]], x: np.ndarray, y: np.ndarray, truth: np.ndarray, seeds: int
 ) -> dict[str, Any]:
-    """One row: ours over the seeds, the official outcome, and the peer (a function ``(x, y) -> robust``)."""
-    run = suite.bind(oracle)
+    """Ours over the seeds beside the official outcome."""
     robust, seconds = [], []
     for seed in range(seeds):
         started = time.process_time()
         *_, last = run(x, y, jax.random.key(seed))
         seconds.append(time.process_time() - started)
         robust.append(last.robust)
-    row: dict[str, Any] = {
-        "name": name,
+    return {
         "robust": [float(np.mean(r)) for r in robust],
         "official": float(np.mean(truth)),
         "agreement": [float(np.mean(r == truth)) for r in robust],
         "seconds_with_compilation": seconds[0],
         "seconds": seconds[1:],
     }
-    if peer is not None:
-        started = time.process_time()
-        row["torch_robust"] = float(np.mean(peer(x, y)))
-        row["torch_seconds"] = time.process_time() - started
-        row["ratio"] = row["torch_seconds"] / float(np.median(row["seconds"]))
-    return row
+
+
+def time_peer(peer: Peer, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The outcome of another library's attack, and its time."""
+    started = time.process_time()
+    robust = float(np.mean(peer(x, y)))
+    return {"torch_robust": robust, "torch_seconds": time.process_time() - started}
 
 
 def describe(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     ours = " ".join(f"{100 * value:.1f}" for value in row["robust"])
-    line = f"{row['name']:<11} ours [{ours}]  official {100 * row['official']:.1f}"
-    line += f"  agree >= {100 * min(row['agreement']):.1f} %  {np.median(row['seconds']):.1f} s"
-    if "ratio" in row:
-        line += f"  torchattacks {100 * row['torch_robust']:.1f} in {row['torch_seconds']:.1f} s: {row['ratio']:.2f} x"
+    line = f"{row['name']:<11} {row['network']:<4} ours [{ours}]  official {100 * row['official']:.1f}"
+    seconds = float(np.median(row["seconds"]))
+    line += f"  agree >= {100 * min(row['agreement']):.1f} %  {seconds:.1f} s"
+    if "torch_seconds" in row:
+        ratio = row["torch_seconds"] / seconds
+        line += f"  torchattacks {100 * row['torch_robust']:.1f} in {row['torch_seconds']:.1f} s: {ratio:.2f} x"
     return line
 
 

@@ -127,9 +127,9 @@ class Stage(NamedTuple):
 class AutoAttack:
     """Attacks in a row; each only attacks the images that are still classified correctly.
 
-    The images that remain are gathered into batches of one size between attacks, the last one padded, so
-    that each attack is compiled once. Within `jax.jit` or `jax.pmap` all images go through all attacks,
-    with the same result.
+    The images that remain are gathered into batches of one size between attacks, and between the classes at which
+    `Targeted` aims. The last one is padded, so that each attack is compiled once. Within `jax.jit` or `jax.pmap`
+    all images go through all attacks, with the same result.
 
     Attributes:
       attacks: called as ``attack(oracle, x, labels, keys)``.
@@ -250,28 +250,30 @@ class AutoAttack:
         keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
         images, every = np.asarray(keys.images), np.arange(len(x))
         best = Best(x.copy(), np.zeros(len(x), bool), np.zeros(len(x), working_type(x)))
-        finite = np.ones(len(x), bool)
+        finite, num_classes = np.ones(len(x), bool), 0
 
         for rows, padded in _batches(every, size):
             own = keys.fold(Purpose.QUERY)._replace(images=images[padded])
             given = None if begin is None else begin[padded]
             found, logits = judge(x[padded], labels[padded], own)
-            check_classes(labels, logits.shape[1])
+            num_classes = logits.shape[1]
+            check_classes(labels, num_classes)
             _write(best, rows, found)
             finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
             for attempt in attempts:  # errors of later attacks are raised now
-                attempt.trace(found, x[padded], labels[padded], own, given)
+                attempt.trace(np.int32(0), found, x[padded], labels[padded], own, given)
         refuse_not_finite(finite)
         yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)
 
         for number, (attack, attempt) in enumerate(zip(self.attacks, attempts, strict=True)):
-            left, started = every[~best.fooled], time.perf_counter()
-            for rows, padded in _batches(left, size):
-                own = keys.fold(1 + number)._replace(images=images[padded])
-                so_far = Best(*(part[padded] for part in best))
-                given = None if begin is None else begin[padded]
-                _write(best, rows, attempt(so_far, x[padded], labels[padded], own, given))
-            yield Stage(attack, best.x.copy(), ~best.fooled, len(left), time.perf_counter() - started)
+            attacked, started = int(np.sum(~best.fooled)), time.perf_counter()
+            for turn in range(attack.attempts(num_classes) if isinstance(attack, Targeted) else 1):
+                for rows, padded in _batches(every[~best.fooled], size):
+                    own = keys.fold(1 + number)._replace(images=images[padded])
+                    so_far = Best(*(part[padded] for part in best))
+                    given = None if begin is None else begin[padded]
+                    _write(best, rows, attempt(np.int32(turn), so_far, x[padded], labels[padded], own, given))
+            yield Stage(attack, best.x.copy(), ~best.fooled, attacked, time.perf_counter() - started)
 
     def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
@@ -297,6 +299,7 @@ def _attempt_batch(
     attack: Attack,
     oracle: Oracle,
     threat: Threat | None,
+    turn: Array,
     best: Best,
     x: Array,
     labels: Array,
@@ -306,6 +309,7 @@ def _attempt_batch(
     guard = Guard.of(oracle, x)
     begin = None if start is None else project_start(start, guard.centre, threat)
     best = best._replace(x=best.x.astype(guard.centre.dtype))
+    attack = partial(attack.attempt, turn) if isinstance(attack, Targeted) else attack
     best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys, begin)
     return best._replace(x=guard.rounded(best.x))
 

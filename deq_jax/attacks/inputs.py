@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -15,6 +16,7 @@ from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
+from deq_jax.core.convolutions import fast_in_loops
 from deq_jax.core.errors import require
 from deq_jax.core.types import AnyArray, Array, Keys, Loss, Purpose
 
@@ -111,11 +113,16 @@ class Guard:
 
     def logits(self, x: Array, keys: Keys) -> Array:
         """Checked logits [B, K]; see `Oracle`."""
+        return fast_in_loops(self._logits)(x, keys)
+
+    def _logits(self, x: Array, keys: Keys) -> Array:
         return self._checked(self.oracle.logits(self.rounded(x), keys), len(x))
 
     def grad(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
         """Checked losses [B], logits [B, K] and gradient [B, H, W, C]; see `Oracle`."""
+        return fast_in_loops(partial(self._grad, loss))(x, labels, keys)
 
+    def _grad(self, loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
         def judge(logits: Array, labels: Array) -> Array:
             logits = self._checked(logits)
             losses = loss(logits, labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax.numpy as jnp
 
@@ -62,19 +61,33 @@ class Targeted:
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 
+    def attempts(self, num_classes: int) -> int:
+        """How many classes there are to aim at."""
+        return min(self.classes, num_classes - 1)
+
+    def attempt(
+        self, number: int | Array, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None = None
+    ) -> Array:
+        """What the attempt with this number, from 0, finds on its own, within a call of another attack."""
+        wrong = _wrong_classes(oracle.logits(x, keys.fold(Purpose.QUERY)), labels)
+        return self._aim(wrong[:, number], oracle, x, labels, keys.fold(1 + number), start)
+
     def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
-        attack, clean = self.attack if start is None else partial(self.attack, start=start), keys.fold(Purpose.QUERY)
+        clean = keys.fold(Purpose.QUERY)
         wrong = _wrong_classes(oracle.logits(x, clean), labels)
 
         def attempt(number: Array, best: Best) -> Best:
-            pairs = jnp.stack([labels, wrong[:, number]], axis=1)
             own = keys.fold(1 + number)
-            x_adv = attack(oracle, x, pairs, own.fold(Purpose.ATTACK))
+            x_adv = self._aim(wrong[:, number], oracle, x, labels, own, start)
             return best.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
 
         best = Best.clean(oracle, margin, x, labels, clean, start)
-        x_adv: Array = until_fooled(attempt, best, min(self.classes, wrong.shape[1])).x
+        x_adv: Array = until_fooled(attempt, best, self.attempts(1 + wrong.shape[1])).x
         return x_adv
+
+    def _aim(self, aim: Array, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
+        pairs, begin = jnp.stack([labels, aim], axis=1), {} if start is None else {"start": start}
+        return self.attack(oracle, x, pairs, keys.fold(Purpose.ATTACK), **begin)
 
 
 def _wrong_classes(logits: Array, labels: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from deq_jax.attacks import (
     L2,
     PGD,
     SPSA,
+    Attack,
     AutoAttack,
     Linf,
     Oracle,
@@ -348,6 +350,36 @@ def test_stages_compile_once_and_attack_only_what_is_left():
     jax.effects_barrier()
     last = {int(image) for images in asked[-2 * -(-int(robust[1].sum()) // 4) :] for image in images}
     assert last <= set(np.flatnonzero(robust[1]).tolist())
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """An attack of which only the call is known."""
+
+    attack: Attack
+
+    def __call__(self, *args):
+        return self.attack(*args)
+
+
+def test_fooled_images_leave_between_the_classes_aimed_at():
+    asked = []
+
+    def counting(x, keys):
+        jax.debug.callback(lambda: asked.append(0))
+        return mlp(x)
+
+    def run(attack, labels=Y):
+        asked.clear()
+        found = AutoAttack((attack,), batch_size=2)(oracle_of(counting), X, labels, KEY)
+        jax.effects_barrier()
+        return found, len(asked)
+
+    attack = Targeted(PGD(Linf(0.1), steps=1, step_size=0.1, loss=targeted_dlr), classes=4)
+    (x_adv, few), (expected, many) = run(attack), run(Opaque(attack))
+    assert 0 < jnp.sum(is_fooled(mlp(x_adv), Y)) < BATCH and few < many
+    np.testing.assert_array_equal(x_adv, expected)
+    assert run(attack, (Y + 1) % CLASSES)[1] == BATCH / 2, "more than the clean images were asked about"
 
 
 @pytest.mark.parametrize("preset", [AutoAttack.standard, AutoAttack.plus, AutoAttack.rand])

@@ -2,8 +2,10 @@
 
 import dataclasses
 import gc
+import re
 import weakref
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -463,6 +465,16 @@ def test_the_gradient_through_a_traced_model():
 
     eager, jitted = jax.grad(adversarial_loss)(1.0), jax.jit(jax.grad(adversarial_loss))(1.0)
     np.testing.assert_allclose(eager, jitted, rtol=1e-5)
+
+
+def test_the_gradients_of_any_network_are_fast_in_the_loops_of_an_attack():
+    """Their axes are in the order of XLA's fast kernel; see `core.convolutions`."""
+    layer = nn.Conv(CLASSES, (3, 3), (2, 2))
+    params = layer.init(KEY, X)
+    oracle = oracle_of(lambda x, keys: jnp.mean(jnp.tanh(layer.apply(params, x)), axis=(1, 2)))
+    text = jax.jit(lambda x: ATTACKS["pgd"](oracle, x, Y, KEY)).lower(X).as_text()
+    orders = set(re.findall(r"dim_numbers = (\[.*?\]x\[.*?\]->\[.*?\])", text))
+    assert orders == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
 # --- auto_attack ------------------------------------------------------------------------------------------------
