@@ -32,8 +32,9 @@ from deq_jax.attacks.square import Square
 from deq_jax.attacks.targeted import Targeted
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import require
+from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import dlr, margin, targeted_dlr
-from deq_jax.core.types import AnyArray, Array, Keys, Purpose
+from deq_jax.core.types import AnyArray, Array
 
 
 def auto_attack(

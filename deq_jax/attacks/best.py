@@ -12,7 +12,8 @@ from jax import lax
 from deq_jax.attacks.inputs import all_finite, has_labels
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import per_image
-from deq_jax.core.types import AnyArray, Array, Keys, Loss
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import AnyArray, Array, Loss
 
 
 class Best(NamedTuple):

@@ -14,9 +14,10 @@ from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
+from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import logit_difference, margin
 from deq_jax.core.norms import power_of_two
-from deq_jax.core.types import Array, Keys, Purpose
+from deq_jax.core.types import Array
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
 from deq_jax.core.convolutions import fast_in_loops
 from deq_jax.core.errors import require
-from deq_jax.core.types import AnyArray, Array, Keys, Loss, Purpose
+from deq_jax.core.keys import Keys, Purpose
+from deq_jax.core.types import AnyArray, Array, Loss
 
 Run = Callable[[Oracle, Array, Array, Keys, Array | None], Array]
 """``(oracle, x, labels, keys, start) -> x_adv``: the attack itself, on checked inputs."""

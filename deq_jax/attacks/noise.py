@@ -9,7 +9,8 @@ from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys, Loss
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, Loss
 
 Answer = TypeVar("Answer")
 

@@ -14,8 +14,9 @@ from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
+from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys, Loss, Purpose
+from deq_jax.core.types import Array, Loss
 
 
 @dataclass(frozen=True)

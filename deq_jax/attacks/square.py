@@ -15,8 +15,9 @@ from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import L2, Linf, Threat
 from deq_jax.core.errors import require
+from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import margin
-from deq_jax.core.types import Array, Keys, Purpose
+from deq_jax.core.types import Array
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10 000, after which the share of pixels that a step changes is halved."""

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys, Purpose
+from deq_jax.core.keys import Keys, Purpose
+from deq_jax.core.types import Array
 
 
 class Threat(Protocol):

@@ -5,25 +5,13 @@ from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import AtState, Backprop, Phantom, PhantomUpTo, Unrolled, has_adjoint, straight_through
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, jacobian_norm, spectral_radius
+from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.layer import deq
 from deq_jax.core.losses import LowEntropy, cross_entropy, dlr, entropy, kl, logit_difference, margin, targeted_dlr
 from deq_jax.core.readouts import EnsembleState, FinalState, IntermediateState, LastState, RandomIntermediateState
 from deq_jax.core.solve import solve
 from deq_jax.core.solvers import Anderson, Broyden, FixedPoint
-from deq_jax.core.types import (
-    Cell,
-    Gradient,
-    Injection,
-    Keys,
-    Loss,
-    Memory,
-    Optimizer,
-    Purpose,
-    Readout,
-    Solution,
-    Solver,
-    prng_key,
-)
+from deq_jax.core.types import Cell, Gradient, Injection, Loss, Memory, Optimizer, Readout, Solution, Solver
 
 __all__ = [
     "Anderson",

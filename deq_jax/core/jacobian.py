@@ -13,7 +13,8 @@ from jax import lax
 from deq_jax.core.cells import apply, batch_size, flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Cell, Keys, Params, PyTree
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, Cell, Params, PyTree
 
 SETTLED = 0.02  # relative change of a spectral radius that has settled
 

@@ -7,10 +7,11 @@ from jax import lax
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import InputError
 from deq_jax.core.gradients import Backprop
+from deq_jax.core.keys import Keys
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.solve import solve
 from deq_jax.core.solvers import differentiable
-from deq_jax.core.types import Cell, Gradient, Keys, Params, PyTree, Readout, Solution, Solver
+from deq_jax.core.types import Cell, Gradient, Params, PyTree, Readout, Solution, Solver
 
 
 @compiled("cell", "solver", "readout", "gradient")

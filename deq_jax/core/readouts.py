@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys, PyTree, Solution
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, PyTree, Solution
 
 
 @dataclass(frozen=True)

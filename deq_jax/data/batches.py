@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.core.types import AnyArray, Array, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import AnyArray, Array
 from deq_jax.data.datasets import Images
 
 

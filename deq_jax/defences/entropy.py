@@ -22,11 +22,12 @@ from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
 from deq_jax.core.gradients import straight_through
+from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import entropy
 from deq_jax.core.norms import MeasuredMemory
 from deq_jax.core.readouts import LastState
 from deq_jax.core.solve import advance, begin
-from deq_jax.core.types import Array, FlatCell, Injection, Keys, Purpose, PyTree, Readout, Solution, Solver
+from deq_jax.core.types import Array, FlatCell, Injection, PyTree, Readout, Solution, Solver
 from deq_jax.defences.carries import Carry, FullCarry, lowest_residual
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.classifiers import Equilibrium

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.attacks.oracles import Attack
+from deq_jax.core.keys import Keys
 from deq_jax.core.readouts import EnsembleState
-from deq_jax.core.types import AnyArray, Keys, PyTree, Solution
+from deq_jax.core.types import AnyArray, PyTree, Solution
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed

@@ -15,9 +15,10 @@ from deq_jax.attacks.oracles import Attack
 from deq_jax.core.adjoints import adjoint_residual
 from deq_jax.core.gradients import has_adjoint
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, spectral_radius
+from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.losses import cross_entropy, entropy, margin
 from deq_jax.core.readouts import EnsembleState
-from deq_jax.core.types import Array, Keys, Purpose, PyTree, prng_key
+from deq_jax.core.types import Array, PyTree
 from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.evaluation.rows import Measured, Outcomes, Row, Rows

@@ -11,7 +11,8 @@ import numpy as np
 
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.core.compilation import compiled
-from deq_jax.core.types import AnyArray, Array, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import AnyArray, Array
 from deq_jax.data.batches import evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.evaluation.measure import measure

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deq_jax.core.types import Array, Keys, Purpose, prng_key
+from deq_jax.core.keys import Keys, Purpose, prng_key
+from deq_jax.core.types import Array
 from deq_jax.models.base import Classifier, Variables
 
 TIMED = 5  # predictions that are timed

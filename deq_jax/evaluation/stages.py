@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.attacks.oracles import Attack
+from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.losses import cross_entropy
-from deq_jax.core.types import Array, Keys, Purpose, prng_key
+from deq_jax.core.types import Array
 from deq_jax.data.batches import EvaluationBatch, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.evaluation.measure import adjoint_residuals, attack_batch, measure, spectral_radii

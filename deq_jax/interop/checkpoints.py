@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.core.types import prng_key
+from deq_jax.core.keys import prng_key
 from deq_jax.interop.mdeq_names import STEM, from_torch, to_torch, torch_shapes
 from deq_jax.interop.state_dicts import check_writable, read_state_dict, write_state_dict
 from deq_jax.models.base import Variables

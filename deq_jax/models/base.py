@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from deq_jax.core.types import Array, Keys, PyTree, Solution
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, PyTree, Solution
 
 Variables = dict[str, PyTree]  # {"params": ..., "batch_stats": ...}
 

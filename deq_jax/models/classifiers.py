@@ -19,9 +19,10 @@ from deq_jax.core.cells import apply
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import Phantom
+from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.layer import deq
 from deq_jax.core.readouts import FinalState, RandomIntermediateState
-from deq_jax.core.types import Array, Cell, Gradient, Injection, Keys, Purpose, PyTree, Readout, Solver, prng_key
+from deq_jax.core.types import Array, Cell, Gradient, Injection, PyTree, Readout, Solver
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.layers import dropout_by_image
 from deq_jax.models.penalty import JacobianRegularization

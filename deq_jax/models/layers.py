@@ -13,7 +13,8 @@ from flax.linen import initializers
 from jax import lax
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array
 from deq_jax.models.convolution import conv_general_dilated
 
 NORM_EPSILON = 1e-5

@@ -19,7 +19,8 @@ from flax.linen import initializers
 from jax.typing import DTypeLike
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Injection, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, Injection
 from deq_jax.models.convolution import conv
 from deq_jax.models.layers import PARAM_DTYPE, BatchNorm, GroupNorm, conv_layer, dropout_mask
 

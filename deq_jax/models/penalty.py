@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from deq_jax.core.errors import require
 from deq_jax.core.jacobian import gaussian_probes, jacobian_norm
-from deq_jax.core.types import Array, Cell, Keys, Params, Purpose, PyTree
+from deq_jax.core.keys import Keys, Purpose
+from deq_jax.core.types import Array, Cell, Params, PyTree
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen import initializers
 
-from deq_jax.core.types import Array, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array
 from deq_jax.models.layers import BatchNorm, conv_layer
 
 he_normal = initializers.variance_scaling(2.0, "fan_out", "normal")

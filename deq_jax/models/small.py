@@ -5,7 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 
 from deq_jax.core.errors import require
-from deq_jax.core.types import Array, Injection, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, Injection
 from deq_jax.models.classifiers import Dynamics, Equilibrium, Explicit
 from deq_jax.models.layers import BatchNorm, GroupNorm, conv_layer, dropout_mask
 from deq_jax.models.penalty import JacobianRegularization

@@ -24,8 +24,9 @@ from deq_jax.attacks.oracles import Oracle, oracle_of
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import Phantom, straight_through
+from deq_jax.core.keys import Keys
 from deq_jax.core.solvers import differentiable
-from deq_jax.core.types import Array, Gradient, Keys, Loss, PyTree
+from deq_jax.core.types import Array, Gradient, Loss, PyTree
 from deq_jax.defences.entropy import EntropyGradient, EntropyReduced, Purified, RandomDirection, reduce_entropy
 from deq_jax.models.base import Prediction, Variables
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import jax
 
 from deq_jax.attacks.oracles import Oracle, expectation, gradient_from, oracle_of
-from deq_jax.core.types import Array, Gradient, Keys
+from deq_jax.core.keys import Keys
+from deq_jax.core.types import Array, Gradient
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import require_deq
 

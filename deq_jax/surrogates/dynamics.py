@@ -21,10 +21,11 @@ from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require
 from deq_jax.core.gradients import Backprop, PhantomUpTo
+from deq_jax.core.keys import Keys
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.solve import advance
 from deq_jax.core.solvers import Broyden, BroydenMemory
-from deq_jax.core.types import Array, Cell, Keys, Loss, Params, PyTree, Solution
+from deq_jax.core.types import Array, Cell, Loss, Params, PyTree, Solution
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.models.classifiers import Equilibrium, require_deq, zero_state
 from deq_jax.surrogates.base import classifier_oracle

@@ -14,8 +14,9 @@ from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import Unrolled
+from deq_jax.core.keys import Purpose
 from deq_jax.core.readouts import FinalState
-from deq_jax.core.types import Optimizer, Purpose, Readout
+from deq_jax.core.types import Optimizer, Readout
 from deq_jax.data.batches import CropFlip
 from deq_jax.data.datasets import Dataset
 from deq_jax.models.classifiers import Equilibrium, Explicit

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.core.errors import require
+from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy, kl
-from deq_jax.core.types import Array, Keys, Purpose, PyTree
+from deq_jax.core.types import Array, PyTree
 from deq_jax.models.base import Classifier, Prediction, Variables
 from deq_jax.surrogates.base import Surrogate, classifier_oracle, judged
 

@@ -14,7 +14,8 @@ import optax
 from jax import lax
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.core.types import AnyArray, Array, Keys, Optimizer, Purpose, PyTree, prng_key
+from deq_jax.core.keys import Keys, Purpose, prng_key
+from deq_jax.core.types import AnyArray, Array, Optimizer, PyTree
 from deq_jax.data.batches import to_unit
 from deq_jax.data.datasets import Splits
 from deq_jax.models.base import Classifier, Variables
