@@ -12,10 +12,10 @@ quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate i
 	$(BIN)/python -m deq_jax.evaluate --workdir $(RUN)
 
 test: $(VENV)/test  ## the fast tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/test  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from deq_jax import (
 from deq_jax.parallel import AXIS, replicate, replicate_and_split
 from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.surrogates import ThroughSolver
-from deq_jax.training import Batch, TrainState, train_step
+from deq_jax.training import Batch, Phase, TrainState, train_step
 from tests.helpers.cases import mostly_slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -84,9 +84,8 @@ def test_large_trains_on_eight_devices():
     params = variables["params"]
     state = TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
     state = replicate(state)
-    for number in (0, 16_000):
-        chosen = config.at(number, 1)
-        step = replicate_and_split(partial(train_step, chosen, optimizer, axis_name=AXIS), joint=True)
+    for phase in (Phase.PRETRAINING, Phase.PLAIN):
+        step = replicate_and_split(partial(train_step, config.during(phase), optimizer, axis_name=AXIS), joint=True)
         state, metrics = step(state, batch)
         assert np.isfinite(float(metrics["loss"]))
     assert int(state.step) == 2
