@@ -89,6 +89,9 @@ class TrainConfig:
       seed: random seed of initialisation, data order and all else.
       log_every: steps between two lines of training metrics.
       checkpoint_every: steps between two checkpoints; None for every epoch.
+      validate_every: epochs between two validations; None for every epoch.
+      validation_images: how many of the held-out images are used; None for all.
+      patience: the run ends after so many validations without a new best one; None for never.
 
     Examples:
       >>> import deq_jax as dj
@@ -112,6 +115,9 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int | None = None
+    validate_every: int | None = None
+    validation_images: int | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "epochs", "log_every"):
@@ -123,11 +129,9 @@ class TrainConfig:
         divides = self.batch_size % self.accumulate == 0
         parts = f"accumulate = {self.accumulate} parts"
         require(divides, f"TrainConfig: batch_size {self.batch_size} does not divide into {parts}")
-        every = self.checkpoint_every
-        require(
-            every is None or every >= 1,
-            f"TrainConfig: checkpoint_every must be positive or None, got {every!r}",
-        )
+        for name in ("checkpoint_every", "validate_every", "validation_images", "patience"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"TrainConfig: {name} must be positive or None, got {value!r}")
         if self.pretrain_steps > 0:
             self.pretraining()  # checks that there is a solver
 

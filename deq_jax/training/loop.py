@@ -15,11 +15,9 @@ import numpy as np
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array
 from deq_jax.data.batches import batch_indices
-from deq_jax.data.datasets import Splits
+from deq_jax.data.datasets import Images, Splits
 from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
-from deq_jax.evaluation.rows import spread, summary
-from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.parallel.processes import StopRequest, agreed, from_primary, is_primary
 from deq_jax.storage.trees import to_tree
@@ -27,6 +25,7 @@ from deq_jax.training.config import Phase, TrainConfig
 from deq_jax.training.keeping import Disk, Memory
 from deq_jax.training.meters import Meter
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
+from deq_jax.training.validation import validation_line
 from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
 
 
@@ -158,7 +157,8 @@ class _Training:
         self.say = say if is_primary() else lambda text: None
         self.config_tree = to_tree(config)
         self.state: TrainState
-        self.meta: dict[str, Any] = {"config": self.config_tree, "best_accuracy": -1.0, "interval": {}, "origin": None}
+        self.meta: dict[str, Any] = {"config": self.config_tree, "interval": {}, "origin": None}
+        self.meta |= {"best_accuracy": -1.0, "not_better": 0}
         self.saved = -1  # step of the latest checkpoint
         check_same_everywhere(self.config_tree)
         check_batch_size(config.batch_size)
@@ -168,9 +168,7 @@ class _Training:
             if is_primary():
                 self._restore(init_from, init_checkpoint)
         with agreed():
-            self.kept.open(
-                self.state, self.meta, is_new=self.saved < 0, has_ended=int(self.state.step) >= self.total_steps
-            )
+            self.kept.open(self.state, self.meta, is_new=self.saved < 0, has_ended=self._is_over(int(self.state.step)))
         if self.meta["origin"] is not None:
             self.saved = max(self.saved, 0)
         state, saved = from_primary((self.state, np.int32(self.saved)))
@@ -226,7 +224,7 @@ class _Training:
         self.is_validated = False
         try:
             with StopRequest() as self.stop:
-                while self.done < self.total_steps:
+                while not self._is_over(self.done):
                     self._step()
                     self._after()
         finally:
@@ -253,18 +251,18 @@ class _Training:
     def _after(self) -> None:
         config = self.config
         stop = self.stop.after(self.done)
-        epoch_ends = self._is_due(self.steps_per_epoch)
+        validates = self._is_due(self.steps_per_epoch * (config.validate_every or 1)) or self.done == self.total_steps
         saves = self._is_due(config.checkpoint_every or self.steps_per_epoch) or self.done == self.total_steps
         logs = self._is_due(config.log_every)
-        if not (epoch_ends or saves or logs or stop):
+        if not (validates or saves or logs or stop):
             return
         self._check_finite()
         if logs:
             rate = learning_rate(config.optimizer, self.total_steps, self.state)
             self._write("train", self.meter.line() | ({} if rate is None else {"learning_rate": rate}))
-        if epoch_ends:
+        if validates:
             self._validate()
-        if saves or stop:
+        if saves or stop or self._is_over(self.done):
             with agreed():
                 self.kept.save(self.done, self.state, self._meta())
             self.saved = self.done
@@ -276,6 +274,11 @@ class _Training:
         size, batch_size = len(self.data.train.y), self.config.batch_size
         chosen = batch_indices(size, batch_size, self.config.seed, step)
         return Batch(self.data.train.x[chosen], self.data.train.y[chosen], np.arange(batch_size, dtype=np.int32))
+
+    def _is_over(self, step: int) -> bool:
+        """Whether no step follows: the last one is done, or validations have not become better for too long."""
+        patience = self.config.patience
+        return step >= self.total_steps or (patience is not None and self.meta["not_better"] >= patience)
 
     def _is_due(self, every: int) -> bool:
         return self.done % every == 0
@@ -293,22 +296,16 @@ class _Training:
             self.say("compiling: validation ...")
             self.is_validated = True
         state = self.state.to_deploy()
-        outcomes = self.evaluate(state.variables, self.data.validation)
-        row = summary(outcomes)["deployed"]
-        assert row.attacked is not None  # there is a validation attack
-        accuracy, residual = row.attacked.accuracy, row.clean.residual
-        line = {"accuracy": row.clean.accuracy, "adversarial_accuracy": accuracy}
-        if residual is not None:
-            line["residual"] = residual
-        adjoint = spread(outcomes.adjoint_residual).mean
-        if adjoint is not None:
-            line["adjoint_residual"] = adjoint
+        images = Images(*(part[: self.config.validation_images] for part in self.data.validation))
+        outcomes = self.evaluate(state.variables, images)
         classes = 1 + int(self.data.train.y.max())
-        warnings = plain_warnings(line["accuracy"], len(self.data.validation.y), classes, residual)
-        self._write("validation", line | ({"warnings": warnings} if warnings else {}))
+        line = validation_line(outcomes, classes, self.meta["best_accuracy"])
+        accuracy = line["adversarial_accuracy"]
+        self._write("validation", line)
         with agreed():
+            self.meta["not_better"] += 1
             if accuracy > self.meta["best_accuracy"]:
-                self.meta["best_accuracy"] = accuracy
+                self.meta |= {"best_accuracy": accuracy, "not_better": 0}
                 self.kept.save_best(self.done, state, self._meta())
 
     def _meta(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Training in one call: in memory and in a workdir, with the same result."""
 
+import dataclasses
 import os
 import signal
 
@@ -9,7 +10,8 @@ import pytest
 
 import deq_jax as dj
 from deq_jax import InputError
-from deq_jax.training import Interrupted, OneCycle, Sgd, WeightAverage, load_run, read_metrics
+from deq_jax.training import AdamCosine, Interrupted, OneCycle, Sgd, WeightAverage, load_run, read_metrics
+from deq_jax.training.validation import collapse
 from tests.helpers import tiny
 
 CONFIG = tiny.get_config(epochs=2, log_every=5)
@@ -88,3 +90,33 @@ def test_the_average_of_the_parameters_is_deployed_and_survives_a_stop(tmp_path)
     resumed = dj.fit(averaged, tmp_path / "run")
     same(resumed.state, whole.state)
     same(load_run(tmp_path / "run").variables, whole.predictor.variables)
+
+
+LINEAR = tiny.get_config(
+    classifier=dj.models.small_cnn(10, 4, strides=4, expansion=1), objective=dj.Standard(), pretrain_steps=0
+)
+
+
+@pytest.mark.slow
+def test_a_run_without_progress_ends_after_its_patience_and_stays_ended(tmp_path):
+    config = dataclasses.replace(LINEAR, optimizer=AdamCosine(1e-12, 0), epochs=5, patience=2)
+    run = dj.fit(config, tmp_path / "run")
+    assert int(run.state.step) == 3 * 17  # the first validation is the best, the next two are not better
+    again = dj.fit(config, tmp_path / "run")
+    same(again.state, run.state)
+    assert len([line for line in again.metrics if line["split"] == "validation"]) == 3
+
+
+@pytest.mark.slow
+def test_validation_takes_the_epochs_and_images_that_are_asked_for():
+    config = dataclasses.replace(LINEAR, epochs=3, validate_every=2, validation_images=40)
+    lines = [line for line in dj.fit(config).metrics if line["split"] == "validation"]
+    assert [line["step"] for line in lines] == [34, 51]
+    assert all((40 * line["accuracy"]) == pytest.approx(round(40 * line["accuracy"])) for line in lines)
+
+
+@pytest.mark.parametrize(("best", "accuracy", "said"), [(-1.0, 0.1, 0), (0.4, 0.25, 0), (0.4, 0.2, 0), (0.4, 0.1, 1)])
+def test_a_sudden_fall_under_attack_is_said(best, accuracy, said):
+    warnings = collapse(best, accuracy)
+    assert len(warnings) == said
+    assert all("fell from 40.0 % to 10.0 %: catastrophic overfitting" in text for text in warnings)
