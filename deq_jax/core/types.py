@@ -108,6 +108,7 @@ class Solver(Protocol):
         from typing import NamedTuple
 
         import jax
+        import jax.numpy as jnp
 
 
         class HeavyBallMemory(NamedTuple):

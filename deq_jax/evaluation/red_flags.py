@@ -5,15 +5,15 @@ References: Athalye et al. 2018; Carlini et al. 2019, "On Evaluating Adversarial
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+from scipy import special
 
 from deq_jax.evaluation.plan import Trial
 from deq_jax.evaluation.results import Flag, Probe, WorstCase
+from deq_jax.evaluation.sanity import SIGNIFICANT
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.surrogates.adaptive import OnBase
 
@@ -59,8 +59,8 @@ def red_flags(result: WorstCase) -> list[Flag]:
     """
     correct = {name: row.deployed for name, row in result.robust().items()}
     extra = result.config.diagnostics
-    far = None if extra is None else float(np.mean(correct[extra.far.name]))
-    gain = None if extra is None else float(np.mean(correct[extra.half.name]) - np.mean(correct[extra.long.name]))
+    far = None if extra is None else correct[extra.far.name]
+    long = None if extra is None else (correct[extra.half.name], correct[extra.long.name])
     return [
         better("black box beats white box", result, _is_black_box),
         better("transfer beats direct attacks", result, _is_transferred),
@@ -69,7 +69,7 @@ def red_flags(result: WorstCase) -> list[Flag]:
         batch_dependence(result.probe),
         randomness(result.probe, result.config.draws),
         no_collapse(far, result.probe.whole.shape[1], _far_radius(result)),
-        no_plateau(gain),
+        no_plateau(long),
         order_of_strength(_strength(result, correct)),
     ]
 
@@ -86,29 +86,32 @@ def better(name: str, result: WorstCase, is_suspect: Callable[[Trial], bool | No
     certain = [counted[trial.name] for trial in trials if is_suspect(trial)]
     possible = [counted[trial.name] for trial in trials if is_suspect(trial) is not False]
     known, worst = only_by(name, certain, others), only_by(name, possible, others)
-    return replace(known, raised=None, value=None) if worst.raised and not known.raised else known
+    unknown = Flag.of_count(name, None, 0, known.threshold, known.explanation)
+    return unknown if worst.raised and not known.raised else known
 
 
 def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> Flag:
-    """The share of images that only suspects broke.
+    """The images that only suspects broke.
 
     Args:
       name: name of the flag.
       suspects: [N] bool each, the images that an attack broke which knows less about the model.
       others: [N] bool each, the images that a white-box attack broke.
     """
-    share = None
+    alone = np.zeros(0, bool)
     if suspects and others:
-        share = float(np.mean(np.logical_or.reduce(suspects) & ~np.logical_or.reduce(others)))
+        alone = np.logical_or.reduce(suspects) & ~np.logical_or.reduce(others)
+    count = int(np.sum(alone)) if len(alone) else None
     cure = "give trials a surrogate whose gradient is not masked, such as BPDA"
-    return Flag.of(name, share, POINTS, f"images that no white-box attack broke: the gradients are masked; {cure}")
+    meaning = f"images that no white-box attack broke: the gradients are masked; {cure}"
+    return Flag.of_count(name, count, len(alone), POINTS, meaning)
 
 
 def zero_gradients(is_zero: np.ndarray) -> Flag:
-    """The share of images at which every gradient that attacks take vanishes, given which do, [N] bool."""
-    share = float(np.mean(is_zero))
+    """The images at which every gradient that attacks take vanishes, given which do, [N] bool."""
     cure = "try the surrogate BPDA if a step before the classifier has no derivative, for trials and diagnostics"
-    return Flag.of("zero gradients", share, ZERO_GRADIENTS, f"gradient attacks cannot move from these images; {cure}")
+    meaning = f"gradient attacks cannot move from these images; {cure}"
+    return Flag.of_count("zero gradients", int(np.sum(is_zero)), len(is_zero), ZERO_GRADIENTS, meaning)
 
 
 def not_finite(result: WorstCase) -> Flag:
@@ -132,40 +135,55 @@ def randomness(probe: Probe, draws: int | None) -> Flag:
     return Flag.of("randomness", moved, ROUNDING, f"logits are random, and the attacks do not average over it; {cure}")
 
 
-def no_collapse(accuracy: float | None, classes: int, radius: float = 8.0) -> Flag:
+def no_collapse(correct: np.ndarray | None, classes: int, radius: float = 8.0) -> Flag:
     """Accuracy at a radius at which nothing can be robust, compared with guessing.
 
     Args:
-      accuracy: accuracy at this radius; None where it was not run.
+      correct: [N] bool, the images that withstood an attack of this radius; None where it was not run.
       classes: number of classes.
       radius: in multiples of epsilon.
     """
+    count, images = (None, 0) if correct is None else (int(np.sum(correct)), len(correct))
     name = f"no collapse at {radius:.3g} epsilon"
-    return Flag.of(name, accuracy, 1 / classes, "at this radius every model can be broken")
+    return Flag.of_count(name, count, images, 1 / classes, "at this radius every model can be broken")
 
 
-def no_plateau(gain: float | None) -> Flag:
-    """Gain from the second half of the steps of a long attack, as a share of the images."""
-    return Flag.of("no plateau", gain, PLATEAU, "more steps would lower the accuracy further")
+def no_plateau(correct: tuple[np.ndarray, np.ndarray] | None) -> Flag:
+    """Gain from the second half of the steps of a long attack.
+
+    Args:
+      correct: [N] bool each, the images that withstood half of the steps, and all; None where they were not run.
+    """
+    gain, images = (None, 0) if correct is None else (max(_lead(*correct), 0), len(correct[0]))
+    return Flag.of_count("no plateau", gain, images, PLATEAU, "more steps would lower the accuracy further")
 
 
 def order_of_strength(correct: Sequence[np.ndarray] | None) -> Flag:
     """By how much accuracy is higher under a stronger attack than under the next weaker one, beyond chance.
 
     Attacks are random: two equally strong attacks each break about half of the images that only one of them breaks. So
-    the excess counts from two standard errors of the paired difference (McNemar's test).
+    a difference counts that McNemar's exact test tells from that, at 5 %. The value is the largest that counts.
 
     Args:
       correct: [N] bool each, the images that withstood an attack; from the weakest to the strongest.
     """
-    worst = None if correct is None else max(_excess(*pair) for pair in pairwise(correct))
-    return Flag.of("order of strength", worst, POINTS, "expected noise >= FGSM >= PGD-10 >= AutoAttack's first attack")
+    name, expected = "order of strength", "expected noise >= FGSM >= PGD-10 >= AutoAttack's first attack"
+    if correct is None:
+        return Flag.of(name, None, POINTS, expected)
+    count, images = max(_excess(*pair) for pair in pairwise(correct)), len(correct[0])
+    return Flag(name, count / images > POINTS, count / images, POINTS, expected, count, images)
 
 
-def _excess(weaker: np.ndarray, stronger: np.ndarray) -> float:
-    """The accuracy under the stronger attack minus that under the weaker one and two standard errors; 0 if negative."""
-    gain = float(np.mean(stronger) - np.mean(weaker))
-    return max(gain - 2 * math.sqrt(np.mean(stronger != weaker) / len(weaker)), 0.0)
+def _lead(first: np.ndarray, second: np.ndarray) -> int:
+    """How many more images withstood the first attack than the second."""
+    return int(np.sum(first)) - int(np.sum(second))
+
+
+def _excess(weaker: np.ndarray, stronger: np.ndarray) -> int:
+    """How many more images withstood the stronger attack than the weaker one; 0 where chance may have done it."""
+    only_stronger, differ = int(np.sum(stronger & ~weaker)), int(np.sum(stronger != weaker))
+    is_chance = only_stronger == 0 or special.bdtrc(only_stronger - 1, differ, 0.5) > SIGNIFICANT
+    return 0 if is_chance else max(_lead(stronger, weaker), 0)
 
 
 def _strength(result: WorstCase, correct: dict[str, np.ndarray]) -> list[np.ndarray] | None:

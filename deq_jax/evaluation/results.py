@@ -9,9 +9,11 @@ from typing import NamedTuple, cast
 
 import jax
 import numpy as np
+from scipy import special
 
 from deq_jax.evaluation.plan import EvalConfig
 from deq_jax.evaluation.rows import Correct, Measured, Outcomes, both, is_correct, named, replaced
+from deq_jax.evaluation.sanity import SIGNIFICANT
 
 
 class Attempt(NamedTuple):
@@ -118,16 +120,21 @@ class Flag:
 
     Attributes:
       name: name of the check.
-      raised: whether the robust accuracy cannot be trusted; None where a needed trial was not run.
+      raised: whether the robust accuracy cannot be trusted. None where a needed trial was not run, or where the images
+        are too few to say: see `is_unsure`.
       value: number that is compared with the threshold; None where it was not measured.
       threshold: the flag is raised above it.
       explanation: meaning of a raised flag.
+      count: how many images the value counts; None for a value that counts none.
+      images: of how many.
 
     Examples:
       >>> from deq_jax.evaluation import Flag
-      >>> flag = Flag.of("no plateau", value=0.02, threshold=0.005, explanation="more steps would lower the accuracy")
-      >>> flag
-      Flag(name='no plateau', raised=True, value=0.02, threshold=0.005)
+      >>> Flag.of("batch dependence", value=0.02, threshold=0.01, explanation="logits depend on batch-mates").raised
+      True
+      >>> flags = [Flag.of_count("no plateau", count, 400, threshold=0.005, explanation="") for count in (2, 4, 9)]
+      >>> [(flag.raised, flag.is_unsure) for flag in flags]  # 4 of 400 are above 0.5 %, but may be so by chance
+      [(False, False), (None, True), (True, False)]
     """
 
     name: str
@@ -135,11 +142,28 @@ class Flag:
     value: float | None
     threshold: float
     explanation: str = field(repr=False)
+    count: int | None = None
+    images: int | None = None
+
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the value is above the threshold, but on so few images that chance may have done it."""
+        return self.raised is None and self.value is not None
 
     @classmethod
     def of(cls, name: str, value: float | None, threshold: float, explanation: str) -> Flag:
         """Raised if the value exceeds the threshold."""
         return cls(name, None if value is None else bool(value > threshold), value, threshold, explanation)
+
+    @classmethod
+    def of_count(cls, name: str, count: int | None, images: int, threshold: float, explanation: str) -> Flag:
+        """Raised if the share of the images exceeds the threshold beyond chance: exact binomial test at 5 %."""
+        if count is None:
+            return cls(name, None, None, threshold, explanation)
+        share = count / images
+        chance = special.bdtrc(count - 1, images, threshold) if count else 1.0
+        raised = False if share <= threshold else True if chance <= SIGNIFICANT else None
+        return cls(name, raised, share, threshold, explanation, count, images)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from scipy import special
 
-SIGNIFICANT = 0.05  # chance of guessing as many right, below which an accuracy counts as above chance
+SIGNIFICANT = 0.05  # level of all tests against chance
 
 CONVERGED = 0.05  # mean relative residual up to which a solver counts as converged
 

@@ -47,12 +47,19 @@ def _number_line(record: EvaluationRecord, raised: Sequence[Flag]) -> str:
     if record.robust_accuracy is None:
         return f"clean accuracy: {_accuracy_text(record, 'clean')}; nothing has attacked them"
     number = _accuracy_text(record, "union") + _budget_text(record)
-    missing = [flag.name for flag in record.red_flags if flag.raised is None]
-    unchecked = f"; not checked: {', '.join(missing)}" if missing else ""
+    unsure = [flag_text(flag) for flag in record.red_flags if flag.is_unsure]
+    missing = [flag.name for flag in record.red_flags if flag.raised is None and not flag.is_unsure]
+    unchecked = f"; too few images to say: {', '.join(unsure)}" if unsure else ""
+    unchecked += f"; not checked: {', '.join(missing)}" if missing else ""
     if raised:
-        flags = ", ".join(f"{flag.name} ({flag.value:.3g})" for flag in raised)
+        flags = ", ".join(map(flag_text, raised))
         return f"robust accuracy: NOT TRUSTWORTHY, an upper bound only: {number}; flags raised: {flags}{unchecked}"
     return f"robust accuracy: at most {number}; no flags raised{unchecked}"
+
+
+def flag_text(flag: Flag) -> str:
+    """Its name, with its count or value."""
+    return f"{flag.name} ({flag.value:.3g})" if flag.count is None else f"{flag.name} ({flag.count} of {flag.images})"
 
 
 def _accuracy_text(record: EvaluationRecord, name: str) -> str:

@@ -77,7 +77,8 @@ def _robust_cell(group: Group) -> Cell:
 def _flags(group: Group) -> str:
     if not group.values(robust):
         return "nothing has attacked it"
-    unchecked = f"; not checked: {', '.join(group.unchecked)}" if group.unchecked else ""
+    unchecked = f"; too few images to say: {', '.join(group.unsure)}" if group.unsure else ""
+    unchecked += f"; not checked: {', '.join(group.unchecked)}" if group.unchecked else ""
     return (f"{NOT_TRUSTWORTHY}: {_raised(group)}" if group.raised else "none raised") + unchecked
 
 
@@ -188,13 +189,18 @@ def flags_table(name: str, group: Group) -> Table:
         Field(Column("threshold"), lambda flag: text_cell(f"{flag.threshold:.4g}")),
         Field(
             Column("result", kind="text"),
-            lambda flag: Cell((CHECKED[flag.raised],), warning="!" if flag.raised else ""),
+            lambda flag: Cell((_outcome(flag),), warning="!" if flag.raised else ""),
         ),
+        Field(Column("images"), lambda flag: text_cell("" if flag.count is None else f"{flag.count} of {flag.images}")),
         Field(Column("what it would mean", kind="text"), lambda flag: text_cell(flag.explanation)),
     ]
     sections = {f"training seed {one.seed}": list(one.record.red_flags) for one in group.evaluations}
-    caption = "Signs that the attacks have failed; a flag is raised where the value exceeds the threshold"
+    caption = "Signs that the attacks have failed; a flag is raised where the value exceeds the threshold beyond chance"
     return filled(name, caption, "evaluation", fields, sections)
+
+
+def _outcome(flag: Flag) -> str:
+    return "too few images to say" if flag.is_unsure else CHECKED[flag.raised]
 
 
 def cost_table(groups: Sequence[Group]) -> Table:

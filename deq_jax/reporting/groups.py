@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from deq_jax.evaluation.plan import UNDEFENDED
+from deq_jax.evaluation.results import Flag
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.reporting.archive import Evaluation, Setting
 from deq_jax.reporting.statistics import Estimate
@@ -87,7 +88,15 @@ class Group:
     @property
     def unchecked(self) -> list[str]:
         """Names of the checks that were not made for some seed."""
-        flags = [flag.name for one in self.evaluations for flag in one.record.red_flags if flag.raised is None]
+        return self._names(lambda flag: flag.raised is None and not flag.is_unsure)
+
+    @property
+    def unsure(self) -> list[str]:
+        """Names of the checks for which some seed has too few images."""
+        return self._names(lambda flag: flag.is_unsure)
+
+    def _names(self, chosen: Callable[[Flag], bool]) -> list[str]:
+        flags = [flag.name for one in self.evaluations for flag in one.record.red_flags if chosen(flag)]
         return list(dict.fromkeys(flags))
 
     def values(self, quantity: Callable[[Evaluation], T | None]) -> dict[int, T]:
