@@ -111,7 +111,10 @@ class ImageFolder:
         cache, digest = Path(self.cache).expanduser(), self._digest(files)
         if cache.exists():
             arrays = read_npz(cache)
-            if str(arrays.pop("digest", "")) == digest:
+            require(
+                "digest" in arrays, f"{cache}: is not a cache of ImageFolder, and stays as it is; choose another name"
+            )
+            if str(arrays.pop("digest")) == digest:
                 return arrays
         arrays = self._read(files)
         try:

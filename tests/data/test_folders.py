@@ -120,6 +120,13 @@ class TestCache:
         cached, fresh = (ImageFolder(str(top), cache=c, size=size).load().test for c in (cache, None))
         np.testing.assert_array_equal(cached.x, fresh.x)
 
+    def test_another_file_is_not_written_over(self, tmp_path):
+        np.savez(tmp_path / "mine.npz", x=np.ones(3))
+        content = (tmp_path / "mine.npz").read_bytes()
+        with pytest.raises(InputError, match="is not a cache of ImageFolder"):
+            ImageFolder(str(make(tmp_path / "a")), cache=str(tmp_path / "mine.npz")).load()
+        assert (tmp_path / "mine.npz").read_bytes() == content
+
     def test_where_it_cannot_be_written(self, tmp_path):
         with pytest.raises(InputError, match="the cache cannot be written"):
             ImageFolder(str(make(tmp_path)), cache=str(tmp_path / "none" / "cache.npz")).load()
