@@ -5,7 +5,7 @@
 Each fault is a sign, an operator, a comparison, a constant, an index or the order of two arguments, drawn at random
 from the functions of `core`, `attacks`, `defences`, `surrogates` and `evaluation`. It is made in a copy of the project,
 and the room's fast tests run there until one fails. A fault that is not caught is shown with its line: some change
-nothing that can be seen. Runs on the CPU, for an hour or more; the same command goes on where it was stopped.
+nothing that a test could see. Runs on the CPU, for an hour or more; the same command resumes.
 """
 
 from __future__ import annotations

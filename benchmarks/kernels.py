@@ -37,7 +37,7 @@ from deq_jax.storage import make_folder, write_json
 STEPS, BATCH, SIZE, CHANNELS = 8, 32, 16, 32
 
 Gradients = tuple[jax.Array, jax.Array]
-"""Of the images and of the kernel."""
+"""Gradients of a convolution: by its images, by its kernel."""
 
 CONVOLUTIONS = [(32, 160, 32, 1), (160, 32, 32, 1), (32, 64, 32, 2), (128, 640, 8, 1)]  # in, out, side, stride
 

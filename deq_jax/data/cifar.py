@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import pickle
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +23,32 @@ HARMLESS = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
-TEN = [f"data_batch_{i}" for i in range(1, 6)]
+
+
+class _Version(NamedTuple):
+    """The files of one of the four versions.
+
+    Attributes:
+      train, test: names of the files of images.
+      names: name of the file with the names of the classes.
+      labels: number of labels in a record of the binary version, the last is used; 0 for a pickle.
+      prefix: of the keys "labels" and "label_names" in a pickle.
+    """
+
+    train: tuple[str, ...]
+    test: str
+    names: str
+    labels: int = 0
+    prefix: str = ""
+
+
+VERSIONS = (
+    _Version(tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+    _Version(("train",), "test", "meta", prefix="fine_"),
+    _Version(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt", labels=1),
+    _Version(("train.bin",), "test.bin", "fine_label_names.txt", labels=2),
+)
+WANTED = {name for version in VERSIONS for name in (*version.train, version.test, version.names)}
 
 
 @dataclass(frozen=True)
@@ -57,54 +83,51 @@ class Cifar:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their labels."""
-        for name in ("batches.meta.txt", "fine_label_names.txt"):
-            if name in (files := self._files((name,))):
-                return tuple(files[name].decode().split())
-        metas = self._files(("batches.meta", "meta"))
-        for name, content in metas.items():
-            meta = self._unpickled(name, content)
-            names = meta.get("label_names", meta.get("fine_label_names"))
-            if not isinstance(names, list):
-                raise InputError(f"{self.path}: {name} has no names of classes")
-            return tuple(str(text) for text in names)
-        raise InputError(f"{self.path}: no file with the names of the classes beside the images")
+        version, files = self._read()
+        require(version.names in files, f"{self.path}: no {version.names}, which names the classes, beside the images")
+        content = files[version.names]
+        if version.labels:
+            return tuple(content.decode("latin1").split())
+        names = self._unpickled(version.names, content).get(f"{version.prefix}label_names")
+        if not isinstance(names, list):
+            raise InputError(f"{self.path}: {version.names} has no names of classes")
+        return tuple(str(text) for text in names)
 
     def load(self) -> Splits:
         """Reads the images."""
-        train, test = self._images()
-        return Splits(*hold_out_share(train, self.validation), test)
+        version, files = self._read()
+        names = (*version.train, version.test)
+        missing = [name for name in names if name not in files]
+        require(not missing, f"{self.path}: incomplete, {', '.join(missing)} missing")
+        decode = self._from_bytes if version.labels else self._from_pickle
+        *parts, test = (decode(name, files[name], version) for name in names)
+        pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        train = self._checked(version.train[0], pixels, labels)
+        return Splits(*hold_out_share(train, self.validation), self._checked(version.test, *test))
 
-    def _images(self) -> tuple[Images, Images]:
-        wanted = (*TEN, "test_batch", "train", "test")
-        files = self._files((*wanted, *(f"{name}.bin" for name in wanted)))
-        for suffix, decode in (("", self._from_pickle), (".bin", self._from_bytes)):
-            for train, test, hundred in ((TEN, "test_batch", False), (["train"], "test", True)):
-                names = [f"{name}{suffix}" for name in (*train, test)]
-                if any(name in files for name in names):
-                    missing = [name for name in names if name not in files]
-                    require(not missing, f"{self.path}: incomplete, {', '.join(missing)} missing")
-                    parts = [decode(name, files[name], hundred) for name in names]
-                    merged = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
-                    return self._checked(names[0], *merged), self._checked(names[-1], *parts[-1])
-        raise InputError(
-            f"{self.path}: expected the files of CIFAR, such as data_batch_1, data_batch_1.bin or train.bin"
-        )
+    def _read(self) -> tuple[_Version, dict[str, bytes]]:
+        """The version that is there, and its files."""
+        files = self._files()
+        found = [version for version in VERSIONS if any(name in files for name in (*version.train, version.test))]
+        expected = "expected the files of CIFAR, such as data_batch_1 or train.bin"
+        require(bool(found), f"{self.path}: {expected}")
+        require(len(found) == 1, f"{self.path}: holds more than one version of CIFAR; name one of them")
+        return found[0], files
 
     def _checked(self, name: str, pixels: np.ndarray, labels: np.ndarray) -> Images:
         images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         return checked_images(images, labels, f"{self.path}: {name}")
 
-    def _from_bytes(self, name: str, content: bytes, hundred: bool) -> tuple[np.ndarray, np.ndarray]:
-        labels = 2 if hundred else 1  # coarse and fine ones, or one kind
-        length = labels + PIXELS
+    def _from_bytes(self, name: str, content: bytes, version: _Version) -> tuple[np.ndarray, np.ndarray]:
+        labels, length = version.labels, version.labels + PIXELS
         whole = len(content) > 0 and len(content) % length == 0
         require(whole, f"{self.path}: {name} is damaged: {len(content)} bytes are not records of {length}")
         records = np.frombuffer(content, np.uint8).reshape(-1, length)
         return records[:, labels:], records[:, labels - 1].astype(np.int32)
 
-    def _from_pickle(self, name: str, content: bytes, hundred: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _from_pickle(self, name: str, content: bytes, version: _Version) -> tuple[np.ndarray, np.ndarray]:
         batch = self._unpickled(name, content)
-        pixels, labels = batch.get("data"), batch.get("fine_labels" if hundred else "labels")
+        pixels, labels = batch.get("data"), batch.get(f"{version.prefix}labels")
         if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[1:] == (PIXELS,)):
             raise InputError(f"{self.path}: {name}: expected data of shape [N, {PIXELS}] and type uint8")
         numbers = isinstance(labels, list) and all(isinstance(label, int) for label in labels)
@@ -120,18 +143,31 @@ class Cifar:
         require(isinstance(value, dict), f"{self.path}: {name} holds no dict")
         return {_text(key): [_text(item) for item in v] if isinstance(v, list) else v for key, v in value.items()}
 
-    def _files(self, names: tuple[str, ...]) -> dict[str, bytes]:
-        """Contents by name of the files that exist, in the archive or the folder."""
-        path = Path(self.path).expanduser()
+    def _files(self) -> dict[str, bytes]:
+        """Contents by name of the files of CIFAR that there are, in the archive or the folder."""
+        path, files = Path(self.path).expanduser(), {}
         require(path.exists(), f"{path}: no such archive or folder of CIFAR")
         try:
-            if path.is_dir():
-                return {file.name: file.read_bytes() for file in sorted(path.rglob("*")) if file.name in names}
-            with tarfile.open(path) as archive:
-                members = [member for member in archive if member.isfile() and Path(member.name).name in names]
-                return {Path(m.name).name: file.read() for m in members if (file := archive.extractfile(m)) is not None}
+            for name, content in _folder(path) if path.is_dir() else _archive(path):
+                require(name not in files, f"{path}: holds {name} twice; name one of its folders")
+                files[name] = content
         except (OSError, EOFError, tarfile.TarError) as error:
             raise InputError(f"{path}: cannot be read ({error})") from None
+        return files
+
+
+def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in sorted(path.rglob("*")):
+        if file.name in WANTED and file.is_file():
+            yield file.name, file.read_bytes()
+
+
+def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name, opened = Path(member.name).name, archive.extractfile(member) if member.isfile() else None
+            if name in WANTED and opened is not None:
+                yield name, opened.read()
 
 
 class _DataOnly(pickle.Unpickler):

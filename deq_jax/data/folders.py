@@ -70,7 +70,7 @@ class ImageFolder:
     def __post_init__(self) -> None:
         check_share("ImageFolder", self.validation)
         check_share("ImageFolder", self.test, "test")
-        sized = self.size is None or (isinstance(self.size, int) and self.size > 0)
+        sized = self.size is None or (type(self.size) is int and self.size > 0)
         require(sized, f"ImageFolder: size must be a positive number of pixels or None, got {self.size!r}")
         known = self.colours is None or self.colours in MODES
         require(known, f"ImageFolder: colours must be 'rgb', 'grey' or None, got {self.colours!r}")
@@ -180,7 +180,10 @@ class ImageFolder:
 
 def _classes(folder: Path) -> list[str]:
     """The names of the folders inside, in order, without hidden ones."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from None
     require(bool(names), f"{folder}: expected a folder for each class, found none")
     require(len(names) > 1, f"{folder}: expected a folder for each of two or more classes, found only {names[0]}")
     return names
@@ -198,8 +201,13 @@ def _files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files below that are not hidden; links are followed."""
+    """All files below that are not hidden, those of each folder once; links are followed."""
+    seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in names if not name.startswith("."))
 

@@ -126,7 +126,7 @@ class Flag:
       threshold: the flag is raised above it.
       explanation: meaning of a raised flag.
       count: how many images the value counts; None for a value that counts none.
-      images: of how many.
+      images: how many were checked.
 
     Examples:
       >>> from deq_jax.evaluation import Flag

@@ -60,9 +60,11 @@ def pretrained(name: str) -> Pretrained:
     """
     require(name in BUILDERS, f"pretrained: no network is called {name!r}; there is {', '.join(BUILDERS)}")
     path, about = FOLDER / f"{name}.npz", json.loads((FOLDER / f"{name}.json").read_text())
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != about["sha256"]:
-        raise InputError(f"{path}: damaged, its SHA-256 is {found}, expected {about['sha256']}; install deq_jax again")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != about["sha256"]:
+        raise InputError(f"{path}: damaged, its SHA-256 is {digest}, expected {about['sha256']}; install deq_jax again")
     with np.load(path) as arrays:
-        variables = traverse_util.unflatten_dict(dict(arrays), sep="/")
+        found = traverse_util.unflatten_dict(dict(arrays), sep="/")
+    parts = found["params"]  # all of them have parameters; not all have batch statistics
+    variables = {collection: {part: tree.get(part, {}) for part in parts} for collection, tree in found.items()}
     return Pretrained(BUILDERS[name](), variables, about)

@@ -171,8 +171,9 @@ class _Training:
             self.kept.open(self.state, self.meta, is_new=self.saved < 0, has_ended=self._is_over(int(self.state.step)))
         if self.meta["origin"] is not None:
             self.saved = max(self.saved, 0)
-        state, saved = from_primary((self.state, np.int32(self.saved)))
-        self.state, self.saved = replicate(state), int(saved)
+        restored = self.state, np.int32(self.saved), np.int32(self.meta["not_better"])
+        state, saved, not_better = from_primary(restored)
+        self.state, self.saved, self.meta["not_better"] = replicate(state), int(saved), int(not_better)
         self.done = int(self.state.step)
         self.evaluate = evaluator(
             config.classifier, config.validation_attack, batch_size=config.batch_size, seed=config.seed
@@ -202,11 +203,12 @@ class _Training:
             self.meta |= meta | {"config": self.config_tree}
             if init_from is not None and self.workdir is not None:
                 check_origin(self.workdir, self._origin(), init_from, init_checkpoint)
-            if self.saved < self.total_steps:
+            if not self._is_over(self.saved):
                 self.say(f"resuming after step {self.saved} of {self.total_steps}")
         elif init_from is not None:
             variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
-            self.state = self.state._replace(**variables)
+            optimizer_state = self.optimizer.init(variables["params"])
+            self.state = self.state._replace(**variables, opt_state=optimizer_state)
             self.meta["origin"] = origin._asdict()
             self.say(f"starting from {init_from}, {init_checkpoint} checkpoint, step {origin.step}")
             if self.config.pretrain_steps:
@@ -229,6 +231,10 @@ class _Training:
                     self._after()
         finally:
             self.kept.close()
+        if self.done < self.total_steps:
+            where = f"step {self.done} of {self.total_steps}"
+            rest = f"{self.meta['not_better']} validations in a row were not better than the best one"
+            self.say(f"ending after {where}: {rest}")
         with agreed():
             best, lines = self.kept.best(self.state.to_deploy().variables), self.kept.lines()
         best = from_primary(best)
@@ -307,6 +313,8 @@ class _Training:
             if accuracy > self.meta["best_accuracy"]:
                 self.meta |= {"best_accuracy": accuracy, "not_better": 0}
                 self.kept.save_best(self.done, state, self._meta())
+        # Process 0 alone has read which one was best; the others end when it does.
+        self.meta["not_better"] = int(from_primary(np.int32(self.meta["not_better"])))
 
     def _meta(self) -> dict[str, Any]:
         return self.meta | {"interval": self.meter.sums}

@@ -12,7 +12,7 @@ def validation_line(outcomes: Outcomes, classes: int, best: float) -> dict[str, 
     """The metrics of a validation, with warnings if there are any.
 
     Args:
-      outcomes: of the held-out images, clean and under the validation attack.
+      outcomes: measurements of the held-out images, clean and under the validation attack.
       classes: number of classes.
       best: highest accuracy under attack of the validations before, -1 if there was none.
     """

@@ -354,7 +354,7 @@ def test_stages_compile_once_and_attack_only_what_is_left():
 
 @dataclass(frozen=True)
 class Opaque:
-    """An attack of which only the call is known."""
+    """An attack that declares nothing."""
 
     attack: Attack
 

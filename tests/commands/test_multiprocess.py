@@ -138,6 +138,25 @@ def whole(folder):
 
 
 @pytest.mark.slow
+def test_two_processes_that_resume_end_together_where_patience_ends(folder):
+    """The count of validations is in the checkpoint, which process 0 alone reads."""
+    (folder / "patient.py").write_text(
+        CONFIG.replace("epochs=2", "epochs=4, patience=2, optimizer=AdamCosine(1e-12, 0)")
+        + "\n\nfrom deq_jax.training import AdamCosine\n"
+    )
+    both = ("patient.py", "patient.py")
+    job = start(folder, folder / "patient", processes=2, configs=both)
+    validations = 0
+    while validations < 2:  # the best one, and one that is not better
+        wait_for_line(job, folder / "patient", 1 + len(metrics(folder / "patient")))
+        validations = sum(line["split"] == "validation" for line in metrics(folder / "patient"))
+    job[0].send_signal(signal.SIGTERM)
+    end(job, *[128 + signal.SIGTERM] * 2)
+    end(start(folder, folder / "patient", processes=2, configs=both), 0, 0)
+    assert [line["step"] for line in metrics(folder / "patient") if line["split"] == "validation"] == [17, 34, 51]
+
+
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(folder, whole):
     first, second = end(start(folder, folder / "two", processes=2), 0, 0)
     assert_same_training(folder / "two", whole)

@@ -97,6 +97,11 @@ def replace(name, content):
     return lambda top: (top / name).write_bytes(content)
 
 
+def copied(top):
+    (top / "copy").mkdir()
+    (top / "copy" / "test_batch").write_bytes((top / "test_batch").read_bytes())
+
+
 MISTAKES = {
     "missing file": (python_ten, lambda top: (top / "data_batch_3").unlink(), "incomplete, data_batch_3 missing"),
     "no file": (python_ten, lambda top: [path.unlink() for path in top.iterdir()], "expected the files of CIFAR"),
@@ -107,6 +112,8 @@ MISTAKES = {
     "no dict": (python_ten, replace("test_batch", pickled([1])), "test_batch holds no dict"),
     "no data": (python_ten, replace("test_batch", pickled({b"labels": [1]})), "expected data of shape"),
     "no labels": (python_ten, replace("test_batch", pickled({b"data": RECORDS})), "expected labels, a list"),
+    "two kinds": (python_ten, python_hundred, "holds more than one version of CIFAR; name one of them"),
+    "two copies": (python_ten, copied, "holds test_batch twice; name one of its folders"),
     "other count": (python_ten, replace("test_batch", pickled({b"data": RECORDS, b"labels": [1]})), "one label per"),
 }  # fmt: skip
 
@@ -141,5 +148,5 @@ def test_names_that_are_missing(tmp_path):
     path = make(tmp_path / "files", python_ten, packed=False)
     (tmp_path / "files" / "batches.meta").unlink()
     assert len(Cifar(path).load().test.y) == 4
-    with pytest.raises(InputError, match="no file with the names of the classes"):
+    with pytest.raises(InputError, match=r"no batches\.meta, which names the classes"):
         _ = Cifar(path).class_names

@@ -81,6 +81,22 @@ def test_images_within_folders_of_a_class(tmp_path):
     assert len(ImageFolder(str(top), validation=0.5).load().train.y) == 8
 
 
+def test_a_link_to_a_folder_above_repeats_no_image(tmp_path):
+    top = make(tmp_path)
+    (top / "train" / "cat" / "again").symlink_to(top / "train" / "cat")
+    assert len(ImageFolder(str(top), validation=1 / 3).load().train.y) == 10
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    top = make(tmp_path)
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(InputError, match=r"train: cannot be read \(Permission denied\)"):
+        ImageFolder(str(top)).load()
+
+
 def test_size_scales_and_crops_in_the_middle(tmp_path):
     top = make(tmp_path)
     Image.fromarray(np.tile(np.repeat([0, 100, 200], 6), (6, 1)).astype(np.uint8)).save(top / "test" / "cat" / "0.png")
@@ -201,6 +217,7 @@ def test_a_mistake_is_named(tmp_path, mistake):
         ({"test": 1.0}, "test must be a share"),
         ({"size": 0}, "size must be a positive number"),
         ({"size": 3.5}, "size must be a positive number"),
+        ({"size": True}, "size must be a positive number"),
         ({"colours": "bgr"}, "colours must be 'rgb', 'grey' or None"),
     ],
 )

@@ -97,12 +97,27 @@ LINEAR = tiny.get_config(
 )
 
 
+def test_a_run_from_given_variables_begins_its_average_there(tmp_path):
+    """As every state of an optimiser that depends on the parameters."""
+    source = dj.fit(dataclasses.replace(LINEAR, epochs=1), tmp_path / "source")
+    still = WeightAverage(Sgd(1e-30, weight_decay=0.0), decay=0.9)
+    run = dj.fit(dataclasses.replace(LINEAR, epochs=1, optimizer=still), init_from=tmp_path / "source")
+    average, given = (
+        jax.tree.leaves(tree) for tree in (run.state.opt_state.average, source.predictor.variables["params"])
+    )
+    for mine, other in zip(average, given, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_run_without_progress_ends_after_its_patience_and_stays_ended(tmp_path):
     config = dataclasses.replace(LINEAR, optimizer=AdamCosine(1e-12, 0), epochs=5, patience=2)
-    run = dj.fit(config, tmp_path / "run")
+    said: list[str] = []
+    run = dj.fit(config, tmp_path / "run", say=said.append)
     assert int(run.state.step) == 3 * 17  # the first validation is the best, the next two are not better
-    again = dj.fit(config, tmp_path / "run")
+    assert said[-1] == "ending after step 51 of 85: 2 validations in a row were not better than the best one"
+    again = dj.fit(config, tmp_path / "run", say=said.append)
+    assert not any("resuming" in text for text in said)
     same(again.state, run.state)
     assert len([line for line in again.metrics if line["split"] == "validation"]) == 3
 
