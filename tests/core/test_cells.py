@@ -100,7 +100,10 @@ class TestRefused:
 @pytest.mark.parametrize("kind", OTHER_STATES)
 def test_other_states_are_refused(kind):
     z0, message = OTHER_STATES[kind]
-    identity = lambda p, z, u: z  # noqa: E731
+
+    def identity(p, z, u):
+        return z
+
     for call in (
         lambda: deq(identity, P, U, z0, solver=SOLVER, gradient=Phantom()),
         lambda: deq(identity, P, U, z0, solver=None, gradient=Unrolled(1)),
@@ -115,7 +118,9 @@ class TestDtypes:
     @pytest.mark.parametrize("gradient", mostly_slow(GRADIENTS, 0, 2), ids=lambda g: type(g).__name__)
     @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
     def test_a_cell_may_compute_in_half_precision(self, solver, gradient):
-        half = lambda p, z, u: cell(p, z, u).astype(jnp.bfloat16)  # noqa: E731
+
+        def half(p, z, u):
+            return cell(p, z, u).astype(jnp.bfloat16)
 
         def loss(p, u, f=cell):
             return jnp.sum(layer(p, u, f=f, solver=solver, gradient=gradient) ** 2)

@@ -273,7 +273,10 @@ class TestHigherDerivatives:
 
         def z(x, gradient=gradient):
             start = jnp.zeros((1, 1))
-            scalar_cell = lambda p, z, u: 0.5 * jnp.tanh(z) + u  # noqa: E731
+
+            def scalar_cell(p, z, u):
+                return 0.5 * jnp.tanh(z) + u
+
             solver = FixedPoint(200, tolerance=0.0)
             return deq(scalar_cell, None, jnp.full((1, 1), x), start, solver=solver, gradient=gradient)[0][0, 0]
 
@@ -404,7 +407,10 @@ def test_cotangents_that_are_zero_or_not_finite_stay_so(gradient):
 
     def of_factor(factor):
         weights = jnp.array([[1.0], [factor], [1.0]])
-        total = lambda u: jnp.sum(weights * gradient(cell, params, u, jnp.ones_like(u)))  # noqa: E731
+
+        def total(u):
+            return jnp.sum(weights * gradient(cell, params, u, jnp.ones_like(u)))
+
         return jax.grad(total)(u)
 
     ordinary = of_factor(1.0)

@@ -130,7 +130,10 @@ def test_spectral_radius_needs_steps():
 def test_narrow_states(dtype):
     """Sums of squares leave float16 at 65,504."""
     z = jnp.ones((2, 70_000), dtype)
-    half = lambda p, z, u: z * jnp.asarray([[0.5], [2.0]], dtype)  # noqa: E731
+
+    def half(p, z, u):
+        return z * jnp.asarray([[0.5], [2.0]], dtype)
+
     probes = gaussian_probes(Keys.of(jax.random.key(0), 2), z, 2)
     norm = jacobian_norm(half, None, None, z, probes)
     assert norm.dtype == jnp.float32
