@@ -1,16 +1,12 @@
 """Shared by all tests: eight simulated devices, programs that compile fast, and double precision on request."""
 
+import gc
 import os
 from pathlib import Path
 
-# Nearly all the time of the tests is compilation, and unoptimised code compiles twice as fast.
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-    )
-)
+from tests.helpers.compiling import FAST
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A command switches the persistent cache on for its whole process, and so for all later tests. JAX was seen to crash
 # when it read or wrote executables of eight simulated devices; benchmarks/faults.py takes the risk.
@@ -20,6 +16,13 @@ import jax
 import pytest
 
 MAPS = Path("/proc/self/maps")
+
+
+def pytest_collection_finish():
+    """Collects garbage less often: tracing makes millions of objects, and searching them took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture

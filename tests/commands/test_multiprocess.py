@@ -18,6 +18,7 @@ from deq_jax.parallel import agreed, connect, from_primary, gather, is_primary
 from deq_jax.parallel.processes import gather_texts
 from deq_jax.training import load_run, read_metrics
 from deq_jax.training.meters import TIMINGS
+from tests.helpers.compiling import FAST
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # for a job to end
@@ -62,7 +63,7 @@ def python(folder, *arguments, devices=2, **environment):
     """Starts Python with simulated devices; its stdout and stderr are one stream."""
     settings = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         **environment,
     }
