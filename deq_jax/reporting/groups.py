@@ -15,7 +15,7 @@ from deq_jax.evaluation.plan import UNDEFENDED
 from deq_jax.evaluation.results import Flag
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.reporting.archive import Evaluation, Setting
-from deq_jax.reporting.statistics import Estimate
+from deq_jax.reporting.statistics import Estimate, in_percent
 from deq_jax.storage.briefs import short_name
 from deq_jax.surrogates.base import Direct
 
@@ -114,7 +114,7 @@ class Group:
         found = list(self.values(lambda one: one.in_state(state, condition, quantity)).values())
         if not found:
             return None
-        return Estimate.of_accuracies(100.0 * np.array(found)) if quantity == "accuracy" else Estimate.of_images(found)
+        return Estimate.of_accuracies(found) if quantity == "accuracy" else Estimate.of_images(found)
 
 
 def groups_of(evaluations: Sequence[Evaluation]) -> list[Group]:
@@ -195,4 +195,4 @@ def overestimate(evaluation: Evaluation) -> np.ndarray | None:
 
 
 def _percent(correct: np.ndarray | None) -> np.ndarray | None:
-    return None if correct is None else 100.0 * correct
+    return None if correct is None else in_percent(correct)

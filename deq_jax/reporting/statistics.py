@@ -56,9 +56,9 @@ class Estimate:
         The images' part is the exact interval of Clopper & Pearson (1934), which has a width at 0 and 100 %.
 
         Args:
-          correct: [S, N], 100 or 0 for each of N images with each of S seeds.
+          correct: [S, N], True and False, or 100 and 0, for each of N images with each of S seeds.
         """
-        table = _checked(correct, 0, 100)
+        table = _checked(in_percent(correct), 0, 100)
         return cls._around(table, *accuracy_sides(table), 0, 100)
 
     @classmethod
@@ -114,11 +114,17 @@ class Estimate:
         return int(low > 0) - int(high < 0)
 
 
+def in_percent(values: ArrayLike) -> np.ndarray:
+    """The values as numbers: True and False, whether images are classified correctly, become 100 and 0."""
+    found = np.asarray(values)
+    return 100.0 * found if found.dtype == bool else found
+
+
 def paired_difference(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) -> Estimate | None:
     """The mean of a - b over the seeds that both have; None if they share none.
 
     Args:
-      a, b: seed -> accuracies [N] of the same images, 100 or 0.
+      a, b: seed -> accuracies [N] of the same images: True and False, or 100 and 0.
 
     Examples:
       >>> import numpy as np
@@ -128,7 +134,7 @@ def paired_difference(a: Mapping[int, np.ndarray], b: Mapping[int, np.ndarray]) 
       50.0
     """
     common = sorted(set(a) & set(b))
-    return Estimate.of_differences([a[seed] - b[seed] for seed in common]) if common else None
+    return Estimate.of_differences([in_percent(a[seed]) - in_percent(b[seed]) for seed in common]) if common else None
 
 
 def paired_quotient(a: Mapping[int, float], b: Mapping[int, float]) -> Estimate | None:

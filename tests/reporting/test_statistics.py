@@ -121,6 +121,14 @@ class TestDifferences:
         assert (found.value, found.seeds) == (100 * (20 + 10) / 2 / 40, 2)
         assert paired_difference(a, {7: b[0]}) is None
 
+    def test_booleans_count_as_percent(self):
+        """The arrays of an evaluation, `clean` and `robust`, are booleans."""
+        a, b = ({seed: outcomes(right, 40)[0] for seed, right in part.items()} for part in (A, B))
+        assert paired_difference(*({s: row == 100 for s, row in part.items()} for part in (a, b))) == (
+            paired_difference(a, b)
+        )
+        assert Estimate.of_accuracies([a[0] == 100]) == Estimate.of_accuracies([a[0]])
+
     def test_pairing_takes_away_what_seeds_and_images_have_in_common(self):
         """The first 20 images more, whatever the others are and whatever the seed."""
         a = {seed: outcomes(150 + 10 * seed, 400)[0] for seed in range(4)}
