@@ -216,7 +216,9 @@ class AutoAttack:
         All attacks begin at the start, if there is one. With `verbose` a line is printed before the first attack and
         after each, unless within `jax.jit`.
         """
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, labels, key, start))):
+        # Within `jax.jit` even a new array is traced; the oracle may be all that depends on its arguments.
+        given = jax.tree.leaves((x, labels, key, start, jnp.zeros(())))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in given):
             averaged = self._averaged(oracle)
             return carry_out(self._run, averaged, x, labels, key, start, threat=self.threat, pairs=False)
         for stage in self.stages(oracle, x, labels, key, start):

@@ -134,6 +134,27 @@ def test_misclassified_images_stay(name):
 
 
 @FEW
+def test_shift_and_scale_of_logits_change_nothing(name):
+    """Nor does their normalisation, so log-probabilities will do. Cross-entropy has a scale; margins and DLR have none."""
+
+    def fooled(scale, shift, normalised):
+        def logits(x, keys):
+            found = scale * mlp(x) + shift
+            return found - normalised * jax.nn.logsumexp(found, axis=-1, keepdims=True)
+
+        x_adv = ATTACKS[name](oracle_of(logits), X, Y, KEYS)
+        return is_fooled(mlp(x_adv), Y), margin(mlp(x_adv), Y)
+
+    run = jax.jit(fooled)
+    expected, margins = run(1.0, 0.0, 0.0)
+    is_scale_free = name.startswith(("apgd_t", "fab", "square", "spsa"))
+    for other in [(1.0, 64.0, 0.0), (1.0, 0.0, 1.0)] + [(2.0**10, 0.0, 0.0), (2.0**-10, 0.0, 0.0)] * is_scale_free:
+        found, other_margins = run(*other)
+        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_allclose(other_margins, margins, atol=1e-2)  # rounding decides some steps
+
+
+@FEW
 def test_constant_and_nan_logits(name):
     def attack(x, y, value):
         return ATTACKS[name](oracle_of(lambda x, keys: 0 * mlp(x) + value), x, y, KEY)
