@@ -135,7 +135,7 @@ def test_misclassified_images_stay(name):
 
 @FEW
 def test_shift_and_scale_of_logits_change_nothing(name):
-    """Nor does their normalisation, so log-probabilities will do. Cross-entropy has a scale; margins and DLR have none."""
+    """Nor does their normalisation, so log-probabilities will do. Cross-entropy has a scale; DLR has none."""
 
     def fooled(scale, shift, normalised):
         def logits(x, keys):
