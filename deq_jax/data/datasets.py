@@ -135,7 +135,7 @@ class Npz:
     def _read(self) -> dict[str, np.ndarray]:
         names = ["x_train", "y_train", "x_test", "y_test"]
         try:
-            with open(self.path, "rb") as opened:  # numpy leaves a damaged file open
+            with open(chosen_path("Npz", self.path), "rb") as opened:  # numpy leaves a damaged file open
                 file = np.load(opened, allow_pickle=False)
                 missing = [name for name in names if name not in getattr(file, "files", ())]
                 require(
@@ -221,6 +221,13 @@ def hold_out(data: Images, count: int) -> tuple[Images, Images]:
     """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
     return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
+
+
+def chosen_path(name: str, path: str) -> Path:
+    """The path of a dataset's files; raises `InputError` for one that a config leaves open."""
+    way = "name the files, as in --set dataset.path=PLACE"
+    require(path != "", f"{name}: path is not set; {way}")
+    return Path(path).expanduser()
 
 
 def check_share(name: str, share: float, field: str = "validation") -> None:
