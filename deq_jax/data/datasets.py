@@ -59,7 +59,7 @@ class Splits(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Anything with ``load() -> Splits``. Where it has ``class_names``, figures and tables use them."""
+    """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`."""
 
     def load(self) -> Splits: ...
 
@@ -78,6 +78,11 @@ class Digits:
       >>> Digits().load().train.x.shape
       (1149, 8, 8, 1)
     """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels."""
+        return tuple("0123456789")
 
     def load(self) -> Splits:
         with np.load(Path(__file__).with_name("digits.npz")) as file:
@@ -204,6 +209,20 @@ class Tfds:
             expected = f"Tfds {self.name} {split}: expected examples with an image, all of one size, and a label"
             raise InputError(f"{expected} ({_first_line(error)})") from None
         return checked_images(images, labels, f"Tfds {self.name} {split}")
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of a dataset's classes, in the order of their labels; empty where it has none, or they are missing.
+
+    Examples:
+      >>> from deq_jax.data import Digits, Npz, class_names
+      >>> class_names(Digits())[:3], class_names(Npz("my.npz"))
+      (('0', '1', '2'), ())
+    """
+    try:
+        return tuple(getattr(dataset, "class_names", ()))
+    except InputError:  # of images whose file of names is missing
+        return ()
 
 
 def _first_line(error: Exception) -> str:
