@@ -52,10 +52,23 @@ def test_a_traced_share_attacks_in_the_smaller_ball():
         np.testing.assert_allclose(lengths(share), share * 0.1, rtol=1e-5)
 
 
-def test_one_program_serves_all_radii_and_ends_with_the_whole_one():
+@pytest.fixture(scope="module")
+def start():
+    """The optimiser, a state and a batch."""
     optimizer, data = optimizer_of(CONFIG, 10), CONFIG.dataset.load()
-    state = initial_state(CONFIG, optimizer, data)
     batch = Batch(data.train.x[:8], data.train.y[:8], np.arange(8, dtype=np.int32))
+    return optimizer, initial_state(CONFIG, optimizer, data), batch
+
+
+def test_a_step_must_know_how_long_the_run_is(start):
+    optimizer, state, batch = start
+    with pytest.raises(InputError, match="expected its number of steps, got steps=None"):
+        train_step(CONFIG, optimizer, state, batch)
+
+
+@pytest.mark.slow
+def test_one_program_serves_all_radii_and_ends_with_the_whole_one(start):
+    optimizer, state, batch = start
     growing = jax.jit(lambda state: train_step(CONFIG, optimizer, state, batch, steps=10))
     whole = jax.jit(lambda state: train_step(replace(CONFIG, radius=None), optimizer, state, batch))
     early, late = state, state._replace(step=jnp.int32(5))
@@ -63,8 +76,6 @@ def test_one_program_serves_all_radii_and_ends_with_the_whole_one():
     np.testing.assert_allclose(shares, [0.2, 1.0], rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, growing(late)[0], whole(late)[0])
     assert growing(early)[1]["loss"] < whole(early)[1]["loss"]
-    with pytest.raises(InputError, match="expected its number of steps, got steps=None"):
-        jax.eval_shape(lambda state: train_step(CONFIG, optimizer, state, batch), state)
 
 
 def test_pre_training_has_no_attack():
