@@ -1,6 +1,7 @@
-"""Shared by the CIFAR configs: the recipe of Yang et al. 2023, and its variants.
+"""Shared by the CIFAR configs: the recipe of Yang et al. 2023, one for small machines, and their variants.
 
-This is not a config itself. Start from cifar10_large_pgd_at.py; all others are variants of it.
+This is not a config itself. Start from cifar10_large_pgd_at.py, or for small machines from cifar10_small_pgd_at.py; all
+others are variants of these two.
 """
 
 from dataclasses import replace
@@ -20,9 +21,10 @@ from deq_jax import (
 )
 from deq_jax.attacks import PGD, Linf, gaussian_start
 from deq_jax.core import kl
-from deq_jax.data import CropFlip, Tfds
-from deq_jax.models import JacobianRegularization, Mdeq
+from deq_jax.data import CropFlip, Dataset, Tfds
+from deq_jax.models import JacobianRegularization, Mdeq, explicit_twin, mdeq_small, require_deq
 from deq_jax.surrogates import ThroughSolver
+from deq_jax.training import AdamW, Cosine, RadiusSchedule
 
 EPSILON, STEP_SIZE = 8 / 255, 2 / 255
 ATTACK = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, best_of=False)
@@ -43,9 +45,38 @@ def recipe(dataset: str, modules: Mdeq) -> TrainConfig:
     )
 
 
+def small_recipe(dataset: Dataset, num_classes: int) -> TrainConfig:
+    """PGD adversarial training of the small MDEQ on 32x32 images: a short attack, whose radius grows at first."""
+    dynamics = Dynamics(Broyden(6), gradient=Phantom(steps=3, damping=0.5))
+    return TrainConfig(
+        classifier=Equilibrium(*mdeq_small(num_classes), dynamics=dynamics),
+        objective=PGDAdversarialTraining(replace(ATTACK, steps=3, step_size=4 / 255)),
+        dataset=dataset,
+        validation_attack=replace(ATTACK, best_of=True),
+        optimizer=AdamW(1e-3, weight_decay=1e-2, clip=1.0, rates=Cosine(warmup=0.05)),
+        radius=RadiusSchedule(rise=0.5),
+        augmentation=CropFlip(4),
+        batch_size=64,
+        epochs=30,
+        validation_images=1000,
+    )
+
+
 def with_trades(config: TrainConfig) -> TrainConfig:
     """The config with TRADES instead of PGD-AT."""
-    return replace(config, objective=Trades(replace(ATTACK, loss=kl, start=gaussian_start), beta=6.0))
+    attack = replace(config.objective.attack, loss=kl, start=gaussian_start)
+    return replace(config, objective=Trades(attack, beta=6.0))
+
+
+def with_twin(config: TrainConfig, depth: int = 1) -> TrainConfig:
+    """The config with the explicit twin of its DEQ."""
+    return replace(config, classifier=explicit_twin(config.classifier, depth), pretrain_steps=0)
+
+
+def cell_evaluations(classifier: Equilibrium) -> int:
+    """Number of times that a DEQ's forward pass applies its cell, where no image stops early."""
+    _, solver = require_deq(classifier)
+    return 1 + solver.steps + int(classifier.dynamics.gradient.applications)
 
 
 def with_modules(config: TrainConfig, modules: Mdeq) -> TrainConfig:

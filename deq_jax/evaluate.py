@@ -25,6 +25,7 @@ from deq_jax.core.errors import require
 from deq_jax.core.readouts import EnsembleState, LastState
 from deq_jax.core.types import Readout
 from deq_jax.data.batches import to_unit
+from deq_jax.data.datasets import class_names
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.budgets import BUDGETS, default_trials
 from deq_jax.evaluation.engine import worst_case
@@ -32,7 +33,7 @@ from deq_jax.evaluation.files import write_evaluation
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import EarlyState, EvalConfig, Trial, with_transfers
 from deq_jax.evaluation.record import EvaluationRecord, Provenance
-from deq_jax.evaluation.terminal import accuracy_table, states_table
+from deq_jax.evaluation.terminal import accuracy_table, classes_table, states_table
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.wording import headline
 from deq_jax.models.base import Classifier
@@ -78,6 +79,8 @@ more examples:
   python -m deq_jax.evaluate --workdir runs/b --attack transfer:runs/a/evaluation/test-pgd/evaluation.npz
 """
 
+MOST_CLASSES = 20  # that are shown on the terminal
+
 SILENCE = 30  # seconds after which a file or a pipe gets a line
 
 READOUTS = ("trained", "early", "last", "ensemble")
@@ -96,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
         console.print(states_table(record))
         console.print(accuracy_table(record))
+        if len(record.classes) <= MOST_CLASSES:
+            console.print(classes_table(record))
         console.print(headline(record), style="bold")
         console.print(f"results: {out}")
 
@@ -136,7 +141,7 @@ def evaluate(
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
-    record = EvaluationRecord.of(result, provenance)
+    record = EvaluationRecord.of(result, provenance, class_names(train.dataset))
     if is_primary():
         write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
     return record

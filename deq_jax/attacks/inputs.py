@@ -14,7 +14,7 @@ from jax import lax
 
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.programs import Compiled
-from deq_jax.attacks.threats import Threat, per_image
+from deq_jax.attacks.threats import Threat, is_traced, per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
 from deq_jax.core.convolutions import fast_in_loops
 from deq_jax.core.errors import require
@@ -80,11 +80,11 @@ def carry_out(
         return all_finite(guard.logits(guard.centre, keys))
 
     checked = labels
-    if has_labels(labels) and not _is_traced(labels):
+    if has_labels(labels) and not is_traced(labels):
         labels = np.asarray(labels).astype(np.int32)  # of every integer type the same program
-    if any(_is_traced(leaf) for leaf in jax.tree.leaves((x, labels, keys, start))):
+    if any(is_traced(leaf) for leaf in jax.tree.leaves((x, labels, keys, start))):
         x_adv = attack(jnp.asarray(x), jnp.asarray(labels), keys, cast(Any, start))
-        return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if _is_traced(x) else x_adv
+        return jnp.where(per_image(_is_outside(given), x_adv), jnp.nan, x_adv) if is_traced(x) else x_adv
     if asks:
         refuse_not_finite(Compiled(finite)(x, keys.fold(Purpose.QUERY)))
     found: Array = Compiled(attack)(x, labels, keys, start)
@@ -183,7 +183,7 @@ def check_inputs(
       >>> float(x.max())
       1.0
     """
-    x, labels = (value if _is_traced(value) else np.asarray(value) for value in (x, labels))
+    x, labels = (value if is_traced(value) else np.asarray(value) for value in (x, labels))
     is_image = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating)
     require(is_image, f"attack: expected float images [B, H, W, C], got {_described(x)}")
     _, rows, height, width = x.shape
@@ -203,11 +203,11 @@ def check_start(start: AnyArray, x: AnyArray, threat: Threat | None) -> AnyArray
       InputError: they are not float images of the shape of x, or lie outside of [0, 1] or of the ball around x by more
         than 1e-6. Traced values are not known, and are projected by `carry_out`.
     """
-    start = start if _is_traced(start) else np.asarray(start)
+    start = start if is_traced(start) else np.asarray(start)
     fits = start.shape == x.shape and jnp.issubdtype(start.dtype, jnp.floating)
     require(fits, f"attack: expected a start of float images {x.shape}, got {_described(start)}")
     start = clip_to_box(start, "attack: start")
-    if threat is not None and x.size > 0 and not (_is_traced(start) or _is_traced(x)):
+    if threat is not None and x.size > 0 and not (is_traced(start) or is_traced(x)):
         kind = np.float64 if x.dtype == np.float64 else np.float32
         lengths = np.asarray(threat.length(start.astype(kind) - x.astype(kind)))
         far = np.flatnonzero(~(lengths <= threat.epsilon + BOX_TOLERANCE))
@@ -247,7 +247,7 @@ def check_classes(labels: AnyArray, num_classes: int) -> None:
     both = "which pairs (label, class aimed at) and one-hot rows could both be"
     ambiguous = f"attack: with 2 classes expected labels [B], got {_described(labels)}, {both}"
     require(labels.ndim == 1 or num_classes > 2, f"{ambiguous}: take pairs[:, 0] or rows.argmax(axis=1)")
-    if not _is_traced(labels) and labels.size > 0:
+    if not is_traced(labels) and labels.size > 0:
         low, high = (int(end) for end in (np.min(np.asarray(labels)), np.max(np.asarray(labels))))
         found = low if low < 0 else high
         require(0 <= found < num_classes, f"attack: labels must lie in 0..{num_classes - 1}, found {found}")
@@ -270,7 +270,7 @@ def all_finite(logits: AnyArray) -> Array:
 
 def refuse_not_finite(finite: AnyArray) -> None:
     """Raises `InputError` with the number of images that have logits that are not finite, if there are any."""
-    if not _is_traced(finite):
+    if not is_traced(finite):
         bad = np.flatnonzero(~np.asarray(finite))
         require(len(bad) == 0, f"attack: logits of {len(bad)} images are not finite (first: {bad[:1]})")
 
@@ -281,7 +281,7 @@ def _check_labels(labels: AnyArray, size: int, pairs: bool) -> None:
     way = "of one-hot rows take rows.argmax(axis=1)" if labels.ndim == 2 else "one per image"
     fits = labels.shape in shapes and has_labels(labels)
     require(fits, f"attack: expected {size} {kind}, got {_described(labels)}; {way}")
-    if labels.ndim == 2 and not _is_traced(labels):
+    if labels.ndim == 2 and not is_traced(labels):
         same = np.flatnonzero(labels[:, 0] == labels[:, 1])
         found = f"found {tuple(labels[same[0]].tolist())} for image {same[0]}" if len(same) else ""
         require(len(same) == 0, f"attack: of a pair (label, class aimed at) the two must differ, {found}")
@@ -291,10 +291,6 @@ def _is_outside(x: Array) -> Array:
     """[B], whether an image has a pixel that is NaN or outside [0, 1] by more than rounding."""
     inside = (x >= -BOX_TOLERANCE) & (x <= 1 + BOX_TOLERANCE)
     return ~jnp.all(inside, axis=(1, 2, 3))
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
 
 
 def _described(value: Any) -> str:

@@ -13,7 +13,7 @@ from jax import lax
 from deq_jax.attacks.best import Best
 from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
-from deq_jax.attacks.threats import Threat
+from deq_jax.attacks.threats import Threat, is_traced
 from deq_jax.core.errors import require
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy
@@ -101,7 +101,8 @@ class PGD:
     uses_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.step_size is None or self.step_size > 0, f"PGD: step_size must be > 0, got {self.step_size!r}")
+        positive = self.step_size is None or is_traced(self.step_size) or self.step_size > 0
+        require(positive, f"PGD: step_size must be > 0, got {self.step_size!r}")
         require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"PGD: restarts must be >= 1, got {self.restarts!r}")
         alone = self.best_of or self.restarts == 1

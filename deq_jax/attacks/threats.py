@@ -67,6 +67,8 @@ class Linf:
 
     def __post_init__(self) -> None:
         _check_radius("Linf", self.epsilon)
+        if is_traced(self.epsilon):
+            return
         unit = f"did you mean {self.epsilon:g}/255?" if self.epsilon <= 255 else "1 is the whole range"
         require(self.epsilon <= 1, f"Linf: epsilon is in the unit of x, [0, 1], got {self.epsilon!r}; {unit}")
 
@@ -163,9 +165,14 @@ def per_image(values: Array, x: Array) -> Array:
     return values.reshape(values.shape + (1,) * (x.ndim - 1))
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value is not known yet, because it is an argument of a function that JAX traces."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def _check_radius(name: str, epsilon: Any) -> None:
     is_number = isinstance(epsilon, Real | jax.Array) and not isinstance(epsilon, bool)
-    require(is_number and epsilon >= 0, f"{name}: epsilon must be >= 0, got {epsilon!r}")
+    require(is_number and (is_traced(epsilon) or epsilon >= 0), f"{name}: epsilon must be >= 0, got {epsilon!r}")
 
 
 def _flat(x: Array) -> Array:

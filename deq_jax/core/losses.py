@@ -83,15 +83,18 @@ def targeted_dlr(logits: Array, labels: Array) -> Array:
     return logit_difference(logits, labels) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """``-log softmax(logits)[label]``.
+def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
+    """``-log softmax(logits)[label]``, or its mean with a share of the probability spread over all K classes.
 
     Args:
       logits: [B, K].
       labels: [B] int.
+      label_smoothing: that share; 0 for none.
 
     Returns:
       [B], in nats.
+
+    References: Szegedy et al. 2016, section 7.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -99,7 +102,11 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
       >>> round(float(cross_entropy(jnp.zeros((1, 2)), jnp.array([0]))[0]), 3)  # log 2
       0.693
     """
-    return -_pick(jax.nn.log_softmax(logits), labels)
+    log_p = jax.nn.log_softmax(logits)
+    loss = -_pick(log_p, labels)
+    if label_smoothing == 0:
+        return loss
+    return (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, axis=-1)
 
 
 def kl(logits: Array, reference_logits: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from deq_jax.data.batches import CropFlip, EvaluationBatch, batch_indices, evaluation_batches, to_unit
 from deq_jax.data.cifar import Cifar
-from deq_jax.data.datasets import Dataset, Digits, Images, Npz, Splits, Tfds, hold_out
+from deq_jax.data.datasets import Dataset, Digits, Images, Npz, Splits, Tfds, class_names, hold_out
 from deq_jax.data.folders import ImageFolder
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Splits",
     "Tfds",
     "batch_indices",
+    "class_names",
     "evaluation_batches",
     "hold_out",
     "to_unit",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.data.datasets import Images, Splits, check_share, checked_images, hold_out_share
+from deq_jax.data.datasets import Images, Splits, check_share, checked_images, chosen_path, hold_out_share
 
 PIXELS = 3 * 32 * 32
 HARMLESS = {
@@ -60,7 +60,7 @@ class Cifar:
     No code that a file holds is run: its pickles may make arrays, lists, dicts, texts and numbers only.
 
     Attributes:
-      path: the archive or the folder.
+      path: the archive or the folder; "" in a config that leaves it to ``--set dataset.path=PLACE``.
       validation: share of the training images that is held out.
 
     Raises:
@@ -145,7 +145,7 @@ class Cifar:
 
     def _files(self) -> dict[str, bytes]:
         """Contents by name of the files of CIFAR that there are, in the archive or the folder."""
-        path, files = Path(self.path).expanduser(), {}
+        path, files = chosen_path("Cifar", self.path), {}
         require(path.exists(), f"{path}: no such archive or folder of CIFAR")
         try:
             for name, content in _folder(path) if path.is_dir() else _archive(path):

@@ -59,7 +59,7 @@ class Splits(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Anything with ``load() -> Splits``. Where it has ``class_names``, figures and tables use them."""
+    """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`."""
 
     def load(self) -> Splits: ...
 
@@ -78,6 +78,11 @@ class Digits:
       >>> Digits().load().train.x.shape
       (1149, 8, 8, 1)
     """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels."""
+        return tuple("0123456789")
 
     def load(self) -> Splits:
         with np.load(Path(__file__).with_name("digits.npz")) as file:
@@ -135,7 +140,7 @@ class Npz:
     def _read(self) -> dict[str, np.ndarray]:
         names = ["x_train", "y_train", "x_test", "y_test"]
         try:
-            with open(self.path, "rb") as opened:  # numpy leaves a damaged file open
+            with open(chosen_path("Npz", self.path), "rb") as opened:  # numpy leaves a damaged file open
                 file = np.load(opened, allow_pickle=False)
                 missing = [name for name in names if name not in getattr(file, "files", ())]
                 require(
@@ -206,6 +211,20 @@ class Tfds:
         return checked_images(images, labels, f"Tfds {self.name} {split}")
 
 
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of a dataset's classes, in the order of their labels; empty where it has none, or they are missing.
+
+    Examples:
+      >>> from deq_jax.data import Digits, Npz, class_names
+      >>> class_names(Digits())[:3], class_names(Npz("my.npz"))
+      (('0', '1', '2'), ())
+    """
+    try:
+        return tuple(getattr(dataset, "class_names", ()))
+    except InputError:  # of images whose file of names is missing
+        return ()
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -221,6 +240,13 @@ def hold_out(data: Images, count: int) -> tuple[Images, Images]:
     """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
     return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
+
+
+def chosen_path(name: str, path: str) -> Path:
+    """The path of a dataset's files; raises `InputError` for one that a config leaves open."""
+    way = "name the files, as in --set dataset.path=PLACE"
+    require(path != "", f"{name}: path is not set; {way}")
+    return Path(path).expanduser()
 
 
 def check_share(name: str, share: float, field: str = "validation") -> None:

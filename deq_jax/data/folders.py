@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.data.datasets import Splits, check_share, checked_images, hold_out_share
+from deq_jax.data.datasets import Splits, check_share, checked_images, chosen_path, hold_out_share
 from deq_jax.storage.files import read_npz, write_npz
 
 MODES = {"rgb": "RGB", "grey": "L"}
@@ -33,7 +33,7 @@ class ImageFolder:
     followed.
 
     Attributes:
-      path: the folder.
+      path: the folder; "" in a config that leaves it to ``--set dataset.path=PLACE``.
       validation: share of the training images that is held out.
       test: share of all images that becomes the test set, where the folder has none.
       size: images are scaled and cropped in the middle to ``size`` x ``size`` pixels; None: they must be of one size.
@@ -90,7 +90,7 @@ class ImageFolder:
 
     def _parts(self) -> dict[str, Path]:
         """The folder of each part that there is: train and test, or train alone where both lie in one."""
-        top = Path(self.path).expanduser()
+        top = chosen_path("ImageFolder", self.path)
         require(top.is_dir(), f"{top}: no such folder of images")
         train, tests = top / "train", [top / name for name in TEST_NAMES if (top / name).is_dir()]
         if not train.is_dir():

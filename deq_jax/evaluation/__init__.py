@@ -2,6 +2,7 @@
 
 from deq_jax.evaluation.assess import assess
 from deq_jax.evaluation.budgets import BUDGETS, default_trials, white_box_trials
+from deq_jax.evaluation.classes import ClassAccuracy, class_accuracies
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.files import write_evaluation
@@ -43,6 +44,7 @@ from deq_jax.evaluation.wording import headline
 __all__ = [
     "BUDGETS",
     "Attempt",
+    "ClassAccuracy",
     "Cost",
     "Diagnostics",
     "EarlyState",
@@ -69,6 +71,7 @@ __all__ = [
     "assess",
     "auto_attack_trials",
     "choose_early_state",
+    "class_accuracies",
     "correctness",
     "default_trials",
     "diagnostics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deq_jax.evaluation.classes import ClassAccuracy, class_accuracies
 from deq_jax.evaluation.plan import UNDEFENDED, Trial
 from deq_jax.evaluation.recorded import RecordedPlan, RecordedRun, parsed
 from deq_jax.evaluation.red_flags import red_flags
@@ -119,6 +121,7 @@ class EvaluationRecord:
         None.
       evaluation: config tree of the evaluation.
       provenance: where the classifier comes from; None for one that comes from no workdir.
+      classes: accuracies of each class; empty in older files.
 
     Examples:
       >>> from deq_jax.attacks import Linf
@@ -161,6 +164,7 @@ class EvaluationRecord:
     early_state: tuple[float, ...] | None
     evaluation: Json
     provenance: Provenance | None = None
+    classes: tuple[ClassAccuracy, ...] = ()
 
     @property
     def robust_accuracy(self) -> float | None:
@@ -179,8 +183,10 @@ class EvaluationRecord:
         return RecordedPlan.of(self.evaluation)
 
     @classmethod
-    def of(cls, result: WorstCase, provenance: Provenance | None = None) -> EvaluationRecord:
-        """The numbers of a result of `worst_case`."""
+    def of(
+        cls, result: WorstCase, provenance: Provenance | None = None, class_names: Sequence[str] = ()
+    ) -> EvaluationRecord:
+        """The numbers of a result of `worst_case`; see `class_accuracies` for the names."""
         evaluations, settled = float(np.mean(result.cost.evaluations)), result.radius_settled
         radius = spread(result.spectral_radius)
         is_known = radius.mean is not None and settled is not None
@@ -200,6 +206,7 @@ class EvaluationRecord:
             early_state=None if result.early_state is None else tuple(result.early_state),
             evaluation=to_tree(result.config),
             provenance=provenance,
+            classes=class_accuracies(result.outcomes, class_names),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -219,6 +226,7 @@ class EvaluationRecord:
             "adjoint_residual": dataclasses.asdict(self.adjoint_residual),
             "robust_accuracy": self.robust_accuracy,
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "classes": [dataclasses.asdict(one) for one in self.classes],
             "warnings": list(self.warnings),
             "red_flags": [dataclasses.asdict(flag) for flag in self.red_flags],
             "early_state": None if self.early_state is None else list(self.early_state),
@@ -254,6 +262,7 @@ class EvaluationRecord:
             early_state=None if early is None else tuple(map(float, early)),
             evaluation=tree["evaluation"],
             provenance=_provenance(tree) if "workdir" in tree else None,
+            classes=tuple(ClassAccuracy(**one) for one in tree.get("classes", ())),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from deq_jax.evaluation.record import EvaluationRecord
 from deq_jax.evaluation.rows import Means
@@ -28,6 +29,18 @@ def accuracy_table(record: EvaluationRecord) -> Table:
         cells = [f"{100 * row[predictor]:.2f}" for predictor in predictors]
         cost = ["", ""] if trial is None else [str(trial.attacked), f"{trial.seconds:.1f}"]
         grid.add_row(name, *cells, *cost, style="bold" if name == "union" else None)
+    return grid
+
+
+def classes_table(record: EvaluationRecord) -> Table:
+    """Accuracy of the deployed predictor on each class, clean and on the worst case of each image, for the terminal."""
+    grid = Table(title="accuracy (%) of each class", caption="attacked: the worst case of each image")
+    grid.add_column("class")
+    for name in ("images", "clean", "attacked"):
+        grid.add_column(name, justify="right")
+    for one in record.classes:
+        attacked = "-" if one.attacked is None else f"{100 * one.attacked:.2f}"
+        grid.add_row(Text(one.name), str(one.images), f"{100 * one.clean:.2f}", attacked)
     return grid
 
 

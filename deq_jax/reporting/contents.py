@@ -154,6 +154,31 @@ def accuracy_table(name: str, group: Group) -> Table:
     return filled(name, caption, "", [images_of, *fields], {"": list(records[0].accuracy)})
 
 
+def classes_table(name: str, group: Group) -> Table:
+    """Accuracy of the deployed predictor on each class, mean over the seeds that have it."""
+    seeds = [one.record.classes for one in group.evaluations if one.record.classes]
+    labels = range(len(seeds[0])) if seeds else range(0)
+
+    def attacked(label: int) -> Cell:
+        found = [classes[label].attacked for classes in seeds]
+        accuracies = [accuracy for accuracy in found if accuracy is not None]
+        return text_cell("") if not accuracies else Cell(_percent(accuracies), WARNING if group.raised else "")
+
+    fields: list[Field[int]] = [
+        Field(Column("class", kind="text"), lambda label: text_cell(seeds[0][label].name)),
+        Field(Column("images"), lambda label: text_cell(str(seeds[0][label].images))),
+        Field(Column("clean"), lambda label: Cell(_percent([classes[label].clean for classes in seeds]))),
+        Field(Column(worst_case([group]), kind="main"), attacked),
+    ]
+    over = f"mean over {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    caption = f"Accuracy (%) of the deployed predictor on the images of each class, {over}"
+    return filled(name, caption, "", fields, {"": labels} if seeds else {})
+
+
+def _percent(accuracies: Sequence[float]) -> tuple[str]:
+    return (f"{100 * float(np.mean(accuracies)):.2f}",)
+
+
 def states_table(name: str, groups: Mapping[str, Group]) -> Table:
     """Measurements in every state of the dynamics, clean and attacked; a section for each labelled group."""
 

@@ -20,6 +20,7 @@ from deq_jax.reporting.comparisons import (
 from deq_jax.reporting.contents import (
     FORMS,
     accuracy_table,
+    classes_table,
     cost_table,
     flags_table,
     headline_table,
@@ -96,7 +97,8 @@ class Report:
       is_defended: whether any group has a defence.
       headline, cost: tables of all groups.
       defences, trainings: comparisons of defences and of training configs.
-      accuracies, flags: a section for each group, but without flags where nothing has attacked.
+      accuracies, classes, flags: a section for each group, but without classes in older files, and without flags where
+        nothing has attacked.
       dynamics, radii: sections with figures.
       protocols: one for each evaluation.
 
@@ -117,6 +119,7 @@ class Report:
     defences: Comparison
     trainings: Comparison
     accuracies: tuple[Section, ...]
+    classes: tuple[Section, ...]
     dynamics: tuple[Section, ...]
     radii: tuple[Section, ...]
     flags: tuple[Section, ...]
@@ -154,6 +157,11 @@ class Report:
                 _section(group, accuracy_table(_name("accuracy", i, group.training, group.defence), group))
                 for i, group in enumerate(groups, 1)
             ),
+            classes=tuple(
+                _section(group, classes_table(_name("classes", i, group.training, group.defence), group))
+                for i, group in enumerate(groups, 1)
+                if any(one.record.classes for one in group.evaluations)
+            ),
             dynamics=tuple(_dynamics(groups)),
             radii=tuple(_radii(groups)),
             flags=tuple(
@@ -179,7 +187,7 @@ class Report:
     @property
     def sections(self) -> tuple[Section, ...]:
         """All sections."""
-        return (*self.accuracies, *self.dynamics, *self.radii, *self.flags)
+        return (*self.accuracies, *self.classes, *self.dynamics, *self.radii, *self.flags)
 
     @property
     def tables(self) -> list[Table]:

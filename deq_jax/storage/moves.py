@@ -47,6 +47,11 @@ FIELDS = {
 }
 """Renamed fields by class; the class has its name of this version."""
 
+ADDED = {
+    f"deq_jax.training.{name}": {"label_smoothing": 0.0} for name in ("Standard", "PGDAdversarialTraining", "Trades")
+}
+"""Fields that older files do not have, by class, with the values that change nothing."""
+
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     """One object or function of a config tree, not the objects below it, under the names of this version.
@@ -58,6 +63,7 @@ def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
         tree = tree | {key: _renamed(tree[key])}
     fields = FIELDS.get(tree.get("class", ""), {})
     tree = {fields.get(name, name): value for name, value in tree.items()}
+    tree = ADDED.get(tree.get("class", ""), {}) | tree
     if tree.get("class") == "deq_jax.attacks.PGD" and "epsilon" in tree:  # in ℓ∞, the only norm that it had
         ball = {"class": "deq_jax.attacks.Linf", "epsilon": tree["epsilon"]}
         others = {name: value for name, value in tree.items() if name != "epsilon"}

@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import cast
 
-import numpy as np
-
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf, Threat
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.gradients import Unrolled
-from deq_jax.core.keys import Purpose
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.types import Optimizer, Readout
 from deq_jax.data.batches import CropFlip
@@ -22,36 +19,7 @@ from deq_jax.data.datasets import Dataset
 from deq_jax.models.classifiers import Equilibrium, Explicit
 from deq_jax.training.objectives import Objective, Standard
 from deq_jax.training.optimizers import AdamCosine
-
-
-@dataclass(frozen=True)
-class PenaltySchedule:
-    """Chooses the training steps with the classifier's Jacobian penalty: a few, drawn at random in the first epochs.
-
-    Attributes:
-      probability: probability of a penalty at a training step.
-      epochs: number of epochs with penalised steps.
-
-    References: Bai et al. 2021, section 4.2.
-
-    Examples:
-      >>> from deq_jax.training import PenaltySchedule
-      >>> schedule = PenaltySchedule(probability=1.0, epochs=90)
-      >>> schedule.is_drawn(seed=0, step=3, epoch=0), schedule.is_drawn(seed=0, step=9000, epoch=90)
-      (True, False)
-    """
-
-    probability: float = 0.02
-    epochs: int = 90
-
-    def __post_init__(self) -> None:
-        valid = 0 <= self.probability <= 1
-        require(valid, f"PenaltySchedule: probability must be in [0, 1], got {self.probability!r}")
-        require(self.epochs >= 0, f"PenaltySchedule: epochs must be >= 0, got {self.epochs!r}")
-
-    def is_drawn(self, seed: int, step: int, epoch: int) -> bool:
-        """Whether training step `step`, in epoch `epoch` (both from 0), is penalised."""
-        return epoch < self.epochs and np.random.default_rng((seed, step, Purpose.PENALTY)).random() < self.probability
+from deq_jax.training.schedules import PenaltySchedule, RadiusSchedule, with_radius
 
 
 class Phase(Enum):
@@ -85,6 +53,8 @@ class TrainConfig:
       epochs: passes over the training images.
       pretrain_steps: first steps, clean and shallow: z = f^T(0), plain backpropagation.
       penalty_schedule: chooses the other steps that have the classifier's Jacobian penalty, if it has one.
+      radius: how the radius of the objective's attack grows; None: it is the whole one at every step. The validation
+        attack always has its own.
       augmentation: random changes of training images; None for none.
       seed: random seed of initialisation, data order and all else.
       log_every: steps between two lines of training metrics.
@@ -111,6 +81,7 @@ class TrainConfig:
     epochs: int = 220
     pretrain_steps: int = 0
     penalty_schedule: PenaltySchedule = field(default_factory=PenaltySchedule)
+    radius: RadiusSchedule | None = None
     augmentation: CropFlip | None = None
     seed: int = 0
     log_every: int = 10
@@ -132,6 +103,8 @@ class TrainConfig:
         for name in ("checkpoint_every", "validate_every", "validation_images", "patience"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"TrainConfig: {name} must be positive or None, got {value!r}")
+        if self.radius is not None:
+            with_radius(self.objective, 1.0)  # checks that there is one
         if self.pretrain_steps > 0:
             self.pretraining()  # checks that there is a solver
 
@@ -144,7 +117,7 @@ class TrainConfig:
         gradient = Unrolled(solver.steps)
         shallow = classifier.with_dynamics(solver=None, readout=FinalState(), gradient=gradient)
         shallow = dataclasses.replace(shallow, jacobian=None)
-        return dataclasses.replace(self, classifier=shallow, objective=Standard(), pretrain_steps=0)
+        return dataclasses.replace(self, classifier=shallow, objective=Standard(), radius=None, pretrain_steps=0)
 
     def phase(self, step: int, steps_per_epoch: int) -> Phase:
         """The phase of training step `step` (from 0).

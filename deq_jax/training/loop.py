@@ -247,7 +247,8 @@ class _Training:
             self.state, metrics = self.steps[phase](self.state, batch)
         else:
             self.say(f"compiling: {phase.value} ...")
-            step = partial(train_step, self.config.during(phase), self.optimizer, axis_name=AXIS)
+            config = self.config.during(phase)
+            step = partial(train_step, config, self.optimizer, axis_name=AXIS, steps=self.total_steps)
             self.steps[phase] = replicate_and_split(step, joint=True)
             with self.meter.compiling():
                 self.state, metrics = self.steps[phase](self.state, batch)

@@ -63,13 +63,21 @@ class Objective(Protocol):
 class Standard:
     """Cross-entropy on the clean images.
 
+    Attributes:
+      label_smoothing: share of each label's probability that is spread over all classes; see `core.cross_entropy`.
+
     Examples:
       >>> from deq_jax import Standard, TrainConfig
       >>> from deq_jax.data import Digits
       >>> from deq_jax.models import small_cnn
       >>> TrainConfig(small_cnn(classes=10, channels=12), Standard(), Digits(), epochs=6).objective
-      Standard()
+      Standard(label_smoothing=0.0)
     """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self)
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         return x
@@ -85,7 +93,7 @@ class Standard:
         axis_name: str | None,
     ) -> tuple[Array, Outcome]:
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.NATURAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
+        loss = jnp.mean(cross_entropy(prediction.logits, labels, self.label_smoothing) + prediction.penalty)
         metrics = {"accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
@@ -100,6 +108,7 @@ class PGDAdversarialTraining:
         otherwise the attack sees the full dynamics.
       surrogate: gives the attack's gradients, e.g. `ThroughSolver()`, which sees the full dynamics; None for the
         classifier's own gradient estimator.
+      label_smoothing: as in `Standard`, of the loss that is trained; the attack has its own loss.
 
     References: Madry et al. 2018, eq. 2.1.
 
@@ -113,6 +122,10 @@ class PGDAdversarialTraining:
     attack: Attack
     random_attack: bool = True
     surrogate: Surrogate | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self)
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         oracle = _attacked(self, classifier, variables)
@@ -129,7 +142,7 @@ class PGDAdversarialTraining:
         axis_name: str | None,
     ) -> tuple[Array, Outcome]:
         prediction = classifier(variables, x_adv, train=True, keys=keys.fold(Purpose.ADVERSARIAL), axis_name=axis_name)
-        loss = jnp.mean(cross_entropy(prediction.logits, labels) + prediction.penalty)
+        loss = jnp.mean(cross_entropy(prediction.logits, labels, self.label_smoothing) + prediction.penalty)
         metrics = {"adversarial_accuracy": _accuracy(prediction, labels), **_solver_metrics(prediction)}
         return loss, Outcome(prediction.batch_stats, metrics)
 
@@ -147,6 +160,7 @@ class Trades:
       random_attack: as in `PGDAdversarialTraining`.
       tied: draw the same random state and dropout masks in both passes, rather than independent ones.
       surrogate: as in `PGDAdversarialTraining`.
+      label_smoothing: as in `Standard`, of the cross-entropy.
 
     References: Zhang et al. 2019, eq. 5.
     Differs from the reference: the clean prediction is computed once per step, not at every attack step.
@@ -164,8 +178,10 @@ class Trades:
     random_attack: bool = True
     tied: bool = False
     surrogate: Surrogate | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_smoothing(self)
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
         loss = getattr(self.attack, "loss", kl)
         require(loss is kl, "Trades: the attack must maximise losses.kl, since it gets clean logits for labels")
@@ -189,7 +205,7 @@ class Trades:
         variables = {**variables, "batch_stats": natural.batch_stats}
         adversarial_keys = keys.fold(Purpose.NATURAL if self.tied else Purpose.ADVERSARIAL)
         adversarial = classifier(variables, x_adv, train=True, keys=adversarial_keys, axis_name=axis_name)
-        natural_loss = jnp.mean(cross_entropy(natural.logits, labels))
+        natural_loss = jnp.mean(cross_entropy(natural.logits, labels, self.label_smoothing))
         divergence = jnp.mean(kl(adversarial.logits, natural.logits))
         metrics = {
             "accuracy": _accuracy(natural, labels),
@@ -200,6 +216,11 @@ class Trades:
         }
         loss = natural_loss + self.beta * divergence + jnp.mean(natural.penalty + adversarial.penalty)
         return loss, Outcome(adversarial.batch_stats, metrics)
+
+
+def _check_smoothing(objective: Standard | PGDAdversarialTraining | Trades) -> None:
+    name, share = type(objective).__name__, objective.label_smoothing
+    require(0 <= share < 1, f"{name}: label_smoothing must be a share in [0, 1), got {share!r}")
 
 
 def _attacked(objective: PGDAdversarialTraining | Trades, classifier: Classifier, variables: Variables) -> Oracle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import chex
@@ -23,6 +24,7 @@ from deq_jax.parallel.devices import AXIS
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.objectives import Outcome
 from deq_jax.training.optimizers import deployed_params
+from deq_jax.training.schedules import with_radius
 
 
 class TrainState(NamedTuple):
@@ -83,22 +85,25 @@ def train_step(
     state: TrainState,
     batch: Batch,
     axis_name: str | None = None,
+    steps: int | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of optimisation; pure.
 
     Args:
-      config: objective, classifier, augmentation and seed are used.
+      config: objective, classifier, radius, augmentation and seed are used.
       optimizer: the optimiser of `state`.
       state: training state before the step.
       batch: this device's images.
       axis_name: mapped axis over which gradients, batch statistics and metrics are averaged.
+      steps: number of steps of the whole run, which a radius that grows needs to know.
 
     Returns:
       The state after the step, and scalar metrics of the whole batch; `gradient_norm` is the length of the gradient of
-      all parameters, as the optimiser gets it.
+      all parameters, as the optimiser gets it; `radius_share` is there where the radius grows.
 
     Raises:
-      InputError: the optimiser's state does not keep its structure, shapes and dtypes.
+      InputError: the optimiser's state does not keep its structure, shapes and dtypes; the radius grows, and the number
+        of steps is not told.
 
     Examples:
       >>> import jax, numpy as np
@@ -113,6 +118,13 @@ def train_step(
       >>> sorted(metrics)
       ['accuracy', 'gradient_norm', 'loss']
     """
+
+    schedule = {}
+    if config.radius is not None:
+        if steps is None:
+            raise InputError("train_step: the radius grows over the run, expected its number of steps, got steps=None")
+        share = schedule["radius_share"] = jnp.asarray(config.radius.over(steps)(state.step))
+        config = replace(config, objective=with_radius(config.objective, share), radius=None)
 
     def add(carry: tuple[PyTree, PyTree], part: Batch) -> tuple[tuple[PyTree, PyTree], dict[str, Array]]:
         total, batch_stats = carry
@@ -130,6 +142,7 @@ def train_step(
             name: lax.pmax(metric, axis_name) if name.endswith("_max") else lax.pmean(metric, axis_name)
             for name, metric in metrics.items()
         }
+    metrics |= schedule
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     after = TrainState(state.step + 1, optax.apply_updates(state.params, updates), batch_stats, opt_state)

@@ -123,6 +123,9 @@ MISTAKES = [
     training("groups-do-not-divide", "--set classifier.cell.groups=5", "GroupNorm: 24 channels", "5 groups"),
     training("parts-do-not-fit", "--set classifier.encoder.channels=8", "does not fit images of shape (8, 8, 1)"),
     # data
+    training(
+        "no-path", "", "Cifar: path is not set; name the files, as in --set", config="configs/cifar10_small_pgd_at.py"
+    ),
     own("no-data", "no.npz", "no such npz file"),
     own("truncated-data", "truncated.npz", "cannot be read as an npz file"),
     own("data-is-text", "empty.py", "cannot be read as an npz file"),

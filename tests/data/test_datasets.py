@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 from deq_jax import InputError, Keys
-from deq_jax.data import CropFlip, Digits, Images, Npz, Tfds, batch_indices, evaluation_batches, hold_out, to_unit
+from deq_jax.data import (
+    Cifar,
+    CropFlip,
+    Digits,
+    ImageFolder,
+    Images,
+    Npz,
+    Tfds,
+    batch_indices,
+    evaluation_batches,
+    hold_out,
+    to_unit,
+)
 
 
 def numbered(size, shape=(2, 2, 1)):
@@ -242,6 +254,13 @@ class TestNpz:
                 Path(path).mkdir()
         with pytest.raises(InputError, match=MESSAGES.get(damage, "cannot be read as an npz file")):
             Npz(path).load()
+
+
+@pytest.mark.parametrize("dataset", [Cifar, ImageFolder, Npz])
+def test_a_path_that_a_config_leaves_open_must_be_set(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"{dataset.__name__}: path is not set; name the files, as in --set dataset"):
+        dataset("").load()
 
 
 @pytest.mark.parametrize("dataset", [Npz, Tfds])

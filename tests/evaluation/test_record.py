@@ -22,7 +22,7 @@ from deq_jax.evaluation import (
     worst_case,
     write_evaluation,
 )
-from deq_jax.evaluation.terminal import accuracy_table, states_table
+from deq_jax.evaluation.terminal import accuracy_table, classes_table, states_table
 from deq_jax.storage import to_tree, write_json
 from tests.helpers import tiny
 from tests.helpers.linear import DATA, Linear, trained
@@ -65,6 +65,20 @@ def test_a_record_of_no_workdir_has_no_provenance(found):
     assert EvaluationRecord.from_json(json.loads(json.dumps(tree))) == record
 
 
+def test_accuracies_of_the_classes_are_those_of_their_images(found):
+    result, _ = found[0]
+    record, labels = EvaluationRecord.of(result, class_names=("zero", "[red]", "two")), np.unique(result.y)
+    assert [one.name for one in record.classes] == ["zero", "[red]", "two", *map(str, labels[3:])]
+    right = {"clean": result.robust()["clean"].deployed, "attacked": result.robust()["union"].deployed}
+    for one, label in zip(record.classes, labels, strict=True):
+        own = result.y == label
+        assert one.images == own.sum()
+        for name, correct in right.items():
+            assert getattr(one, name) == correct[own].mean()
+    assert str(list(classes_table(record).columns[0].cells)[1]) == "[red]"
+    assert {one.attacked for one in EvaluationRecord.of(found[1][0]).classes} == {None}
+
+
 def test_numbers_are_those_of_the_result(found):
     result, out = found[0]
     record = EvaluationRecord.of(result, PROVENANCE)
@@ -82,7 +96,7 @@ def test_numbers_are_those_of_the_result(found):
 def test_headline_and_tables_are_functions_of_what_was_read(record):
     again = EvaluationRecord.from_json(json.loads(json.dumps(record.to_json())))
     assert headline(again) == headline(record)
-    for table in (accuracy_table, states_table):
+    for table in (accuracy_table, classes_table, states_table):
         cells = [[list(column.cells) for column in table(one).columns] for one in (again, record)]
         assert cells[0] == cells[1]
 
@@ -97,6 +111,7 @@ def test_a_file_of_an_older_version_is_read(tmp_path):
     assert record.intervals["union"][0] == 0.0 < record.intervals["union"][1] < 0.2
     assert record.adjoint_residual.mean is None and record.unsettled is None
     assert record.provenance.environment is None and record.provenance.run.seed == 0
+    assert record.classes == ()
     assert len(record.plan.all_trials) == 12
     assert EvaluationRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
     assert "robust accuracy: " in headline(record)

@@ -7,19 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import Dynamics, Explicit, IntermediateState, Keys, RandomIntermediateState, Unrolled
+from deq_jax import Dynamics, Explicit, InputError, IntermediateState, Keys, RandomIntermediateState, Unrolled
 from deq_jax.core import cross_entropy
-from deq_jax.models import SmallCNN
+from deq_jax.models import SmallCNN, explicit_twin
 from deq_jax.surrogates import classifier_oracle
 from tests.helpers import tiny
+from tests.helpers.cases import mostly_slow
 
 X = jnp.asarray(np.random.default_rng(0).uniform(size=(6, 8, 8, 1)), jnp.float32)
 DEQ = tiny.classifier()
 CNN = Explicit(SmallCNN(num_classes=10, channels=4, dropout=0.2))
+TWIN = explicit_twin(DEQ, depth=3)
 KEYS = Keys.of(jax.random.key(1), 6)
 
 
-@pytest.fixture(scope="module", params=[DEQ, CNN], ids=["equilibrium", "explicit"])
+@pytest.fixture(scope="module", params=mostly_slow([DEQ, CNN, TWIN], 0, 1), ids=["equilibrium", "explicit", "twin"])
 def fitted(request):
     """A classifier, and variables whose batch statistics are not the initial ones."""
     classifier = request.param
@@ -62,6 +64,31 @@ def test_equal_sizes():
         return sum(leaf.size for leaf in jax.tree.leaves(classifier.init(jax.random.key(0), X)["params"]))
 
     assert count(DEQ) == count(CNN)
+
+
+def test_a_twin_applies_the_cell_of_a_deq_to_the_injection():
+    variables = DEQ.init(jax.random.key(0), X)
+    assert jax.tree.structure(TWIN.init(0, X)["params"]) == jax.tree.structure(variables["params"])
+    u = DEQ.encode(variables, X)
+    z = u.features
+    for _ in range(3):
+        z = DEQ.apply_cell(variables["params"]["cell"], z, u)
+    np.testing.assert_allclose(TWIN(variables, X).logits, DEQ.decode(variables, z), rtol=1e-4, atol=1e-5)
+
+
+def test_a_twin_of_one_application_is_the_small_network():
+    twin = explicit_twin(tiny.classifier())
+    variables = twin.init(jax.random.key(0), X)
+    renamed = {"encoder": "SmallEncoder_0", "cell": "SmallCell_0", "decoder": "SmallDecoder_0"}
+    own = {kind: {renamed[name]: part for name, part in parts.items()} for kind, parts in variables.items()}
+    np.testing.assert_allclose(twin(variables, X).logits, CNN(own, X).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_twin_is_of_a_deq_and_has_a_depth():
+    with pytest.raises(InputError, match="explicit_twin: expected an Equilibrium, got Explicit"):
+        explicit_twin(CNN)
+    with pytest.raises(InputError, match="WeightTied: depth must be >= 1, got 0"):
+        explicit_twin(DEQ, depth=0).init(0, X)
 
 
 def test_the_prediction_is_the_head_of_the_unrolled_equilibrium():

@@ -13,7 +13,7 @@ from deq_jax import Broyden, Dynamics, Equilibrium, Explicit, InputError, Keys, 
 from deq_jax.core import Injection
 from deq_jax.interop import from_torch, to_torch
 from deq_jax.interop.mdeq_names import IGNORED
-from deq_jax.models import ResNet18, WideResNet, mdeq, mdeq_large, mdeq_xl
+from deq_jax.models import ResNet18, WideResNet, mdeq, mdeq_large, mdeq_small, mdeq_xl
 from tests.helpers.cases import mostly_slow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -49,7 +49,8 @@ def branched(request, images):
 
 
 @pytest.mark.parametrize(
-    "modules, parameters", [(TINY, 391_490), (mdeq_large(10), 11_097_438), (mdeq_xl(10), 48_792_098)]
+    "modules, parameters",
+    [(TINY, 391_490), (mdeq_small(10), 402_170), (mdeq_large(10), 11_097_438), (mdeq_xl(10), 48_792_098)],
 )
 def test_mdeq_sizes(modules, parameters):
     assert size(shapes_of(Equilibrium(*modules, DYNAMICS))) == parameters
@@ -60,7 +61,7 @@ def test_baseline_sizes(module, parameters):
     assert size(shapes_of(Explicit(module))) == parameters
 
 
-@pytest.mark.parametrize("modules, state_size", [(mdeq_large(), 61_440), (mdeq_xl(), 138_240)])
+@pytest.mark.parametrize("modules, state_size", [(mdeq_small(), 28_672), (mdeq_large(), 61_440), (mdeq_xl(), 138_240)])
 def test_state_sizes(modules, state_size):
     u, _ = jax.eval_shape(modules.encoder.init_with_output, jax.random.key(0), IMAGES)
     assert sum(leaf.size for leaf in u.features) == state_size

@@ -10,7 +10,7 @@ import pytest
 
 from deq_jax import Broyden, Dynamics, Equilibrium, Explicit, InputError, Keys
 from deq_jax.core import Injection, prng_key
-from deq_jax.models import BatchNorm, ResNet18, SmallCNN, WideResNet, mdeq
+from deq_jax.models import BatchNorm, ResNet18, SmallCNN, WideResNet, explicit_twin, mdeq
 from deq_jax.training import initial_state, initial_variables
 from tests.helpers import dense, tiny
 
@@ -203,6 +203,7 @@ class TestDropoutOfFlax:
 MODELS = {
     "small": tiny.classifier(),
     "cnn": Explicit(SmallCNN(10, 4)),
+    "twin": explicit_twin(tiny.classifier(), depth=2),
     "mdeq": Equilibrium(*mdeq(3, (8, 8), (2, 2), 8), Dynamics(SOLVER)),
     "resnet": Explicit(ResNet18()),
     "wide": Explicit(WideResNet(blocks=1, width=1)),

@@ -11,24 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.cifar import cell_evaluations
 from deq_jax import (
+    Broyden,
     Equilibrium,
     FinalState,
     Implicit,
     PGDAdversarialTraining,
     Phantom,
     RandomIntermediateState,
+    Standard,
     Trades,
     TrainConfig,
 )
+from deq_jax.data import Cifar, ImageFolder
 from deq_jax.parallel import AXIS, replicate, replicate_and_split
 from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.surrogates import ThroughSolver
-from deq_jax.training import Batch, Phase, TrainState, train_step
+from deq_jax.training import Batch, Phase, RadiusSchedule, TrainState, train_step
+from tests.helpers import tiny
 from tests.helpers.cases import mostly_slow
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PATHS = sorted(CONFIGS.glob("cifar1*.py"))
+SMALL = sorted([*CONFIGS.glob("cifar10_small_*.py"), CONFIGS / "photos_small_pgd_at.py"])
+PATHS = sorted({*CONFIGS.glob("cifar1*.py")} - {*SMALL})
 PARAMETERS = {"large": 11_097_438, "xl": 48_792_098, "resnet18": 11_173_962, "wrn34_10": 46_160_474}
 
 
@@ -69,6 +75,31 @@ def test_a_config_is_what_its_name_says(path):
         assert config.classifier.jacobian.weight == (2.0 if rest.endswith("stable") else 0.4)
         assert dynamics.readout == (RandomIntermediateState() if rest.endswith("random") else FinalState())
         assert isinstance(dynamics.gradient, Implicit if rest.endswith("exact") else Phantom)
+
+
+@pytest.mark.parametrize("path", mostly_slow(SMALL, 0, 6), ids=lambda path: path.stem)
+def test_a_config_for_small_machines_is_what_its_name_says(path):
+    config, name = load_config(path, TrainConfig), path.stem
+    assert "has not been measured here" in path.read_text()
+    assert config.dataset == (Cifar("") if name.startswith("cifar10") else ImageFolder("", size=32, colours="rgb"))
+    kinds = {"standard": Standard, "trades": Trades, "pgd_at": PGDAdversarialTraining}
+    assert isinstance(config.objective, next(kind for word, kind in kinds.items() if word in name))
+    assert config.radius == (None if "standard" in name else RadiusSchedule(0.5))
+    if "standard" not in name:
+        attack = config.objective.attack
+        assert (attack.threat.epsilon, attack.step_size, attack.steps) == (8 / 255, 4 / 255, 3)
+    assert (config.batch_size, config.validation_attack.threat.epsilon) == (64, 8 / 255)
+    depth = {"twin": 1, "tied": 11}.get(name.split("_")[2])
+    assert getattr(getattr(config.classifier, "module", None), "depth", None) == depth
+    variables = jax.eval_shape(config.classifier.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 402_170
+
+
+def test_a_tied_network_evaluates_the_cell_as_often_as_its_deq():
+    classifier = tiny.classifier().with_dynamics(solver=Broyden(4, tolerance=0.0))
+    x = jnp.linspace(0, 1, 128).reshape(2, 8, 8, 1)
+    evaluations = classifier(classifier.init(0, x), x).solution.evaluations
+    assert evaluations.tolist() == [cell_evaluations(classifier)] * 2
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ from tests.helpers.tiny import OVERRIDES, assignments
 IMAGES = 40
 Y = np.arange(IMAGES) % 10
 LOGITS = np.eye(16, 10)
+NAMES = "cat", "<b>dog</b>", "'\"&"
 
 
 def measured(wrong, rng):
@@ -110,7 +111,7 @@ def write(folder, config, seed, wrong, *, train=None, workdir="runs/tiny", **opt
     provenance = Provenance(f"{workdir}-{seed}", "best, step 17", "test", versions, to_tree(train))
     result = found(config, seed, wrong, **options)
     folder.mkdir(parents=True, exist_ok=True)
-    write_evaluation(folder, EvaluationRecord.of(result, provenance), result, result.x_adv)
+    write_evaluation(folder, EvaluationRecord.of(result, provenance, NAMES), result, result.x_adv)
     return folder
 
 
@@ -441,6 +442,16 @@ class TestNumbers:
             means = [np.mean([100 * one[name][state] for one in stored]) for state in table[0][1:]]
             assert cells == [f"{mean:.2f}" for mean in means]
 
+    def test_classes_have_their_names_and_means_over_seeds(self, page, runs):
+        table = page.tables["classes-1-tiny-none.csv"]
+        assert table[0] == ["class", "images", "clean", "worst case"]
+        assert [row[0] for row in table[1:]] == [*NAMES, *map(str, range(3, 10))]
+        stored = [json.loads((run / "evaluation/a/evaluation.json").read_text())["classes"] for run in runs[:2]]
+        for row, *classes in zip(table[1:], *stored, strict=True):
+            means = [100 * np.mean([one[name] for one in classes]) for name in ("clean", "attacked")]
+            assert row[1:] == [str(classes[0]["images"]), *(f"{mean:.2f}" for mean in means)]
+        assert "not trustworthy" in page.tables["classes-3-longer-none.csv"][1][3]
+
     def test_numbers_along_the_dynamics(self, page, runs):
         """Accuracies and entropies, over the images of both seeds."""
         found, entropies = [], []
@@ -491,7 +502,7 @@ class TestPage:
         assert {attributes.get("scope") for attributes in page.all("th")} == {"col", "row", "rowgroup"}
 
     def test_parts_in_their_order(self, page):
-        order = ["headline", "comparisons", "attacks", "figures", "flags", "cost", "protocol"]
+        order = ["headline", "comparisons", "attacks", "classes", "figures", "flags", "cost", "protocol"]
         assert [attributes["id"] for attributes in page.all("section")] == order
 
     def test_untrustworthy_numbers_are_marked(self, page):
@@ -525,7 +536,7 @@ class TestPage:
 
 def test_the_page_only_formats_what_the_report_has(runs, out, monkeypatch):
     report = Report.of(read_evaluations(runs))
-    assert [len(part) for part in (report.defences.pairs, report.trainings.pairs, report.sections)] == [1, 1, 13]
+    assert [len(part) for part in (report.defences.pairs, report.trainings.pairs, report.sections)] == [1, 1, 17]
     for name in ("Estimate.of_accuracies", "Estimate.of_differences"):  # nothing is computed from here on
         monkeypatch.setattr(f"deq_jax.reporting.statistics.{name}", None)
     assert render(report) == (out / "index.html").read_text()

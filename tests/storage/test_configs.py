@@ -39,7 +39,8 @@ class TestEveryConfig:
 
     def test_tells_its_command(self, path):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-        assert f"python -m deq_jax.train --config {path.as_posix()} --workdir runs/{path.stem}\n" in docstring + "\n"
+        command = f"python -m deq_jax.train --config {path.as_posix()} --workdir runs/{path.stem}"
+        assert any(command + end in docstring + "\n" for end in ("\n", " \\\n        --set dataset.path="))
 
     def test_has_scalars_to_set(self, path):
         config = load_config(path, TrainConfig)

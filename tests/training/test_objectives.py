@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from deq_jax import Backprop, InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
@@ -70,6 +71,30 @@ def test_attacks_take_their_gradient_from_the_surrogate(batch, objective):
     crafted = through.perturb(CLASSIFIER, variables, x, y, KEYS)
     np.testing.assert_allclose(crafted, objective.perturb(own, variables, x, y, KEYS), atol=1e-6)
     assert not np.allclose(crafted, objective.perturb(CLASSIFIER, variables, x, y, KEYS), atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_smoothed_labels_are_those_of_optax(share):
+    logits, labels = jax.random.normal(jax.random.key(0), (5, 7)), jnp.array([0, 6, 3, 3, 1])
+    soft = optax.smooth_labels(jax.nn.one_hot(labels, 7), share)
+    expected = optax.softmax_cross_entropy(logits, soft)
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels, share), expected, rtol=1e-5)
+
+
+OBJECTIVES = [Standard(), PGDAdversarialTraining(tiny.ATTACK), Trades(tiny.TRADES_ATTACK, beta=0.0)]
+
+
+@pytest.mark.parametrize("objective", mostly_slow(OBJECTIVES, 0), ids=lambda one: type(one).__name__)
+def test_objectives_smooth_the_labels_of_their_loss(batch, objective):
+    variables, x, x_adv, y = batch
+    smooth = replace(objective, label_smoothing=0.1)
+    value, _ = smooth.loss(CLASSIFIER, variables, x, x_adv, y, KEYS, None)
+    adversarial = isinstance(objective, PGDAdversarialTraining)
+    seen = x if isinstance(objective, Trades) else x_adv
+    logits = forward(variables, seen, Purpose.ADVERSARIAL if adversarial else Purpose.NATURAL).logits
+    np.testing.assert_allclose(value, losses.cross_entropy(logits, y, 0.1).mean(), rtol=1e-5)
+    with pytest.raises(InputError, match=r"label_smoothing must be a share in \[0, 1\), got 1.0"):
+        replace(objective, label_smoothing=1.0)
 
 
 def test_trades(batch):

@@ -1,0 +1,17 @@
+r"""A small MDEQ on CIFAR-10, PGD adversarial training at epsilon 8/255.
+
+    python -m deq_jax.train --config configs/cifar10_small_pgd_at.py --workdir runs/cifar10_small_pgd_at \
+        --set dataset.path=cifar-10-python.tar.gz
+
+The training attack has three steps, and its radius grows over the first half of the run. The other cifar10_small
+configs replace a field or two of this one.
+Hardware: any, a CPU included. Its accuracy has not been measured here.
+"""
+
+from configs.cifar import small_recipe
+from deq_jax import TrainConfig
+from deq_jax.data import Cifar
+
+
+def get_config() -> TrainConfig:
+    return small_recipe(Cifar(""), num_classes=10)
