@@ -30,7 +30,7 @@ from deq_jax.attacks.oracles import Attack, Oracle, expectation, oracle_of
 from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.square import Square
 from deq_jax.attacks.targeted import Targeted
-from deq_jax.attacks.threats import Linf, Threat
+from deq_jax.attacks.threats import Linf, Threat, is_traced
 from deq_jax.core.errors import require
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import dlr, margin, targeted_dlr
@@ -217,8 +217,7 @@ class AutoAttack:
         after each, unless within `jax.jit`.
         """
         # Within `jax.jit` even a new array is traced; the oracle may be all that depends on its arguments.
-        given = jax.tree.leaves((x, labels, key, start, jnp.zeros(())))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in given):
+        if any(is_traced(leaf) for leaf in jax.tree.leaves((x, labels, key, start, jnp.zeros(())))):
             averaged = self._averaged(oracle)
             return carry_out(self._run, averaged, x, labels, key, start, threat=self.threat, pairs=False)
         for stage in self.stages(oracle, x, labels, key, start):

@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-NAMES = ["01_deq_layer", "02_neural_dynamics", "03_attacking_a_deq"]
+NAMES = ["01_deq_layer", "02_neural_dynamics", "03_attacking_a_deq", "04_regulating", "05_your_own_parts"]
 LARGEST = 300_000  # bytes
 
 
