@@ -153,7 +153,7 @@ class _Training:
         say: Callable[[str], None],
     ):
         self.config, self.workdir, self.report = config, workdir, report
-        self.kept = Memory() if workdir is None or not is_primary() else Disk(workdir)
+        self.kept = Memory() if workdir is None or not is_primary() else Disk(workdir, say)
         self.say = say if is_primary() else lambda text: None
         self.config_tree = to_tree(config)
         self.state: TrainState
@@ -206,7 +206,7 @@ class _Training:
             if not self._is_over(self.saved):
                 self.say(f"resuming after step {self.saved} of {self.total_steps}")
         elif init_from is not None:
-            variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
+            variables, origin = read_origin(init_from, init_checkpoint, self.state.variables, self.say)
             optimizer_state = self.optimizer.init(variables["params"])
             self.state = self.state._replace(**variables, opt_state=optimizer_state)
             self.meta["origin"] = origin._asdict()

@@ -165,7 +165,7 @@ MISTAKES = [
     # another run to start from
     training("init-from-nowhere", "--init-from {}/nowhere", "{}/nowhere: not the workdir of a run"),
     training("init-from-unsaved", "--init-from {}/unsaved", "{}/unsaved: has no best checkpoint yet"),
-    training("init-from-damaged", "--init-from {}/truncated", "{}/truncated/checkpoints/best/2 cannot be read"),
+    training("init-from-damaged", "--init-from {}/truncated", "{}/truncated/checkpoints/best/2 is damaged"),
     training(
         "init-from-another", "--init-from {}/run", "run/checkpoints/best/2 does not fit: ", "has shape", "expected"
     ),
@@ -175,7 +175,9 @@ MISTAKES = [
     evaluation("config-damaged", "", "config.json", "not valid JSON", workdir="{}/damaged"),
     evaluation("config-unknown", "", "cannot import 'no.Config'", workdir="{}/unknown"),
     evaluation("no-checkpoint", "", "unsaved: has no best checkpoint yet", workdir="{}/unsaved"),
-    evaluation("truncated-checkpoint", "", "{}/truncated/checkpoints/best", "cannot be read", workdir="{}/truncated"),
+    evaluation(
+        "truncated-checkpoint", "", "{}/truncated/checkpoints/best", "is damaged (state/d/", workdir="{}/truncated"
+    ),
     evaluation("data-of-another-shape", "", "does not fit", "(128, 10), expected (256, 10)", workdir="{}/exchanged"),
     evaluation(
         "attack-unknown-field", "--attack pgd --set iterations=3", "no field iterations", "valid names: threat.epsilon"
@@ -276,7 +278,7 @@ def test_a_mistake_is_one_clear_line(mistake, folder, capfd):
             ["objective.attack.threat.epsilon=0.2"],
             ["objective.attack.threat.epsilon was 0.1, now 0.2", "another --workdir"],
         ),
-        ("truncated", [], ["truncated/checkpoints/latest", "cannot be read", "move it away"]),
+        ("truncated", [], ["truncated/checkpoints/latest/2", "is damaged (state/d/", "there is no earlier one"]),
     ],
     ids=["another-config", "truncated-checkpoint"],
 )
@@ -304,14 +306,14 @@ def test_whatever_file_is_damaged_a_checkpoint_is_restored_exactly_or_refused(da
         shutil.copytree(tmp_path / "good", copy)
         DAMAGES[damage](copy / file.relative_to(tmp_path / "good"))
         try:
-            restored, meta = Checkpoints(copy, keep=1).restore(state)
+            found = Checkpoints(copy, keep=1).read()
         except InputError as error:
-            assert f"checkpoint {copy}/3 cannot be read" in str(error)
+            assert f"checkpoint {copy}/3 is damaged" in str(error)
             refused += 1
         else:
-            assert meta == {"best_accuracy": 0.5}
-            assert set(restored) == set(state)
-            assert all(np.array_equal(restored[name], state[name]) for name in state)
+            assert found.meta == {"best_accuracy": 0.5}
+            assert set(found.state) == set(state)
+            assert all(np.array_equal(found.state[name], state[name]) for name in state)
     assert refused >= 2
 
 
