@@ -20,6 +20,7 @@ from deq_jax.models.mdeq import MdeqCell, MdeqDecoder, MdeqEncoder
 from deq_jax.models.normalized import Normalized
 from deq_jax.storage.checkpoints import Checkpoint
 from deq_jax.storage.files import make_folder, write_json
+from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.step import TrainState, optimizer_of
@@ -69,10 +70,10 @@ def import_checkpoint(
     state = _initial_state(config, variables)
     if left_out:
         report(f"left out: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''} (beside the network)")
-    make_folder(folder.path)
-    for checkpoints in (folder.best, folder.latest):
-        checkpoints.save(0, state, {"config": tree, "best_accuracy": -1.0})  # not measured yet
-    write_json(folder.config_file, tree)
+    with sole_writer(folder.path):
+        for checkpoints in (folder.best, folder.latest):
+            checkpoints.save(0, state, {"config": tree, "best_accuracy": -1.0})  # not measured yet
+        write_json(folder.config_file, tree)
     return state
 
 

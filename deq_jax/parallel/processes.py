@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -109,6 +109,16 @@ def agreed() -> Iterator[None]:
         _raise_of_others(failure)
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def in_primary(context: AbstractContextManager[None]) -> Iterator[None]:
+    """The primary process alone enters the context; if that fails, it fails in all of them."""
+    with ExitStack() as stack:
+        with agreed():
+            if is_primary():
+                stack.enter_context(context)
+        yield
 
 
 def _raise_of_others(failure: Exception | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from deq_jax.core.errors import InputError
 from deq_jax.models.base import Variables
-from deq_jax.storage.files import make_folder, write_json
+from deq_jax.storage.files import write_json
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
 from deq_jax.training.step import TrainState
@@ -75,7 +75,7 @@ class Disk(Memory):
     """Keeps a run in its workdir: see `loop.fit`.
 
     Args:
-      path: the workdir, created by `open`.
+      path: the workdir, a folder that exists.
       say: called with a line about each damaged checkpoint.
     """
 
@@ -95,8 +95,7 @@ class Disk(Memory):
         return None if found is None else (found.shaped_like(state), found.meta)
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
-        """Makes the workdir, and the files that a resumed run reads."""
-        make_folder(self.workdir.path)
+        """Writes the files that a resumed run reads."""
         write_json(self.workdir.config_file, meta["config"])
         self.latest_checkpoints.set_aside(after=int(state.step))
         if not has_ended:

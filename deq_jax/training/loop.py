@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ from deq_jax.data.datasets import Images, Splits
 from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
-from deq_jax.parallel.processes import StopRequest, agreed, from_primary, is_primary
+from deq_jax.parallel.processes import StopRequest, agreed, from_primary, in_primary, is_primary
+from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import Phase, TrainConfig
 from deq_jax.training.keeping import Disk, Memory
@@ -122,8 +124,8 @@ def fit(
         print(run.predictor.accuracy(*run.data.test))
 
     Raises:
-      InputError: for data, a device count, a workdir or an `init_from` that do not fit, and for a run that was begun
-        under settings of JAX that make other numbers.
+      InputError: for data, a device count, a workdir or an `init_from` that do not fit, for a run that was begun
+        under settings of JAX that make other numbers, and for a workdir to which another process writes.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
 
@@ -137,7 +139,8 @@ def fit(
     """
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)
-    return _Training(config, folder, start, init_checkpoint, report, say).run()
+    with in_primary(nullcontext() if folder is None else sole_writer(folder)):
+        return _Training(config, folder, start, init_checkpoint, report, say).run()
 
 
 class _Training:

@@ -1,6 +1,7 @@
 """The command lines: what a user may get wrong, help, and a training on someone's own images."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
 from deq_jax.evaluation import EvalConfig
 from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.locks import sole_writer
 from tests.helpers.tiny import OVERRIDES, assignments
 
 
@@ -286,6 +288,17 @@ def test_resuming_is_refused(workdir, changes, words, folder, capfd):
     run = ["--config", f"{folder}/own.py", "--workdir", f"{folder}/{workdir}"]
     line = refusal(train.main, [*run, *assignments(*OVERRIDES, *changes)], folder, capfd)
     assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["train", "evaluate"])
+def test_a_folder_to_which_another_process_writes_is_refused(main, folder, capfd):
+    out = folder / "run" if main is train.main else folder / "run" / "evaluation" / "locked"
+    arguments = ["--workdir", f"{folder}/run"]
+    arguments += ["--config", f"{folder}/own.py", *assignments(*OVERRIDES)] if main is train.main else []
+    arguments += [] if main is train.main else ["--attack", "none", "--out", str(out)]
+    with sole_writer(out):
+        line = refusal(main, arguments, folder, capfd)
+    assert f"{out} is in use: process {os.getpid()} on " in line
 
 
 DAMAGES = {

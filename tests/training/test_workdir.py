@@ -81,6 +81,7 @@ def damage(checkpoint):
 @pytest.fixture
 def kept(tmp_path):
     """The workdir of a run with checkpoints after steps 1 and 2, the second of which is the best."""
+    (tmp_path / "run").mkdir()
     disk = Disk(tmp_path / "run", print)
     assert disk.restore(state_after(0)) is None
     disk.open(state_after(0), meta_of(-1.0), is_new=True, has_ended=False)
