@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, WriteError, require
 from deq_jax.core.types import PyTree
 
 CONNECT_SECONDS = 120  # within which all processes of a job must have started
@@ -92,7 +92,7 @@ def agreed() -> Iterator[None]:
     Nothing inside may wait for other processes.
 
     Raises:
-      InputError: wherever it was raised in any process.
+      InputError, WriteError: wherever it was raised in any process.
       RuntimeError: in the processes that did not fail themselves, for any other exception.
 
     Examples:
@@ -126,8 +126,9 @@ def _raise_of_others(failure: Exception | None) -> None:
     for number, text in enumerate(gather_texts(mine)):
         if text and failure is None:
             name, _, message = text.partition(": ")
-            if name == InputError.__name__:
-                raise InputError(message)
+            for kind in (InputError, WriteError):
+                if name == kind.__name__:
+                    raise kind(message)
             raise RuntimeError(f"process {number} failed: {text}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 import shutil
 import sys
 import time
@@ -21,9 +23,9 @@ import orbax.checkpoint as ocp
 
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.types import PyTree
-from deq_jax.storage.files import read_json, write_json
+from deq_jax.storage.files import read_json, write_json, writing
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every save, and also raises what it reports
 
 QUIET = 1.0  # seconds
 
@@ -49,14 +51,25 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
-        """Saves a pytree of arrays and JSON data; a checkpoint of the same step or a later one is replaced."""
-        self.folder.parent.mkdir(exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
-        self._clear()
+        """Saves a pytree of arrays and JSON data; a checkpoint of the same step or a later one is replaced.
+
+        Raises:
+          WriteError: it cannot be written; all that was there still is.
+        """
         arrays = jax.tree.map(np.asarray, jax.device_get(state))
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        with writing(self.folder / str(step)):
+            self.folder.parent.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._clear()
+            try:
+                self._place(step, items)
+            finally:
+                self._clear()
+
+    def _place(self, step: int, items: ocp.args.Composite) -> None:
         unfinished = self.folder / UNFINISHED
-        with _checkpointer() as checkpointer:
+        with _os_errors(), _checkpointer() as checkpointer:
             checkpointer.save(unfinished, args=items)
         write_json(unfinished / DIGESTS, _digests(unfinished))
         for replaced in (old for old in self._steps() if old >= step):
@@ -97,20 +110,21 @@ class Checkpoints:
         """Renames the checkpoints after this step, which are damaged, to STEP.damaged-NUMBER; nothing is deleted."""
         for step in (step for step in self._steps() if step > after):
             names = (self.folder / f"{step}.damaged-{number}" for number in count(1))
-            (self.folder / str(step)).rename(next(path for path in names if not path.exists()))
+            with writing(self.folder):
+                (self.folder / str(step)).rename(next(path for path in names if not path.exists()))
 
     def _steps(self) -> list[int]:
         """Steps of all checkpoints, the newest last."""
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
 
     def _remove(self, step: int) -> None:
-        """Deletes a checkpoint: at no moment half of it is there under its name."""
+        """Takes a checkpoint away; at no moment half of it is there under its name."""
         (self.folder / str(step)).rename(self.folder / f"{UNFINISHED}-{step}")
-        shutil.rmtree(self.folder / f"{UNFINISHED}-{step}")
 
     def _clear(self) -> None:
+        """Deletes what was taken away or not finished, also by a process that was killed."""
         for path in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -173,6 +187,18 @@ def _checkpointer() -> ocp.Checkpointer:
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Errors of the operating system, which tensorstore raises as `ValueError`, as `OSError`."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def _digests(folder: Path) -> dict[str, str]:

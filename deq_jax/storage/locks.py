@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.storage.files import make_folder
+from deq_jax.storage.files import make_folder, writing
 
 LOCK = "lock.json"  # host, process and start of the writer; deleted when it ends
 
@@ -33,10 +33,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
     try:
         with _locked(folder / LOCK) as file:
             mine = {"host": socket.gethostname(), "process": os.getpid(), "started": f"{datetime.now(UTC):%F %T} UTC"}
-            file.truncate(0)
-            file.write(json.dumps(mine) + "\n")
-            file.flush()
             try:
+                with writing(folder / LOCK):
+                    file.truncate(0)
+                    file.write(json.dumps(mine) + "\n")
+                    file.flush()
                 yield
             finally:
                 with suppress(OSError):  # the folder may have vanished

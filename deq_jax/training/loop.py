@@ -126,6 +126,7 @@ def fit(
     Raises:
       InputError: for data, a device count, a workdir or an `init_from` that do not fit, for a run that was begun
         under settings of JAX that make other numbers, and for a workdir to which another process writes.
+      WriteError: the workdir can no longer be written to; the checkpoints in it are whole.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
 
@@ -324,6 +325,7 @@ class _Training:
         return self.meta | {"interval": self.meter.sums}
 
     def _write(self, split: str, metrics: dict[str, Any]) -> None:
-        line = self.kept.log(self.done, self.done / self.steps_per_epoch, split, metrics)
+        with agreed():
+            line = self.kept.log(self.done, self.done / self.steps_per_epoch, split, metrics)
         if is_primary():
             self.report({**line, "total_steps": self.total_steps})

@@ -1,12 +1,15 @@
 """The command lines: what a user may get wrong, help, and a training on someone's own images."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from deq_jax.evaluation import EvalConfig
 from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.storage.checkpoints import Checkpoints
 from deq_jax.storage.locks import sole_writer
+from deq_jax.training import load_run
 from tests.helpers.tiny import OVERRIDES, assignments
 
 
@@ -251,14 +255,14 @@ def contents(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def refusal(main, arguments, folder, capfd):
+def refusal(main, arguments, folder, capfd, code=2):
     """The one line that a command leaves with; checks that it writes nothing."""
     before = contents(folder)
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     lines = capfd.readouterr().err.splitlines()
-    assert exit.value.code == 2
+    assert exit.value.code == code
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert contents(folder) == before
@@ -299,6 +303,52 @@ def test_a_folder_to_which_another_process_writes_is_refused(main, folder, capfd
     with sole_writer(out):
         line = refusal(main, arguments, folder, capfd)
     assert f"{out} is in use: process {os.getpid()} on " in line
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_74(folder, capfd, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    line = refusal(evaluate.main, ["--workdir", f"{folder}/run", "--attack", "none"], folder, capfd, code=74)
+    assert (
+        line == f"error: {folder}/run/evaluation/test-none/manifest.json: cannot be written (No space left on device)"
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB, and how it is enlarged; needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", *options, "none", str(disk)]
+        return shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+
+    if not mount("-o", "size=1m"):
+        pytest.skip("cannot mount a file system")
+    yield disk, lambda: mount("-o", "remount,size=64m")
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_disk_was_full(folder, small_disk, capfd):
+    disk, enlarge = small_disk
+    fields = assignments(*OVERRIDES, "epochs=3", "checkpoint_every=1")
+    run = ["--config", f"{folder}/own.py", *fields, "--workdir"]
+    (disk / "filler").write_bytes(bytes(600_000))  # a checkpoint has some 120,000 bytes
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        train.main([*run, str(disk / "run")])
+    assert exit.value.code == 74
+    assert re.fullmatch(r"error: .* cannot be written \(No space left on device\)\n", capfd.readouterr().err)
+    assert enlarge()
+    train.main([*run, str(disk / "run")])
+    assert "resuming after step" in capfd.readouterr().out
+    train.main([*run, str(folder / "whole")])
+    stopped, whole = (load_run(workdir, best=False) for workdir in (disk / "run", folder / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, stopped.variables, whole.variables)
 
 
 DAMAGES = {

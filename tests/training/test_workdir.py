@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from deq_jax import InputError, evaluate
+from deq_jax.core import WriteError
 from deq_jax.data import Npz
 from deq_jax.evaluation import EvalConfig, read_record
 from deq_jax.training import TrainState, Workdir, load_run, read_metrics, threat_of
 from deq_jax.training.keeping import Disk
+from deq_jax.training.metrics import MetricsLog
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "workdir-0.1.tar.xz"
 
@@ -131,3 +133,16 @@ def test_the_best_one_of_a_run_that_has_ended_is_refused_where_it_is_damaged(kep
     with pytest.raises(InputError, match=r"best/2 is damaged \(.*\); there is no earlier one"):
         disk.best({"params": {"w": np.zeros(3, np.float32)}})
     assert said == [] and [path.name for path in kept.best.folder.iterdir()] == ["2"]
+
+
+def test_metrics_on_a_full_disk(kept):
+    """The line that could not be written is not read again, and those before it are."""
+    log = MetricsLog(kept.metrics, kept.events, step=0)
+    log.append({"step": 1, "split": "train", "loss": 0.5})
+    log._file.close()
+    with Path("/dev/full").open("w") as log._file:
+        with pytest.raises(WriteError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+            log.append({"step": 2, "split": "train", "loss": 0.25})
+        with pytest.raises(WriteError):
+            log.close()
+    assert [line["step"] for line in read_metrics(kept.metrics)] == [1]
