@@ -143,8 +143,9 @@ def evaluate(
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
     record = EvaluationRecord.of(result, provenance, class_names(train.dataset))
-    if is_primary():
-        write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
+    with agreed():
+        if is_primary():
+            write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
     return record
 
 

@@ -171,10 +171,13 @@ def from_primary(tree: PyTree) -> PyTree:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM, while it is entered, as a question with the same answer in all processes.
+    """SIGINT, SIGTERM and the end of a time, while it is entered, as a question with the same answer in all processes.
 
     With several processes a signal to any of them stops all of them, after the same step: the preemption service
-    of JAX, which has been listening to SIGTERM since `connect`, agrees on it.
+    of JAX, which has been listening to SIGTERM since `connect`, agrees on it. The clock is that of the primary.
+
+    Args:
+      seconds: time after which it asks to stop, by SIGALRM; None for no end.
 
     Examples:
       >>> from deq_jax.parallel import StopRequest
@@ -183,30 +186,39 @@ class StopRequest:
       None
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = seconds if is_primary() else None
         self._number: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         several = jax.process_count() > 1
         numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        numbers += () if self._seconds is None else (signal.SIGALRM,)
         self._handlers = {number: signal.signal(number, self._pass_on if several else self._note) for number in numbers}
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(self._seconds, 1e-6))
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def after(self, step: int) -> int | None:
         """The signal that asks to stop after this step, or None to continue; call it after every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self._number
+        if jax.process_count() == 1:
+            return self._number
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        return int(from_primary(np.int32(self._number or signal.SIGTERM)))
 
     def _note(self, number: int, frame: Any) -> None:
         self._number = number
 
     def _pass_on(self, number: int, frame: Any) -> None:
+        self._number = signal.SIGALRM if number == signal.SIGALRM else signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
 
 

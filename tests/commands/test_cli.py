@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from deq_jax.evaluation import EvalConfig
 from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.storage.checkpoints import Checkpoints
 from deq_jax.storage.locks import sole_writer
-from deq_jax.training import load_run
+from deq_jax.training import Interrupted, load_run
 from tests.helpers.tiny import OVERRIDES, assignments
 
 
@@ -303,6 +304,23 @@ def test_a_folder_to_which_another_process_writes_is_refused(main, folder, capfd
     with sole_writer(out):
         line = refusal(main, arguments, folder, capfd)
     assert f"{out} is in use: process {os.getpid()} on " in line
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGALRM, 75, "90 minutes are over, stopped after step 7, state saved; the same command resumes"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM after step 7, state saved; the same command resumes"),
+    ],
+)
+def test_a_run_that_was_stopped_has_its_own_exit_code(number, code, words, folder, capfd, monkeypatch):
+    def stopped(*_, minutes, **__):
+        assert minutes == 90
+        raise Interrupted(number, 7)
+
+    monkeypatch.setattr(train, "fit", stopped)
+    run = ["--config", f"{folder}/own.py", "--workdir", f"{folder}/new", "--minutes", "90"]
+    assert refusal(train.main, run, folder, capfd, code=code) == f"error: {words}"
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_74(folder, capfd, monkeypatch):
