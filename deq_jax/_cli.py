@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from deq_jax.core.errors import InputError
+from deq_jax.core.errors import InputError, WriteError
 from deq_jax.parallel.processes import connect, is_primary
 
 # Into a file or a pipe tables are written whole, at their own width.
@@ -42,7 +42,10 @@ def join(options: argparse.Namespace) -> None:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Runs a command: a user's error becomes one line on stderr and exit code 2; compiled code is kept."""
+    """Runs a command: a user's error becomes one line on stderr and exit code 2; compiled code is kept.
+
+    A file that cannot be written becomes one line and exit code 74.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deq_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -51,6 +54,8 @@ def command_line() -> Iterator[None]:
         yield
     except InputError as error:
         fail(str(error), 2)
+    except WriteError as error:
+        fail(str(error), os.EX_IOERR)
 
 
 def fail(message: str, code: int) -> None:

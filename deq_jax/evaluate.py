@@ -37,7 +37,7 @@ from deq_jax.evaluation.terminal import accuracy_table, classes_table, states_ta
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.wording import headline
 from deq_jax.models.base import Classifier
-from deq_jax.parallel.processes import agreed, is_primary
+from deq_jax.parallel.processes import agreed, from_primary, is_primary
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.storage.environment import environment
 from deq_jax.storage.trees import to_tree
@@ -123,16 +123,17 @@ def evaluate(
       checkpoint: best or latest.
     """
     with agreed():
-        run = load_run(workdir, best=checkpoint == "best")
+        run = load_run(workdir, best=checkpoint == "best", say=tell_damaged)
         train, config = run.config, choose(run.config)
+    variables, step = from_primary((run.variables, np.int32(run.step)))
     images = getattr(run.data, split)
-    about = {"checkpoint": f"{checkpoint}, step {run.step}", "split": split}
+    about = {"checkpoint": f"{checkpoint}, step {step}", "split": split}
     with Display(TaskProgressColumn(), transient=True) as display:
         tell = teller(display)
         result = worst_case(
             config,
             train.classifier,
-            run.variables,
+            variables,
             images,
             out,
             validation=run.data.validation,
@@ -142,9 +143,15 @@ def evaluate(
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
     record = EvaluationRecord.of(result, provenance, class_names(train.dataset))
-    if is_primary():
-        write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
+    with agreed():
+        if is_primary():
+            write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
     return record
+
+
+def tell_damaged(text: str) -> None:
+    """Prints a line about a checkpoint that is damaged."""
+    console.print(f"note: {text}", markup=False)
 
 
 def teller(display: Display) -> Callable[[Moment], None]:

@@ -6,6 +6,7 @@ python -m deq_jax.train --config configs/digits_pgd_at.py --workdir runs/a --set
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +21,8 @@ from deq_jax.parallel.processes import agreed
 from deq_jax.storage.briefs import duration
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.training.config import TrainConfig
-from deq_jax.training.loop import Interrupted, NonFiniteLoss, fit
+from deq_jax.training.endings import Interrupted, NonFiniteLoss
+from deq_jax.training.loop import fit
 
 DESCRIPTION = """\
 Train a deep equilibrium model, or an explicit baseline.
@@ -47,6 +49,8 @@ notes:
   Another config in the same workdir is refused, and so are settings of JAX that change numbers.
   --init-from starts at step 0 with a fresh optimiser. The architecture must be the same; epochs, objective and learning
   rate may differ. Use it also after deq_jax.convert.
+  Exit codes: 0 trained to the end, 1 loss not finite, 2 mistake, 74 cannot write, 75 --minutes are over, 130 or 143
+  stopped by a signal.
   All local devices are used. With several processes, start the same command in each of them, with its own --process:
     python -m deq_jax.train ... --coordinator 10.0.0.1:1234 --processes 2 --process 0
   The batch is split over the devices of all processes. Only process 0 reads and writes the workdir.
@@ -76,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="best",
         help="checkpoint that --init-from reads; default: best",
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="stop after this time, with the state saved and exit code 75; the same command resumes",
+    )
     add_process_options(parser)
     options = parser.parse_args(arguments)
     with command_line():
@@ -91,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.workdir,
                     init_from=options.init_from,
                     init_checkpoint=options.init_checkpoint,
+                    minutes=options.minutes,
                     report=partial(show, display),
                     say=display.say,
                 )
@@ -98,8 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 fail(str(error), 1)
             except Interrupted as stop:
                 number, step = stop.args
-                message = f"stopped by {signal.Signals(number).name} after step {step}, state saved"
-                fail(f"{message}; the same command resumes", 128 + number)
+                is_late = number == signal.SIGALRM
+                why = (
+                    f"{options.minutes:g} minutes are over, stopped"
+                    if is_late
+                    else f"stopped by {signal.Signals(number).name}"
+                )
+                message = f"{why} after step {step}, state saved; the same command resumes"
+                fail(message, os.EX_TEMPFAIL if is_late else 128 + number)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         console.print(f"trained: {int(run.state.step)} steps, {parameters:,} parameters, in {options.workdir}")
         console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")

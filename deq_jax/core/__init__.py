@@ -2,7 +2,7 @@
 
 from deq_jax.core.adjoints import Implicit, Neumann, adjoint_residual
 from deq_jax.core.box import clip_to_box
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, WriteError, require
 from deq_jax.core.gradients import AtState, Backprop, Phantom, PhantomUpTo, Unrolled, has_adjoint, straight_through
 from deq_jax.core.jacobian import SpectralRadius, gaussian_probes, jacobian_norm, spectral_radius
 from deq_jax.core.keys import Keys, Purpose, prng_key
@@ -43,6 +43,7 @@ __all__ = [
     "Solver",
     "SpectralRadius",
     "Unrolled",
+    "WriteError",
     "adjoint_residual",
     "clip_to_box",
     "cross_entropy",

@@ -1,4 +1,4 @@
-"""User errors, reported in one line."""
+"""Errors that are reported in one line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ class InputError(ValueError):
       ... except InputError as error:
       ...     print(error)
       Broyden: steps must be a positive integer, got 0
+    """
+
+
+class WriteError(OSError):
+    """A file cannot be written, as on a full disk: one line with the file and the reason.
+
+    What was there before is as it was. The command lines print the line without a traceback and exit with 74.
+
+    Examples:
+      >>> from deq_jax.core import WriteError
+      >>> str(WriteError("runs/a/config.json: cannot be written (No space left on device)"))
+      'runs/a/config.json: cannot be written (No space left on device)'
     """
 
 

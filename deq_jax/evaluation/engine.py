@@ -24,7 +24,7 @@ from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.moments import Moment, Watch
-from deq_jax.evaluation.opening import check_reference, check_trials, claim
+from deq_jax.evaluation.opening import check_reference, check_trials, claimed
 from deq_jax.evaluation.plan import EarlyState, EvalConfig
 from deq_jax.evaluation.probes import several_answers, timed_answers
 from deq_jax.evaluation.red_flags import ZERO_GRADIENTS, is_white_box, red_flags
@@ -68,8 +68,9 @@ def worst_case(
       report: called before every long step, and after every batch.
 
     Raises:
-      InputError: `out` holds another evaluation; the trials do not fit the classifier; the batch does not divide
-        among the devices; logits that are not finite; transferred images that are not of these images.
+      InputError: `out` holds another evaluation, or another process writes there; the trials do not fit the classifier;
+        the batch does not divide among the devices; logits that are not finite; transferred images that are not of
+        these images.
 
     Examples:
       >>> import numpy as np
@@ -98,14 +99,13 @@ def worst_case(
     versions = {name: version(name) for name in ("deq_jax", "jax")}
     check_reference(config, digest(variables))
     known = {**(about or {}), "config": to_tree(config), **digests, **versions, "settings": decisive_settings()}
-    if out is not None:
-        claim(out, {"class": "evaluation", **known})
-    store = Store(out)
-    predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
-    stages = Stages(config, classifier, predictor, variables, images, x)
-    names = (CLEAN, *(trial.name for trial in config.all_trials))
-    batches = Batches(images, config.batch_size, store, names, report)
-    found = _attacked(stages, batches, early_state)
+    with claimed(out, {"class": "evaluation", **known}):
+        store = Store(out)
+        predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
+        stages = Stages(config, classifier, predictor, variables, images, x)
+        names = (CLEAN, *(trial.name for trial in config.all_trials))
+        batches = Batches(images, config.batch_size, store, names, report)
+        found = _attacked(stages, batches, early_state)
     return replace(found, red_flags=tuple(red_flags(found)) if found.attempts else ())
 
 

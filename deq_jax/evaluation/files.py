@@ -11,7 +11,7 @@ from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.record import EvaluationRecord
 from deq_jax.evaluation.results import WorstCase
 from deq_jax.evaluation.rows import to_columns
-from deq_jax.storage.files import write_json, write_npz
+from deq_jax.storage.files import write_json, write_npz, writing
 
 
 def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: np.ndarray) -> None:
@@ -22,6 +22,9 @@ def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: 
       record: the numbers.
       result: the results of all trials.
       x: the images [N, H, W, C] in [0, 1].
+
+    Raises:
+      WriteError: one of the files cannot be written.
 
     Examples:
       >>> import tempfile
@@ -58,11 +61,12 @@ def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: 
     further = {"radius_settled": result.radius_settled, "adjoint_residual": result.adjoint_residual}
     arrays |= {name: values for name, values in further.items() if values is not None}
     arrays |= {f"clean_{name}": value for name, value in to_columns(outcomes.clean).items()}
-    if outcomes.attacked is not None:
-        arrays |= {f"attacked_{name}": value for name, value in to_columns(outcomes.attacked).items()}
-        arrays["x_adv"] = outcomes.x_adv
-        plot_images(outcomes, x, folder.figure("images"))
-        plot_accuracies(record.accuracy, folder.figure("trials"))
-    plot_states(outcomes, folder.figure("states"))
-    write_npz(folder.arrays, arrays)
-    write_json(folder.record, record.to_json())
+    with writing(out):
+        if outcomes.attacked is not None:
+            arrays |= {f"attacked_{name}": value for name, value in to_columns(outcomes.attacked).items()}
+            arrays["x_adv"] = outcomes.x_adv
+            plot_images(outcomes, x, folder.figure("images"))
+            plot_accuracies(record.accuracy, folder.figure("trials"))
+        plot_states(outcomes, folder.figure("states"))
+        write_npz(folder.arrays, arrays)
+        write_json(folder.record, record.to_json())

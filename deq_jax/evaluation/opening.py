@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.plan import REFERENCE, EarlyState, EvalConfig
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.models.base import Classifier, Variables
-from deq_jax.parallel.processes import agreed, is_primary
-from deq_jax.storage.files import make_folder, read_json, write_json
+from deq_jax.parallel.processes import agreed, in_primary, is_primary
+from deq_jax.storage.files import read_json, write_json
+from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import first_difference
 from deq_jax.surrogates.base import Direct, judged
 
@@ -42,14 +45,20 @@ def check_reference(config: EvalConfig, variables: str) -> None:
         require(undefended, f"trial {trial.name}: {expected}, but its evaluation attacked another one")
 
 
-def claim(out: Path, manifest: dict[str, Any]) -> None:
-    """Claims the folder for this evaluation; refuses a folder of another one, naming the first difference."""
+@contextmanager
+def claimed(out: Path | None, manifest: dict[str, Any]) -> Iterator[None]:
+    """Within it, the folder is this evaluation's; refuses a folder of another one, naming the first difference."""
+    if out is None:
+        yield
+        return
     path = EvaluationFolder(out).manifest
-    with agreed():
-        if path.exists():
-            old = {"settings": manifest["settings"], **read_json(path)}  # older ones do not tell
-            difference = first_difference(old, manifest)
-            require(difference is None, f"{out} holds another evaluation: {difference}; choose another folder (--out)")
-        elif is_primary():
-            make_folder(out)
-            write_json(path, manifest)
+    with in_primary(sole_writer(out)):
+        with agreed():
+            if path.exists():
+                old = {"settings": manifest["settings"], **read_json(path)}  # older ones do not tell
+                difference = first_difference(old, manifest)
+                advice = "choose another folder (--out)"
+                require(difference is None, f"{out} holds another evaluation: {difference}; {advice}")
+            elif is_primary():
+                write_json(path, manifest)
+        yield

@@ -10,8 +10,8 @@ import numpy as np
 
 from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.transfers import read_trial, with_batches
-from deq_jax.parallel.processes import from_primary, is_primary
-from deq_jax.storage.files import read_npz, write_npz
+from deq_jax.parallel.processes import agreed, from_primary, is_primary
+from deq_jax.storage.files import read_npz, write_npz, writing
 
 Arrays = dict[str, np.ndarray]
 
@@ -60,7 +60,14 @@ class Store:
         if from_primary(np.array(file.exists())):
             return read_npz(file)
         arrays = compute()
-        if is_primary():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(file, arrays)
+        with agreed():
+            if is_primary():
+                self._write(file, arrays)
         return arrays
+
+    def _write(self, file: Path, arrays: Arrays) -> None:
+        """Writes a group, and the folders in which it is, but not the evaluation's own, which may have vanished."""
+        with writing(file):
+            for folder in reversed(file.relative_to(self._folder.path).parents[:-1]):
+                (self._folder.path / folder).mkdir(exist_ok=True)
+            write_npz(file, arrays)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import flax
 import jax
@@ -19,8 +18,9 @@ from deq_jax.models.base import Variables
 from deq_jax.models.classifiers import Equilibrium
 from deq_jax.models.mdeq import MdeqCell, MdeqDecoder, MdeqEncoder
 from deq_jax.models.normalized import Normalized
-from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.checkpoints import Checkpoint
 from deq_jax.storage.files import make_folder, write_json
+from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.step import TrainState, optimizer_of
@@ -70,10 +70,10 @@ def import_checkpoint(
     state = _initial_state(config, variables)
     if left_out:
         report(f"left out: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''} (beside the network)")
-    make_folder(folder.path)
-    for checkpoints in (folder.best, folder.latest):
-        checkpoints.save(0, state, {"config": tree, "best_accuracy": -1.0})  # not measured yet
-    write_json(folder.config_file, tree)
+    with sole_writer(folder.path):
+        for checkpoints in (folder.best, folder.latest):
+            checkpoints.save(0, state, {"config": tree, "best_accuracy": -1.0})  # not measured yet
+        write_json(folder.config_file, tree)
     return state
 
 
@@ -102,12 +102,12 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True
     check_writable(out)
     config = folder.config
     mdeq_shapes(config)
-    checkpoints = folder.trained("best" if best else "latest")
-    template = mdeq_shapes(config, _stored_channels(checkpoints))
-    variables, _ = checkpoints.restore(template, only=list(template))
+    found = folder.trained("best" if best else "latest").read()
+    template = mdeq_shapes(config, _stored_channels(found))
+    variables = found.shaped_like(template, only=list(template))
     make_folder(out.parent)
     write_state_dict(out, to_torch(variables))
-    return cast(int, checkpoints.latest_step())
+    return found.step
 
 
 def _channels(arrays: dict[str, np.ndarray]) -> int | None:
@@ -116,11 +116,11 @@ def _channels(arrays: dict[str, np.ndarray]) -> int | None:
     return stem.shape[1] if stem is not None and stem.ndim == 4 else None
 
 
-def _stored_channels(checkpoints: Checkpoints) -> int | None:
+def _stored_channels(checkpoint: Checkpoint) -> int | None:
     try:
-        return int(checkpoints.shapes()["params"]["encoder"]["stem_conv0"]["kernel"].shape[2])
+        return int(checkpoint.state["params"]["encoder"]["stem_conv0"]["kernel"].shape[2])
     except (TypeError, KeyError, IndexError):
-        return None  # damaged, or of another network: restoring it will tell
+        return None  # of another network: the comparison with its shapes will tell
 
 
 def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:

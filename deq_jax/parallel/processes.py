@@ -14,14 +14,14 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, WriteError, require
 from deq_jax.core.types import PyTree
 
 CONNECT_SECONDS = 120  # within which all processes of a job must have started
@@ -92,7 +92,7 @@ def agreed() -> Iterator[None]:
     Nothing inside may wait for other processes.
 
     Raises:
-      InputError: wherever it was raised in any process.
+      InputError, WriteError: wherever it was raised in any process.
       RuntimeError: in the processes that did not fail themselves, for any other exception.
 
     Examples:
@@ -111,13 +111,24 @@ def agreed() -> Iterator[None]:
         raise failure
 
 
+@contextmanager
+def in_primary(context: AbstractContextManager[None]) -> Iterator[None]:
+    """The primary process alone enters the context; if that fails, it fails in all of them."""
+    with ExitStack() as stack:
+        with agreed():
+            if is_primary():
+                stack.enter_context(context)
+        yield
+
+
 def _raise_of_others(failure: Exception | None) -> None:
     mine = "" if failure is None else f"{type(failure).__name__}: {failure}"
     for number, text in enumerate(gather_texts(mine)):
         if text and failure is None:
             name, _, message = text.partition(": ")
-            if name == InputError.__name__:
-                raise InputError(message)
+            for kind in (InputError, WriteError):
+                if name == kind.__name__:
+                    raise kind(message)
             raise RuntimeError(f"process {number} failed: {text}")
 
 
@@ -160,10 +171,13 @@ def from_primary(tree: PyTree) -> PyTree:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM, while it is entered, as a question with the same answer in all processes.
+    """SIGINT, SIGTERM and the end of a time, while it is entered, as a question with the same answer in all processes.
 
     With several processes a signal to any of them stops all of them, after the same step: the preemption service
-    of JAX, which has been listening to SIGTERM since `connect`, agrees on it.
+    of JAX, which has been listening to SIGTERM since `connect`, agrees on it. The clock is that of the primary.
+
+    Args:
+      seconds: time after which it asks to stop, by SIGALRM; None for no end.
 
     Examples:
       >>> from deq_jax.parallel import StopRequest
@@ -172,30 +186,39 @@ class StopRequest:
       None
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = seconds if is_primary() else None
         self._number: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         several = jax.process_count() > 1
         numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        numbers += () if self._seconds is None else (signal.SIGALRM,)
         self._handlers = {number: signal.signal(number, self._pass_on if several else self._note) for number in numbers}
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(self._seconds, 1e-6))
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def after(self, step: int) -> int | None:
         """The signal that asks to stop after this step, or None to continue; call it after every step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self._number
+        if jax.process_count() == 1:
+            return self._number
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        return int(from_primary(np.int32(self._number or signal.SIGTERM)))
 
     def _note(self, number: int, frame: Any) -> None:
         self._number = number
 
     def _pass_on(self, number: int, frame: Any) -> None:
+        self._number = signal.SIGALRM if number == signal.SIGALRM else signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,88 +23,199 @@ import orbax.checkpoint as ocp
 
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.types import PyTree
+from deq_jax.storage.files import read_json, write_json, writing
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every save, and also raises what it reports
 
 QUIET = 1.0  # seconds
 
+DIGESTS = "digests.json"  # SHA-256 of all other files of a checkpoint, by their path in it
+
+UNFINISHED = ".unfinished"  # what is being written or deleted; orbax appends endings of its own
+
 
 class Checkpoints:
-    """The checkpoints in one folder. A save is atomic: the remains of a killed process are never read.
+    """The checkpoints in one folder, each in a folder named by its step.
 
-    With several processes, each one reads and writes on its own, and only one of them may save.
+    A save is atomic: the remains of a killed process are never read. A file that has changed since it was written is
+    noticed when the checkpoint is read. With several processes, each one reads and writes on its own, and only one of
+    them may save.
 
     Args:
-      folder: created when first saved to.
+      folder: created when first saved to, with the folder that it is in.
       keep: number of checkpoints kept, the newest.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = Path(folder).absolute()
-        own = jax.process_index()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=False,
-            enable_async_checkpointing=False,
-            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}),
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self.keep = keep
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> None:
-        """Saves a pytree of arrays and JSON data; a checkpoint of the same step is replaced."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
+        """Saves a pytree of arrays and JSON data; a checkpoint of the same step or a later one is replaced.
+
+        Raises:
+          WriteError: it cannot be written; all that was there still is.
+        """
         arrays = jax.tree.map(np.asarray, jax.device_get(state))
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=items)
+        with writing(self.folder / str(step)):
+            self.folder.parent.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+            self._clear()
+            try:
+                self._place(step, items)
+            finally:
+                self._clear()
+
+    def _place(self, step: int, items: ocp.args.Composite) -> None:
+        unfinished = self.folder / UNFINISHED
+        with _os_errors(), _checkpointer() as checkpointer:
+            checkpointer.save(unfinished, args=items)
+        write_json(unfinished / DIGESTS, _digests(unfinished))
+        for replaced in (old for old in self._steps() if old >= step):
+            self._remove(replaced)
+        unfinished.rename(self.folder / str(step))
+        for old in self._steps()[: -self.keep]:
+            self._remove(old)
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint; None if there is none."""
-        step: int | None = self._manager.latest_step()
-        return step
+        """Step of the newest checkpoint, sound or not; None if there is none."""
+        return max(self._steps(), default=None)
 
-    def shapes(self) -> PyTree:
-        """The newest checkpoint's state with entries that have a shape, as nested dicts and lists; None if damaged."""
+    def read(self, say: Callable[[str], None] = warnings.warn) -> Checkpoint:
+        """The newest sound checkpoint; nothing is written.
+
+        Args:
+          say: called with a line for each newer one that is damaged.
+
+        Raises:
+          InputError: all are damaged, or there is none.
+        """
+        damaged: dict[int, str] = {}
+        while steps := [step for step in self._steps() if step not in damaged]:
+            step = steps[-1]
+            try:
+                found = Checkpoint.of(self.folder / str(step))
+            except InputError as error:
+                if step in self._steps():  # not deleted meanwhile by the process that trains
+                    damaged[step] = str(error)
+            else:
+                for problem in damaged.values():
+                    say(f"{problem}; step {step} is used")
+                return found
+        require(bool(damaged), f"{self.folder}: has no checkpoint")
+        raise InputError(f"{next(iter(damaged.values()))}; there is no earlier one")
+
+    def set_aside(self, after: int) -> None:
+        """Renames the checkpoints after this step, which are damaged, to STEP.damaged-NUMBER; nothing is deleted."""
+        for step in (step for step in self._steps() if step > after):
+            names = (self.folder / f"{step}.damaged-{number}" for number in count(1))
+            with writing(self.folder):
+                (self.folder / str(step)).rename(next(path for path in names if not path.exists()))
+
+    def _steps(self) -> list[int]:
+        """Steps of all checkpoints, the newest last."""
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+
+    def _remove(self, step: int) -> None:
+        """Takes a checkpoint away; at no moment half of it is there under its name."""
+        (self.folder / str(step)).rename(self.folder / f"{UNFINISHED}-{step}")
+
+    def _clear(self) -> None:
+        """Deletes what was taken away or not finished, also by a process that was killed."""
+        for path in self.folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read.
+
+    Attributes:
+      path: its folder.
+      state: its arrays, in nested dicts and lists.
+      meta: its JSON data.
+    """
+
+    path: Path
+    state: PyTree
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, path: Path) -> Checkpoint:
+        """Reads a checkpoint; raises `InputError` if it is damaged. Older ones, without digests, are told by orbax."""
         try:
-            with ocp.StandardCheckpointer() as reader:
-                return reader.metadata(self.folder / str(self.latest_step()) / "state").item_metadata.tree
-        except Exception:  # orbax, tensorstore and json each have their own; `restore` tells
-            return None
+            _check_digests(path)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+            with _without_late_reads(), _checkpointer() as checkpointer:
+                found = checkpointer.restore(path, args=items)
+            return cls(path, found.state, found.meta)
+        except Exception as error:  # orbax, tensorstore and json each have their own
+            reason = str(error).strip().splitlines()[0][:200]
+            raise InputError(f"checkpoint {path} is damaged ({reason})") from None
 
-    def restore(self, template: PyTree, *, only: Sequence[str] = ()) -> tuple[PyTree, dict[str, Any]]:
-        """The newest checkpoint's state, shaped like `template`, and its meta data.
+    @property
+    def step(self) -> int:
+        """Number of steps that were done."""
+        return int(self.path.name)
+
+    def shaped_like(self, template: PyTree, *, only: Sequence[str] = ()) -> PyTree:
+        """The state, in the structure of the template.
 
         Args:
           template: a pytree of arrays or their shapes.
           only: names of the checkpoint's topmost parts that are compared with the template; all if empty.
 
         Raises:
-          InputError: if it cannot be read, or does not fit the template in structure, shapes and dtypes.
+          InputError: it does not fit the template in structure, shapes and dtypes; the first difference is named.
         """
-        restored = self._read()
-        found = {path: leaf for path, leaf in _leaves(restored.state) if not only or path.split("/")[0] in only}
+        found = {path: leaf for path, leaf in _leaves(self.state) if not only or path.split("/")[0] in only}
         expected = dict(_leaves(template))
-        where = f"checkpoint {self.folder / str(self.latest_step())} does not fit"
+        where = f"checkpoint {self.path} does not fit"
         for path in expected | found:  # in the template's order
             require(path in found, f"{where}: has no {path}")
             require(path in expected, f"{where}: {path} was not expected")
             for name in ("shape", "dtype"):
                 old, new = getattr(found[path], name), getattr(expected[path], name)
                 require(old == new, f"{where}: {path} has {name} {old}, expected {new}")
-        return jax.tree.unflatten(jax.tree.structure(template), [found[path] for path in expected]), restored.meta
+        return jax.tree.unflatten(jax.tree.structure(template), [found[path] for path in expected])
 
-    def _read(self) -> ocp.args.Composite:
-        step = self.latest_step()
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
-        try:
-            with _without_late_reads():
-                return self._manager.restore(step, args=items)
-        except Exception as error:  # orbax, tensorstore and json each have their own
-            reason = str(error).strip().splitlines()[0][:200]
-            advice = "move it away to continue from an earlier one"
-            message = f"checkpoint {self.folder / str(step)} cannot be read; {advice} ({reason})"
-            raise InputError(message) from None
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Writes and reads in this process alone."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Errors of the operating system, which tensorstore raises as `ValueError`, as `OSError`."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _check_digests(folder: Path) -> None:
+    written = read_json(folder / DIGESTS) if (folder / DIGESTS).exists() else {}
+    for name, expected in written.items():
+        require((folder / name).is_file(), f"{name} is missing")
+        require(_sha256(folder / name) == expected, f"{name} is not as it was written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import jax
 import numpy as np
 
-from deq_jax.core.errors import InputError
+from deq_jax.core.errors import InputError, WriteError
 from deq_jax.core.types import PyTree
 
 
@@ -43,6 +44,9 @@ def write_json(path: Path, value: Any) -> None:
     Args:
       path: the file, in a folder that exists.
       value: JSON data.
+
+    Raises:
+      WriteError: it cannot be written.
 
     Examples:
       >>> import tempfile
@@ -84,6 +88,9 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
       path: the file, in a folder that exists.
       arrays: arrays by name.
 
+    Raises:
+      WriteError: it cannot be written.
+
     Examples:
       >>> import tempfile
       >>> from pathlib import Path
@@ -115,13 +122,28 @@ def digest(tree: PyTree) -> str:
 
 
 def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file that is there whole or not at all, by `writer(file)`."""
+    """Writes a file that is there whole or not at all, by `writer(file)`; raises `WriteError` if it cannot be."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        writer(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                writer(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A failure to write inside is a `WriteError` that names the path."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from deq_jax.core.errors import InputError
 from deq_jax.models.base import Variables
-from deq_jax.storage.files import make_folder, write_json
+from deq_jax.storage.files import write_json
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
 from deq_jax.training.step import TrainState
@@ -73,11 +75,13 @@ class Disk(Memory):
     """Keeps a run in its workdir: see `loop.fit`.
 
     Args:
-      path: the workdir, created by `open`.
+      path: the workdir, a folder that exists.
+      say: called with a line about each damaged checkpoint.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, say: Callable[[str], None]):
         super().__init__()
+        self._say = say
         self.workdir = Workdir(path)
         self.latest_checkpoints, self.best_checkpoints = self.workdir.latest, self.workdir.best
 
@@ -85,15 +89,17 @@ class Disk(Memory):
         check_same_config(config, self.workdir.path)
 
     def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
-        latest = self.latest_checkpoints.latest_step()
-        self.environments, self.changed = environments_of(self.workdir.path, latest or 0)
-        return None if latest is None else self.latest_checkpoints.restore(state)
+        latest = self.latest_checkpoints
+        found = None if latest.latest_step() is None else latest.read(self._say_damaged)
+        self.environments, self.changed = environments_of(self.workdir.path, 0 if found is None else found.step)
+        return None if found is None else (found.shaped_like(state), found.meta)
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
-        """Makes the workdir, and the files that a resumed run reads."""
-        make_folder(self.workdir.path)
+        """Writes the files that a resumed run reads."""
         write_json(self.workdir.config_file, meta["config"])
+        self.latest_checkpoints.set_aside(after=int(state.step))
         if not has_ended:
+            self._check_best(meta)
             write_json(self.workdir.environment, self.environments)
         if meta["origin"] is not None:
             if is_new:
@@ -119,7 +125,24 @@ class Disk(Memory):
 
     def best(self, template: Variables) -> Variables:
         found = self.best_checkpoints
-        return template if found.latest_step() is None else found.restore(template, only=list(template))[0]
+        if found.latest_step() is None:
+            return template
+        variables: Variables = found.read(self._say_damaged).shaped_like(template, only=list(template))
+        return variables
 
     def lines(self) -> list[dict[str, Any]]:
         return read_metrics(self.workdir.metrics)
+
+    def _check_best(self, meta: Meta) -> None:
+        """Sets a damaged best checkpoint aside; without another one, the next validation gives the best."""
+        best, step = self.best_checkpoints, -1
+        if best.latest_step() is not None:
+            try:
+                step = best.read(self._say_damaged).step
+            except InputError as error:
+                self._say_damaged(f"{error}: the next validation gives the best one")
+                meta["best_accuracy"] = -1.0
+            best.set_aside(after=step)
+
+    def _say_damaged(self, text: str) -> None:
+        self._say(f"note: {text}; the damaged one is set aside")

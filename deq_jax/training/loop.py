@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,37 +21,16 @@ from deq_jax.data.datasets import Images, Splits
 from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
-from deq_jax.parallel.processes import StopRequest, agreed, from_primary, is_primary
+from deq_jax.parallel.processes import StopRequest, agreed, from_primary, in_primary, is_primary
+from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import Phase, TrainConfig
+from deq_jax.training.endings import Interrupted, NonFiniteLoss
 from deq_jax.training.keeping import Disk, Memory
 from deq_jax.training.meters import Meter
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
 from deq_jax.training.validation import validation_line
 from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (SIGINT, SIGTERM), and has saved its state if it has a workdir; carries the signal.
-
-    Examples:
-      >>> from deq_jax.training import Interrupted
-      >>> Interrupted(2, 100).args  # the signal, and the steps that were done
-      (2, 100)
-    """
-
-
-class NonFiniteLoss(Exception):
-    """The loss is no longer a finite number; the message names the step and the last good checkpoint.
-
-    Examples:
-      >>> from deq_jax.training import NonFiniteLoss
-      >>> try:
-      ...     raise NonFiniteLoss("the loss is nan at step 7 of 100")  # as fit does
-      ... except NonFiniteLoss as error:
-      ...     print(error)
-      the loss is nan at step 7 of 100
-    """
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,7 @@ def fit(
     *,
     init_from: str | Path | None = None,
     init_checkpoint: str = "best",
+    minutes: float | None = None,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
@@ -109,6 +91,7 @@ def fit(
       init_from: workdir of another run. A new run starts from its parameters and batch statistics; its config may
         differ in all but their shapes. Recorded in ``origin.json`` and not read again.
       init_checkpoint: checkpoint of `init_from`: best or latest.
+      minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
       report: called with every line of metrics as it is written.
       say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
         environment than before.
@@ -122,10 +105,11 @@ def fit(
         print(run.predictor.accuracy(*run.data.test))
 
     Raises:
-      InputError: for data, a device count, a workdir or an `init_from` that do not fit, and for a run that was begun
-        under settings of JAX that make other numbers.
+      InputError: for data, a device count, a workdir or an `init_from` that do not fit, for a run that was begun
+        under settings of JAX that make other numbers, and for a workdir to which another process writes.
+      WriteError: the workdir can no longer be written to; the checkpoints in it are whole.
       NonFiniteLoss: when the loss is not finite.
-      Interrupted: after SIGINT or SIGTERM to any process, with the state saved.
+      Interrupted: after SIGINT or SIGTERM to any process, or after `minutes`, with the state saved.
 
     Examples:
       >>> import deq_jax as dj
@@ -135,9 +119,12 @@ def fit(
           ...
       deq_jax.core.errors.InputError: batch_size 4800 exceeds the 1149 training images
     """
+    require(minutes is None or minutes > 0, f"minutes must be positive, got {minutes}")
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)
-    return _Training(config, folder, start, init_checkpoint, report, say).run()
+    with in_primary(nullcontext() if folder is None else sole_writer(folder)):
+        return _Training(config, folder, start, init_checkpoint, report, say).run(deadline)
 
 
 class _Training:
@@ -153,7 +140,7 @@ class _Training:
         say: Callable[[str], None],
     ):
         self.config, self.workdir, self.report = config, workdir, report
-        self.kept = Memory() if workdir is None or not is_primary() else Disk(workdir)
+        self.kept = Memory() if workdir is None or not is_primary() else Disk(workdir, say)
         self.say = say if is_primary() else lambda text: None
         self.config_tree = to_tree(config)
         self.state: TrainState
@@ -206,7 +193,7 @@ class _Training:
             if not self._is_over(self.saved):
                 self.say(f"resuming after step {self.saved} of {self.total_steps}")
         elif init_from is not None:
-            variables, origin = read_origin(init_from, init_checkpoint, self.state.variables)
+            variables, origin = read_origin(init_from, init_checkpoint, self.state.variables, self.say)
             optimizer_state = self.optimizer.init(variables["params"])
             self.state = self.state._replace(**variables, opt_state=optimizer_state)
             self.meta["origin"] = origin._asdict()
@@ -220,12 +207,13 @@ class _Training:
     def _origin(self) -> Origin | None:
         return self.meta["origin"] and Origin(**self.meta["origin"])
 
-    def run(self) -> Run:
+    def run(self, deadline: float | None) -> Run:
+        """Trains to the end, or to a time of `time.monotonic`."""
         self.steps: dict[Phase, Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]] = {}
         self.meter = Meter(self.config.batch_size, self.meta["interval"])
         self.is_validated = False
         try:
-            with StopRequest() as self.stop:
+            with StopRequest(None if deadline is None else deadline - time.monotonic()) as self.stop:
                 while not self._is_over(self.done):
                     self._step()
                     self._after()
@@ -273,7 +261,7 @@ class _Training:
             with agreed():
                 self.kept.save(self.done, self.state, self._meta())
             self.saved = self.done
-        if stop:
+        if stop and not self._is_over(self.done):
             raise Interrupted(stop, self.done)
         self.meter.start()
 
@@ -321,6 +309,7 @@ class _Training:
         return self.meta | {"interval": self.meter.sums}
 
     def _write(self, split: str, metrics: dict[str, Any]) -> None:
-        line = self.kept.log(self.done, self.done / self.steps_per_epoch, split, metrics)
+        with agreed():
+            line = self.kept.log(self.done, self.done / self.steps_per_epoch, split, metrics)
         if is_primary():
             self.report({**line, "total_steps": self.total_steps})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
-from deq_jax.storage.files import write_whole
+from deq_jax.storage.files import write_whole, writing
 
 
 def line_of(step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -28,22 +33,62 @@ class MetricsLog:
     def __init__(self, path: Path, events: Path, step: int):
         lines = [line for line in read_metrics(path) if line["step"] <= step]
         write_whole(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(events), purge_step=step + 1)
+        self._path = path
+        with writing(path):
+            self._file = path.open("a")
+            self._events = Events(events, step + 1)
 
     def append(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Appends a line, hands it to the operating system at once, and returns it; its numbers become events."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
-                self._events.add_scalar(f"{line['split']}/{name}", value, line["step"])
+        """Appends a line, hands it to the operating system at once, and returns it; its numbers become events.
+
+        Raises:
+          WriteError: it cannot be written.
+        """
+        numbers = {
+            f"{line['split']}/{name}": value
+            for name, value in line.items()
+            if isinstance(value, int | float) and name not in ("step", "epoch")
+        }
+        with writing(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self._events.append(line["step"], numbers)
         return line
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
-        self._events.close()
+        with writing(self._path), closing(self._file):
+            self._events.close()
+
+
+class Events:
+    """A file of TensorBoard events, written at once. (`SummaryWriter` has a thread, whose failures nobody would see.)
+
+    Args:
+      folder: gets the file.
+      first: step from which events of earlier files do not count.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._writer = RecordWriter(str(folder / name))
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+
+    def append(self, step: int, numbers: dict[str, float]) -> None:
+        """Appends numbers by their tags."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 
@@ -136,15 +138,15 @@ class Origin(NamedTuple):
     digest: str
 
 
-def read_origin(workdir: Path, name: str, template: Variables) -> tuple[Variables, Origin]:
+def read_origin(workdir: Path, name: str, template: Variables, say: Callable[[str], None]) -> tuple[Variables, Origin]:
     """The variables of a run's best or latest checkpoint, to start another run from, and where they are from.
 
     Raises:
       InputError: there is no such checkpoint, or it does not fit the template; the first difference is named.
     """
-    checkpoints = Workdir(workdir).trained(name)
-    variables, _ = checkpoints.restore(template, only=list(template))
-    return variables, Origin(str(workdir.absolute()), name, cast(int, checkpoints.latest_step()), digest(variables))
+    found = Workdir(workdir).trained(name).read(say)
+    variables = found.shaped_like(template, only=list(template))
+    return variables, Origin(str(workdir.absolute()), name, found.step, digest(variables))
 
 
 def check_origin(workdir: Path, origin: Origin | None, given: Path, name: str) -> None:
@@ -211,8 +213,13 @@ class LoadedRun:
     step: int
 
 
-def load_run(workdir: str | Path, *, best: bool = True) -> LoadedRun:
+def load_run(workdir: str | Path, *, best: bool = True, say: Callable[[str], None] = warnings.warn) -> LoadedRun:
     """A run's best (or latest) checkpoint, with its config and its dataset.
+
+    Args:
+      workdir: folder of the run.
+      best: the best checkpoint, or else the latest.
+      say: called with a line for each checkpoint that is damaged; the one before it is loaded then.
 
     Raises:
       InputError: if the folder holds no readable run.
@@ -228,5 +235,5 @@ def load_run(workdir: str | Path, *, best: bool = True) -> LoadedRun:
     config, checkpoints = folder.config, folder.trained("best" if best else "latest")
     data = config.dataset.load()
     template = initial_variables(config, data)
-    variables, _ = checkpoints.restore(template, only=list(template))
-    return LoadedRun(config, data, variables, cast(int, checkpoints.latest_step()))
+    found = checkpoints.read(say)
+    return LoadedRun(config, data, found.shaped_like(template, only=list(template)), found.step)

@@ -1,11 +1,16 @@
 """The command lines: what a user may get wrong, help, and a training on someone's own images."""
 
+import errno
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +20,8 @@ from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
 from deq_jax.evaluation import EvalConfig
 from deq_jax.storage import from_tree, load_config, to_tree
 from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.locks import sole_writer
+from deq_jax.training import Interrupted, load_run
 from tests.helpers.tiny import OVERRIDES, assignments
 
 
@@ -165,7 +172,7 @@ MISTAKES = [
     # another run to start from
     training("init-from-nowhere", "--init-from {}/nowhere", "{}/nowhere: not the workdir of a run"),
     training("init-from-unsaved", "--init-from {}/unsaved", "{}/unsaved: has no best checkpoint yet"),
-    training("init-from-damaged", "--init-from {}/truncated", "{}/truncated/checkpoints/best/2 cannot be read"),
+    training("init-from-damaged", "--init-from {}/truncated", "{}/truncated/checkpoints/best/2 is damaged"),
     training(
         "init-from-another", "--init-from {}/run", "run/checkpoints/best/2 does not fit: ", "has shape", "expected"
     ),
@@ -175,7 +182,9 @@ MISTAKES = [
     evaluation("config-damaged", "", "config.json", "not valid JSON", workdir="{}/damaged"),
     evaluation("config-unknown", "", "cannot import 'no.Config'", workdir="{}/unknown"),
     evaluation("no-checkpoint", "", "unsaved: has no best checkpoint yet", workdir="{}/unsaved"),
-    evaluation("truncated-checkpoint", "", "{}/truncated/checkpoints/best", "cannot be read", workdir="{}/truncated"),
+    evaluation(
+        "truncated-checkpoint", "", "{}/truncated/checkpoints/best", "is damaged (state/d/", workdir="{}/truncated"
+    ),
     evaluation("data-of-another-shape", "", "does not fit", "(128, 10), expected (256, 10)", workdir="{}/exchanged"),
     evaluation(
         "attack-unknown-field", "--attack pgd --set iterations=3", "no field iterations", "valid names: threat.epsilon"
@@ -247,14 +256,14 @@ def contents(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def refusal(main, arguments, folder, capfd):
+def refusal(main, arguments, folder, capfd, code=2):
     """The one line that a command leaves with; checks that it writes nothing."""
     before = contents(folder)
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     lines = capfd.readouterr().err.splitlines()
-    assert exit.value.code == 2
+    assert exit.value.code == code
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert contents(folder) == before
@@ -276,7 +285,7 @@ def test_a_mistake_is_one_clear_line(mistake, folder, capfd):
             ["objective.attack.threat.epsilon=0.2"],
             ["objective.attack.threat.epsilon was 0.1, now 0.2", "another --workdir"],
         ),
-        ("truncated", [], ["truncated/checkpoints/latest", "cannot be read", "move it away"]),
+        ("truncated", [], ["truncated/checkpoints/latest/2", "is damaged (state/d/", "there is no earlier one"]),
     ],
     ids=["another-config", "truncated-checkpoint"],
 )
@@ -284,6 +293,80 @@ def test_resuming_is_refused(workdir, changes, words, folder, capfd):
     run = ["--config", f"{folder}/own.py", "--workdir", f"{folder}/{workdir}"]
     line = refusal(train.main, [*run, *assignments(*OVERRIDES, *changes)], folder, capfd)
     assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main], ids=["train", "evaluate"])
+def test_a_folder_to_which_another_process_writes_is_refused(main, folder, capfd):
+    out = folder / "run" if main is train.main else folder / "run" / "evaluation" / "locked"
+    arguments = ["--workdir", f"{folder}/run"]
+    arguments += ["--config", f"{folder}/own.py", *assignments(*OVERRIDES)] if main is train.main else []
+    arguments += [] if main is train.main else ["--attack", "none", "--out", str(out)]
+    with sole_writer(out):
+        line = refusal(main, arguments, folder, capfd)
+    assert f"{out} is in use: process {os.getpid()} on " in line
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGALRM, 75, "90 minutes are over, stopped after step 7, state saved; the same command resumes"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM after step 7, state saved; the same command resumes"),
+    ],
+)
+def test_a_run_that_was_stopped_has_its_own_exit_code(number, code, words, folder, capfd, monkeypatch):
+    def stopped(*_, minutes, **__):
+        assert minutes == 90
+        raise Interrupted(number, 7)
+
+    monkeypatch.setattr(train, "fit", stopped)
+    run = ["--config", f"{folder}/own.py", "--workdir", f"{folder}/new", "--minutes", "90"]
+    assert refusal(train.main, run, folder, capfd, code=code) == f"error: {words}"
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_74(folder, capfd, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    line = refusal(evaluate.main, ["--workdir", f"{folder}/run", "--attack", "none"], folder, capfd, code=74)
+    assert (
+        line == f"error: {folder}/run/evaluation/test-none/manifest.json: cannot be written (No space left on device)"
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB, and how it is enlarged; needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(*options):
+        command = ["mount", "-t", "tmpfs", *options, "none", str(disk)]
+        return shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+
+    if not mount("-o", "size=1m"):
+        pytest.skip("cannot mount a file system")
+    yield disk, lambda: mount("-o", "remount,size=64m")
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_after_its_disk_was_full(folder, small_disk, capfd):
+    disk, enlarge = small_disk
+    fields = assignments(*OVERRIDES, "epochs=3", "checkpoint_every=1")
+    run = ["--config", f"{folder}/own.py", *fields, "--workdir"]
+    (disk / "filler").write_bytes(bytes(600_000))  # a checkpoint has some 120,000 bytes
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        train.main([*run, str(disk / "run")])
+    assert exit.value.code == 74
+    assert re.fullmatch(r"error: .* cannot be written \(No space left on device\)\n", capfd.readouterr().err)
+    assert enlarge()
+    train.main([*run, str(disk / "run")])
+    assert "resuming after step" in capfd.readouterr().out
+    train.main([*run, str(folder / "whole")])
+    stopped, whole = (load_run(workdir, best=False) for workdir in (disk / "run", folder / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, stopped.variables, whole.variables)
 
 
 DAMAGES = {
@@ -304,14 +387,14 @@ def test_whatever_file_is_damaged_a_checkpoint_is_restored_exactly_or_refused(da
         shutil.copytree(tmp_path / "good", copy)
         DAMAGES[damage](copy / file.relative_to(tmp_path / "good"))
         try:
-            restored, meta = Checkpoints(copy, keep=1).restore(state)
+            found = Checkpoints(copy, keep=1).read()
         except InputError as error:
-            assert f"checkpoint {copy}/3 cannot be read" in str(error)
+            assert f"checkpoint {copy}/3 is damaged" in str(error)
             refused += 1
         else:
-            assert meta == {"best_accuracy": 0.5}
-            assert set(restored) == set(state)
-            assert all(np.array_equal(restored[name], state[name]) for name in state)
+            assert found.meta == {"best_accuracy": 0.5}
+            assert set(found.state) == set(state)
+            assert all(np.array_equal(found.state[name], state[name]) for name in state)
     assert refused >= 2
 
 

@@ -199,6 +199,13 @@ def test_either_resumes_what_the_other_left_at_a_signal(before, after, number, f
 
 
 @pytest.mark.slow
+def test_two_processes_stop_together_when_the_time_of_the_first_is_over(folder):
+    printed = end(start(folder, folder / "late", "--minutes", 0.001, processes=2), 75, 75)
+    stops = {re.search(r"0.001 minutes are over, stopped after step (\d+)", text)[1] for text in printed}
+    assert len(stops) == 1 and load_run(folder / "late", best=False).step == int(stops.pop())
+
+
+@pytest.mark.slow
 def test_two_processes_start_from_another_run_that_one_of_them_reads(folder, whole):
     command = ["deq_jax.train", "--config", folder / "config.py", "--set", "epochs=1", "--init-from"]
     end(launch(folder, [*command, folder / "whole", "--workdir", folder / "from-1"]), 0)

@@ -234,9 +234,10 @@ def test_what_is_written_is_the_start_of_a_training(place, tmp_path):
     assert read_json(tmp_path / "run" / "config.json") == to_tree(config)
     for name in ("best", "latest"):
         checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / name, keep=1)
-        state, meta = checkpoints.restore(template)
-        assert (checkpoints.latest_step(), int(state.step)) == (0, 0)
-        assert meta == {"config": to_tree(config), "best_accuracy": -1.0}
+        found = checkpoints.read()
+        state = found.shaped_like(template)
+        assert (found.step, int(state.step)) == (0, 0)
+        assert found.meta == {"config": to_tree(config), "best_accuracy": -1.0}
         equal(to_torch(state.variables), place.arrays)
         jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
 
@@ -504,7 +505,7 @@ def test_logits_of_the_golden_checkpoint(tmp_path):
     write_images(tmp_path, images, inputs["y"])
     config = load_config(file, TrainConfig)
     template = jax.eval_shape(lambda: initial_state(config, config.optimizer.transformation(1), config.dataset.load()))
-    state, _ = Checkpoints(tmp_path / "run" / "checkpoints" / "best", keep=1).restore(template)
+    state = Checkpoints(tmp_path / "run" / "checkpoints" / "best", keep=1).read().shaped_like(template)
     x = images.astype(np.float32) / np.float32(255)
     options = {"xla_llvm_disable_expensive_passes": True}  # a third less time to compile
     predict = jax.jit(lambda variables: config.classifier(variables, x).logits, compiler_options=options)

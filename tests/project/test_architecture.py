@@ -155,6 +155,7 @@ PLACES = {
         "tensorboard",
         "checkpoints",
     },
+    "storage.locks": {"lock.json"},
     "evaluation.folder": {"manifest.json", "evaluation.json", "evaluation.npz", "batch-*.npz"},
 }
 

@@ -43,8 +43,10 @@ def saved(tmp_path_factory):
 def test_any_state_is_restored_exactly(name, tmp_path):
     state = state_of(OPTIMIZERS[name])
     Checkpoints(tmp_path, keep=1).save(3, state, {"note": [1, None]})
-    restored, meta = Checkpoints(tmp_path, keep=1).restore(jax.eval_shape(lambda: state))
-    assert jax.tree.structure(restored) == jax.tree.structure(state) and meta == {"note": [1, None]}
+    found = Checkpoints(tmp_path, keep=1).read()
+    restored = found.shaped_like(jax.eval_shape(lambda: state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert (found.step, found.meta) == (3, {"note": [1, None]})
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
 
@@ -68,7 +70,7 @@ def without(params, name):
 def test_the_first_part_that_does_not_fit_is_named(saved, change, words):
     state = state_of(OPTIMIZERS["adam"])
     with pytest.raises(InputError) as raised:
-        Checkpoints(saved, keep=1).restore(state._replace(params=change(state.params)))
+        Checkpoints(saved, keep=1).read().shaped_like(state._replace(params=change(state.params)))
     assert str(raised.value).startswith(f"checkpoint {saved / '3'} does not fit: ") and words in str(raised.value)
 
 
@@ -76,14 +78,15 @@ def test_a_failed_restore_leaves_no_hook_behind(tmp_path):
     """Tensorstore answers late reads for a moment after one failed; these are kept quiet, and nothing else is."""
     state = {f"w{number}": np.random.default_rng(number).normal(size=(100, 100)) for number in range(40)}
     Checkpoints(tmp_path, keep=1).save(3, state, {})
+    (tmp_path / "3" / "digests.json").unlink()
     for path in tmp_path.rglob("ocdbt*/d/*"):
         path.write_bytes(b"damaged")
     before = sys.unraisablehook
     seen: list[Any] = []
     sys.unraisablehook = mine = seen.append
     try:
-        with pytest.raises(InputError, match="cannot be read; move it away"):
-            Checkpoints(tmp_path, keep=1).restore(state)
+        with pytest.raises(InputError, match=r"3 is damaged \(.*\); there is no earlier one"):
+            Checkpoints(tmp_path, keep=1).read()
         assert sys.unraisablehook is mine
     finally:
         sys.unraisablehook = before
@@ -93,8 +96,94 @@ def test_a_failed_restore_leaves_no_hook_behind(tmp_path):
 def test_some_parts_alone_are_restored(saved):
     params = state_of(OPTIMIZERS["adam"]).params
     template = {"params": params, "batch_stats": {}}
-    restored, _ = Checkpoints(saved, keep=1).restore(template, only=list(template))
+    restored = Checkpoints(saved, keep=1).read().shaped_like(template, only=list(template))
     assert jax.tree.structure(restored) == jax.tree.structure(template)
     jax.tree.map(np.testing.assert_array_equal, restored, template)
     with pytest.raises(InputError, match="does not fit: params/cell/w was not expected"):
-        Checkpoints(saved, keep=1).restore(template | {"params": without(params, "w")}, only=list(template))
+        other = template | {"params": without(params, "w")}
+        Checkpoints(saved, keep=1).read().shaped_like(other, only=list(template))
+
+
+STATE = {"w": np.arange(1000, dtype=np.float32)}
+
+
+def two_checkpoints(folder):
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": STATE["w"] * step}, {"step": step})
+    return checkpoints
+
+
+def largest_file(checkpoint):
+    return max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    for place in (len(data) // 2, len(data) // 3, len(data) // 4):
+        data[place] ^= 0xFF
+    file.write_bytes(data)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(flip, "is not as it was written"), (cut, "is not as it was written"), (lambda file: file.unlink(), "is missing")],
+    ids=["flipped", "cut", "removed"],
+)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_read(damage, words, tmp_path):
+    checkpoints = two_checkpoints(tmp_path)
+    said: list[str] = []
+    damage(largest_file(tmp_path / "2"))
+    found = checkpoints.read(said.append)
+    np.testing.assert_array_equal(found.state["w"], STATE["w"])
+    assert (found.step, found.meta) == (1, {"step": 1})
+    assert len(said) == 1 and words in said[0]
+    assert said[0].startswith(f"checkpoint {tmp_path / '2'} is damaged (") and said[0].endswith("); step 1 is used")
+    assert checkpoints.latest_step() == 2  # reading writes nothing
+    checkpoints.set_aside(after=1)
+    assert checkpoints.latest_step() == 1 and (tmp_path / "2.damaged-1").is_dir()
+    checkpoints.save(2, STATE, {})
+    assert checkpoints.read(said.append).step == 2 and len(said) == 1
+
+
+def test_a_checkpoint_set_aside_does_not_take_the_place_of_another(tmp_path):
+    checkpoints = two_checkpoints(tmp_path)
+    for _ in range(2):
+        checkpoints.set_aside(after=1)
+        checkpoints.save(2, STATE, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged-1", "2.damaged-2"}
+
+
+def test_where_all_are_damaged_the_newest_is_named(tmp_path):
+    checkpoints = two_checkpoints(tmp_path)
+    said: list[str] = []
+    for step in "12":
+        flip(largest_file(tmp_path / step))
+    with pytest.raises(InputError, match=r"2 is damaged \(.* is not as it was written\); there is no earlier one"):
+        checkpoints.read(said.append)
+    assert said == []
+
+
+def test_checkpoints_of_older_versions_have_no_digests(tmp_path):
+    checkpoints = two_checkpoints(tmp_path)
+    said: list[str] = []
+    for file in tmp_path.glob("*/digests.json"):
+        file.unlink()
+    assert checkpoints.read(said.append).step == 2 and said == []
+    for file in (tmp_path / "2" / "state" / "d").iterdir():
+        cut(file)
+    assert checkpoints.read(said.append).step == 1 and "2 is damaged (" in said[0]
+
+
+def test_the_newest_are_kept_and_what_a_killed_process_began_goes(tmp_path):
+    checkpoints = two_checkpoints(tmp_path)
+    for name in (".unfinished", ".unfinished.orbax-checkpoint-tmp", ".unfinished-0"):
+        (tmp_path / name).mkdir()
+    checkpoints.save(3, STATE, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+    checkpoints.save(2, STATE, {})  # of a run that went on from an earlier step
+    assert {path.name for path in tmp_path.iterdir()} == {"2"}

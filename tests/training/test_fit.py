@@ -10,7 +10,8 @@ import pytest
 
 import deq_jax as dj
 from deq_jax import InputError
-from deq_jax.training import AdamCosine, Interrupted, OneCycle, Sgd, WeightAverage, load_run, read_metrics
+from deq_jax.parallel import StopRequest
+from deq_jax.training import AdamCosine, Interrupted, OneCycle, Sgd, WeightAverage, Workdir, load_run, read_metrics
 from deq_jax.training.validation import collapse
 from tests.helpers import tiny
 
@@ -107,6 +108,51 @@ def test_a_run_from_given_variables_begins_its_average_there(tmp_path):
     )
     for mine, other in zip(average, given, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_bits(tmp_path):
+    config = dataclasses.replace(LINEAR, checkpoint_every=8)
+    whole = dj.fit(config, tmp_path / "run")
+    latest = Workdir(tmp_path / "run").latest.folder
+    file = max(latest.glob("17/state/ocdbt.process_0/d/*"), key=lambda file: file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+    said: list[str] = []
+    again = dj.fit(config, tmp_path / "run", say=said.append)
+    assert [text for text in said if "damaged" in text or "resuming" in text] == [
+        f"note: checkpoint {latest / '17'} is damaged (state/ocdbt.process_0/d/{file.name} is not as it was written); "
+        "step 16 is used; the damaged one is set aside",
+        "resuming after step 16 of 17",
+    ]
+    same(again.state, whole.state)
+    same(again.predictor, whole.predictor)
+    assert sorted(path.name for path in latest.iterdir()) == ["16", "17", "17.damaged-1"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_over_saves_and_goes_on(tmp_path):
+    with pytest.raises(Interrupted) as stopped:
+        dj.fit(LINEAR, tmp_path / "run", minutes=1e-6)
+    assert stopped.value.args == (signal.SIGALRM, 1)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    said: list[str] = []
+    run = dj.fit(LINEAR, tmp_path / "run", minutes=60, say=said.append)
+    assert "resuming after step 1 of 17" in said and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    same(run.state, dj.fit(LINEAR).state)
+
+
+def test_a_time_that_is_none_is_refused(tmp_path):
+    for minutes in (0, -1, float("nan")):
+        with pytest.raises(InputError, match=f"minutes must be positive, got {minutes}"):
+            dj.fit(LINEAR, tmp_path / "run", minutes=minutes)
+
+
+def test_a_stop_is_asked_for_when_the_time_is_over():
+    with StopRequest(seconds=60) as stop:
+        assert stop.after(1) is None
+        signal.setitimer(signal.ITIMER_REAL, 1e-6)
+        signal.sigtimedwait([], 0.01)
+        assert stop.after(2) == signal.SIGALRM
 
 
 @pytest.mark.slow

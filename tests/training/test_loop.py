@@ -334,12 +334,12 @@ def test_a_run_starts_from_the_variables_of_another(uninterrupted, tuned, tmp_pa
     template = setup(TUNED)[1]
     checkpoints = shutil.copytree(tmp_path / "new" / "checkpoints" / "latest", tmp_path / "checkpoints")
     shutil.rmtree(checkpoints / "2")
-    start, meta = Checkpoints(checkpoints, keep=2).restore(template)
-    assert_trees_equal(start, template._replace(**uninterrupted[1].variables))
+    start = Checkpoints(checkpoints, keep=2).read()
+    assert_trees_equal(start.shaped_like(template), template._replace(**uninterrupted[1].variables))
     origin = json.loads((tmp_path / "new" / "origin.json").read_text())
     assert (
         origin
-        == meta["origin"]
+        == start.meta["origin"]
         == {
             "workdir": str(source),
             "checkpoint": "latest",

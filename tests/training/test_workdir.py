@@ -3,12 +3,16 @@
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deq_jax import InputError, evaluate
+from deq_jax.core import WriteError
 from deq_jax.data import Npz
 from deq_jax.evaluation import EvalConfig, read_record
-from deq_jax.training import Workdir, load_run, read_metrics, threat_of
+from deq_jax.training import TrainState, Workdir, load_run, read_metrics, threat_of
+from deq_jax.training.keeping import Disk
+from deq_jax.training.metrics import MetricsLog
 
 ARCHIVE = Path(__file__).parents[1] / "golden" / "workdir-0.1.tar.xz"
 
@@ -61,3 +65,84 @@ def test_an_evaluation_loads_the_dataset_once(workdir, monkeypatch, tmp_path):
     with pytest.raises(Begun):
         evaluate.evaluate(workdir.path, lambda train: EvalConfig(threat_of(train), ()), tmp_path / "out")
     assert len(loads) == 1
+
+
+def state_after(step):
+    return TrainState(np.int32(step), {"w": np.full(3, step, np.float32)}, {}, ())
+
+
+def meta_of(accuracy):
+    return {"config": {}, "origin": None, "best_accuracy": accuracy}
+
+
+def damage(checkpoint):
+    file = next(checkpoint.glob("state/ocdbt.process_0/d/*"))
+    file.write_bytes(bytes(len(file.read_bytes())))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """The workdir of a run with checkpoints after steps 1 and 2, the second of which is the best."""
+    (tmp_path / "run").mkdir()
+    disk = Disk(tmp_path / "run", print)
+    assert disk.restore(state_after(0)) is None
+    disk.open(state_after(0), meta_of(-1.0), is_new=True, has_ended=False)
+    for step in (1, 2):
+        disk.save_best(step, state_after(step), meta_of(step / 10))
+        disk.save(step, state_after(step), meta_of(step / 10))
+    disk.close()
+    return disk.workdir
+
+
+def resumed(workdir, *, has_ended=False):
+    """The step from which a run goes on, its highest accuracy, what is said, and how it keeps what follows."""
+    said: list[str] = []
+    disk = Disk(workdir.path, said.append)
+    found = disk.restore(state_after(0))
+    assert found is not None
+    state, meta = found
+    disk.open(state, meta, is_new=False, has_ended=has_ended)
+    disk.close()
+    return int(state.step), meta["best_accuracy"], said, disk
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(kept):
+    damage(kept.latest.folder / "2")
+    step, accuracy, said, disk = resumed(kept)
+    assert (step, accuracy) == (1, 0.1)
+    assert len(said) == 1 and said[0].startswith(f"note: checkpoint {kept.latest.folder / '2'} is damaged (state/")
+    assert said[0].endswith("); step 1 is used; the damaged one is set aside")
+    assert {path.name for path in kept.latest.folder.iterdir()} == {"1", "2.damaged-1"}
+    disk.save(2, state_after(2), meta_of(0.2))
+    assert resumed(kept)[:3] == (2, 0.2, [])
+
+
+def test_the_next_validation_gives_the_best_one_where_it_is_damaged(kept):
+    damage(kept.best.folder / "2")
+    step, accuracy, said, disk = resumed(kept)
+    assert (step, accuracy) == (2, -1.0)
+    assert len(said) == 1 and "best/2 is damaged (" in said[0] and "the next validation gives the best one" in said[0]
+    assert {path.name for path in kept.best.folder.iterdir()} == {"2.damaged-1"}
+    disk.save_best(2, state_after(2), meta_of(0.2))
+    assert disk.best({"params": {"w": np.zeros(3, np.float32)}})["params"]["w"].tolist() == [2, 2, 2]
+
+
+def test_the_best_one_of_a_run_that_has_ended_is_refused_where_it_is_damaged(kept):
+    damage(kept.best.folder / "2")
+    *_, said, disk = resumed(kept, has_ended=True)
+    with pytest.raises(InputError, match=r"best/2 is damaged \(.*\); there is no earlier one"):
+        disk.best({"params": {"w": np.zeros(3, np.float32)}})
+    assert said == [] and [path.name for path in kept.best.folder.iterdir()] == ["2"]
+
+
+def test_metrics_on_a_full_disk(kept):
+    """The line that could not be written is not read again, and those before it are."""
+    log = MetricsLog(kept.metrics, kept.events, step=0)
+    log.append({"step": 1, "split": "train", "loss": 0.5})
+    log._file.close()
+    with Path("/dev/full").open("w") as log._file:
+        with pytest.raises(WriteError, match=r"metrics.jsonl: cannot be written \(No space left on device\)"):
+            log.append({"step": 2, "split": "train", "loss": 0.25})
+        with pytest.raises(WriteError):
+            log.close()
+    assert [line["step"] for line in read_metrics(kept.metrics)] == [1]

@@ -1,0 +1,88 @@
+"""One folder, one writer: a lock of the operating system, which ends with the process that holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from deq_jax.core.errors import InputError, require
+from deq_jax.storage.files import make_folder, writing
+
+LOCK = "lock.json"  # host, process and start of the writer; deleted when it ends
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Within it, no other process writes to the folder, which is created, and deleted if it stays empty.
+
+    The lock of a process that has ended is free, however it ended. That of a process on another host is respected even
+    if it looks free: some network file systems do not pass locks on.
+
+    Raises:
+      InputError: another process writes there, or nothing can be written.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_folder(folder)
+    try:
+        with _locked(folder / LOCK) as file:
+            mine = {"host": socket.gethostname(), "process": os.getpid(), "started": f"{datetime.now(UTC):%F %T} UTC"}
+            try:
+                with writing(folder / LOCK):
+                    file.truncate(0)
+                    file.write(json.dumps(mine) + "\n")
+                    file.flush()
+                yield
+            finally:
+                with suppress(OSError):  # the folder may have vanished
+                    (folder / LOCK).unlink()
+    finally:
+        for path in created:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """The file, open and locked; raises `InputError` if another process writes to its folder."""
+    is_current = False
+    while not is_current:
+        with path.open("a+") as file:
+            state = _try_to_lock(file)
+            # Otherwise its former holder has deleted it meanwhile, and what is locked is a file without a name.
+            is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            if is_current:
+                _check_holder(file, path, state)
+                yield file
+
+
+def _try_to_lock(file: IO[str]) -> bool | None:
+    """Whether it is locked now; None where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _check_holder(file: IO[str], path: Path, is_locked: bool | None) -> None:
+    file.seek(0)
+    text = file.read()
+    try:
+        holder: dict[str, Any] = json.loads(text)
+        who = "process {process} on {host}, since {started}".format(**holder)
+    except (ValueError, KeyError, TypeError):
+        holder, who = {}, "another process"
+    in_use = f"{path.parent} is in use: {who} writes there"
+    require(is_locked is not False, f"{in_use}; wait for its end, or choose another folder")
+    is_dead = is_locked and holder.get("host", socket.gethostname()) == socket.gethostname()
+    if text and not is_dead:
+        raise InputError(f"{in_use}; if it has ended, delete {path}")

@@ -1,0 +1,97 @@
+"""One process at a time writes to a folder, and a lock does not outlive its process."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deq_jax import InputError
+from deq_jax.storage.locks import sole_writer
+
+ROOT = Path(__file__).parents[2]
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from deq_jax.storage.locks import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def enter(folder):
+    with sole_writer(folder):
+        pass
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
+    with sole_writer(tmp_path / "run"):
+        who = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+        with pytest.raises(InputError, match=f"run is in use: {who} writes there; wait for its end"):
+            enter(tmp_path / "run")
+        enter(tmp_path / "run" / "evaluation")
+    enter(tmp_path / "run")
+
+
+def test_nothing_stays_behind_but_what_was_written(tmp_path):
+    enter(tmp_path / "runs" / "a")
+    assert list(tmp_path.iterdir()) == []
+    with sole_writer(tmp_path / "runs" / "a"):
+        (tmp_path / "runs" / "a" / "config.json").touch()
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["config.json"]
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "lock.json").read_text())["process"] != os.getpid()
+    enter(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", '{"host', "[]", "{}"])
+def test_what_a_process_left_that_was_killed_while_it_wrote_is_taken_over(text, tmp_path):
+    (tmp_path / "lock.json").write_text(text)
+    enter(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_another_host_is_respected(tmp_path):
+    lock = tmp_path / "lock.json"
+    lock.write_text(json.dumps({"host": "node7", "process": 12, "started": "2026-01-02 03:04:05 UTC"}))
+    words = f"process 12 on node7, since 2026-01-02 03:04:05 UTC writes there; if it has ended, delete {lock}"
+    with pytest.raises(InputError, match=words):
+        enter(tmp_path)
+    lock.unlink()
+    enter(tmp_path)
+
+
+def test_on_a_file_system_without_locks_the_file_alone_counts(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with sole_writer(tmp_path), pytest.raises(InputError, match=r"if it has ended, delete .*lock.json"):
+        enter(tmp_path)
+    enter(tmp_path)
+
+
+def test_a_lock_file_that_is_deleted_while_it_is_taken_is_made_anew(tmp_path, monkeypatch):
+    """As when the first writer ends between the opening and the locking of the second."""
+    take = fcntl.flock
+
+    def end_of_the_first(file, how):
+        take(file, how)
+        monkeypatch.setattr(fcntl, "flock", take)
+        (tmp_path / "lock.json").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", end_of_the_first)
+    with sole_writer(tmp_path), pytest.raises(InputError, match="is in use"):
+        enter(tmp_path)
