@@ -6,16 +6,22 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import require
 from deq_jax.storage.files import make_folder, writing
 
 LOCK = "lock.json"  # host, process and start of the writer; deleted when it ends
+
+BEAT = 60.0  # seconds between two signs of life of a writer: the time of its lock file
+
+SILENCE = 600.0  # seconds without one, after which a writer on another host counts as dead
 
 
 @contextmanager
@@ -23,7 +29,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Within it, no other process writes to the folder, which is created, and deleted if it stays empty.
 
     The lock of a process that has ended is free, however it ended. That of a process on another host is respected even
-    if it looks free: some network file systems do not pass locks on.
+    if it looks free, since some network file systems do not pass locks on, until it has shown no sign of life for ten
+    minutes.
 
     Raises:
       InputError: another process writes there, or nothing can be written.
@@ -38,7 +45,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
                     file.truncate(0)
                     file.write(json.dumps(mine) + "\n")
                     file.flush()
-                yield
+                with _alive(folder / LOCK):
+                    yield
             finally:
                 with suppress(OSError):  # the folder may have vanished
                     (folder / LOCK).unlink()
@@ -46,6 +54,25 @@ def sole_writer(folder: Path) -> Iterator[None]:
         for path in created:
             with suppress(OSError):  # it is not empty
                 path.rmdir()
+
+
+@contextmanager
+def _alive(path: Path) -> Iterator[None]:
+    """Renews the time of the file again and again."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
@@ -83,6 +110,14 @@ def _check_holder(file: IO[str], path: Path, is_locked: bool | None) -> None:
         holder, who = {}, "another process"
     in_use = f"{path.parent} is in use: {who} writes there"
     require(is_locked is not False, f"{in_use}; wait for its end, or choose another folder")
-    is_dead = is_locked and holder.get("host", socket.gethostname()) == socket.gethostname()
-    if text and not is_dead:
-        raise InputError(f"{in_use}; if it has ended, delete {path}")
+    is_here = holder.get("host", socket.gethostname()) == socket.gethostname()
+    if text and not (is_locked and is_here):
+        silent = _silence(file, path.parent)
+        last = f"its last sign of life is {silent:.0f} s old, after {SILENCE:.0f} s it counts as dead"
+        require(silent > SILENCE, f"{in_use}; {last}; if it has ended, delete {path}")
+
+
+def _silence(file: IO[str], folder: Path) -> float:
+    """Age of a lock file by the clock of its file system, in seconds."""
+    with tempfile.TemporaryFile(dir=folder) as now:
+        return os.fstat(now.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime

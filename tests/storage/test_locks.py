@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from deq_jax import InputError
+from deq_jax.storage import locks
 from deq_jax.storage.locks import sole_writer
 
 ROOT = Path(__file__).parents[2]
@@ -66,11 +68,31 @@ def test_what_a_process_left_that_was_killed_while_it_wrote_is_taken_over(text, 
 def test_the_lock_of_another_host_is_respected(tmp_path):
     lock = tmp_path / "lock.json"
     lock.write_text(json.dumps({"host": "node7", "process": 12, "started": "2026-01-02 03:04:05 UTC"}))
-    words = f"process 12 on node7, since 2026-01-02 03:04:05 UTC writes there; if it has ended, delete {lock}"
+    age = r"its last sign of life is \d+ s old, after 600 s it counts as dead"
+    words = f"process 12 on node7, since 2026-01-02 03:04:05 UTC writes there; {age}; if it has ended, delete {lock}"
     with pytest.raises(InputError, match=words):
         enter(tmp_path)
     lock.unlink()
     enter(tmp_path)
+
+
+def test_the_lock_of_another_host_that_is_silent_is_taken_over(tmp_path):
+    """A job that was killed and is started again elsewhere."""
+    lock = tmp_path / "lock.json"
+    lock.write_text(json.dumps({"host": "node7", "process": 12, "started": "2026-01-02 03:04:05 UTC"}))
+    os.utime(lock, (time.time() - 601,) * 2)
+    enter(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_shows_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.01)
+    with sole_writer(tmp_path):
+        os.utime(tmp_path / "lock.json", (0, 0))
+        deadline = time.monotonic() + 30
+        while (tmp_path / "lock.json").stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_on_a_file_system_without_locks_the_file_alone_counts(tmp_path, monkeypatch):
