@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.best import Best, is_fooled, labels_of, until_fooled
-from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
@@ -56,6 +56,7 @@ class FAB:
     gradient_queries: ClassVar[None] = None  # depends on the number of classes
 
     def __post_init__(self) -> None:
+        check_settings(self)
         require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
         require(self.restarts >= 1, f"FAB: restarts must be >= 1, got {self.restarts!r}")
         require(0 <= self.alpha_max <= 1, f"FAB: alpha_max must be in [0, 1], got {self.alpha_max!r}")

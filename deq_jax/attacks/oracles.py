@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_role
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array, Loss
 
@@ -113,7 +113,8 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
 
     Args:
       logits: ``x [B, H, W, C] -> logits [B, K]``; or, of a random predictor, ``(x, keys)``: a function is called with
-        `Keys` if it has a parameter of the name `keys`, or two that must be given.
+        `Keys` if it has a parameter of the name `keys`, or two that must be given. Of a Flax module it is
+        ``lambda x: module.apply(variables, x)``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,6 +124,8 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
       >>> oracle.logits(jnp.ones((2, 1, 1, 3)), Keys.of(0, 2)).shape
       (2, 3)
     """
+    expected = "a function of images that gives logits; a Predictor has an oracle of its own, predictor.oracle()"
+    require_role("oracle_of", logits, ("__call__",), expected)
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     further = [p for p in inspect.signature(logits).parameters.values() if p.kind in kinds][1:]
     takes_keys = any(p.name == "keys" or p.default is p.empty for p in further)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.best import Best
-from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
 from deq_jax.core.errors import require
@@ -32,7 +32,7 @@ class SPSA:
       samples: sign vectors per step.
       step_size: length of a step, in the unit of x.
       probe: distance of the points from x in every pixel.
-      loss: maximised, ``(logits, labels) -> [B]``.
+      loss: maximised, ``(logits, labels) -> [B]``, such as `cross_entropy`, `dlr` or `margin`, all in `deq_jax.core`.
 
     References: Uesato et al. 2018, algorithm 1.
     Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
@@ -55,6 +55,7 @@ class SPSA:
     gradient_queries: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         require(self.steps >= 1, f"SPSA: steps must be >= 1, got {self.steps!r}")
         require(self.samples >= 1, f"SPSA: samples must be >= 1, got {self.samples!r}")
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.core.box import clip_to_box
@@ -275,6 +276,6 @@ def checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
     in_range = y.min() >= 0 and y.max() < 2**31
     require(in_range, f"{where}: labels must count from 0, found {y.min()} to {y.max()}")
     if x.dtype != np.uint8:
-        require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
+        require(jnp.issubdtype(x.dtype, jnp.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
         x = clip_to_box(x, where).astype(np.float32)
     return Images(x, y.astype(np.int32))

@@ -17,7 +17,7 @@ from flax.errors import InvalidRngError
 
 from deq_jax.core.cells import apply
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require
 from deq_jax.core.gradients import Phantom
 from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.layer import deq
@@ -224,22 +224,29 @@ class Explicit:
         return Prediction(logits, batch_stats, None)
 
 
-def require_deq(classifier: Any) -> tuple[Equilibrium, Solver]:
+def require_deq(classifier: Any, where: str) -> tuple[Equilibrium, Solver]:
     """The classifier and its solver.
+
+    Args:
+      classifier: any classifier.
+      where: begins the message of an error.
 
     Raises:
       InputError: it is not an `Equilibrium` with a solver.
 
     Examples:
       >>> from deq_jax.models import require_deq, small_cnn
-      >>> require_deq(small_cnn(classes=10, channels=12))
+      >>> require_deq(small_cnn(classes=10, channels=12), "ThroughSolver")
       Traceback (most recent call last):
           ...
-      deq_jax.core.errors.InputError: expected an Equilibrium with a solver, got Explicit
+      deq_jax.core.errors.InputError: ThroughSolver: expected an Equilibrium with a solver, got an Explicit
     """
-    if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
-        raise InputError(f"expected an Equilibrium with a solver, got {type(classifier).__name__}")
-    return classifier, classifier.dynamics.solver
+    if not isinstance(classifier, Equilibrium):
+        raise InputError(f"{where}: expected an Equilibrium with a solver, got {described(classifier)}")
+    solver = classifier.dynamics.solver
+    if solver is None:
+        raise InputError(f"{where}: expected an Equilibrium with a solver, got one with solver=None")
+    return classifier, solver
 
 
 def zero_state(u: Injection) -> PyTree:
