@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.core.box import clip_to_box
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require
 
 SPLIT_SEED = 0
 
@@ -60,7 +60,23 @@ class Splits(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`."""
+    """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`.
+
+    A training config holds it, so it is a frozen dataclass of numbers and strings, and its arrays are made in ``load``.
+    For example arrays in memory::
+
+        @dataclass(frozen=True)
+        class Mine:
+            seed: int = 0
+
+            def load(self):
+                x = np.random.default_rng(self.seed).random((100, 8, 8, 1), np.float32)  # in [0, 1], or uint8
+                images = Images(x, np.arange(100) % 10)
+                rest, test = hold_out(images, 20)
+                return Splits(*hold_out(rest, 10), test)
+
+    A run in a workdir imports the class again, so there it belongs in a file of its own; `Npz` reads arrays in a file.
+    """
 
     def load(self) -> Splits: ...
 
@@ -230,6 +246,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def load_splits(dataset: Dataset) -> Splits:
+    """What a dataset loads, in the forms of `Images`; raises `InputError` where a split is in no such form."""
+    splits, name = dataset.load(), type(dataset).__name__
+    fits = isinstance(splits, tuple) and len(splits) == 3 and all(len(part) == 2 for part in splits)
+    require(fits, f"{name}.load: expected Splits(train, validation, test) of Images, got {described(splits)}")
+    checked = (
+        checked_images(np.asarray(part[0]), np.asarray(part[1]), f"{name}.load: {split}")
+        for split, part in zip(Splits._fields, splits, strict=True)
+    )
+    return Splits(*checked)
+
+
 def hold_out(data: Images, count: int) -> tuple[Images, Images]:
     """Splits off `count` images, always the same ones for the same number of images.
 
@@ -277,5 +305,5 @@ def checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
     require(in_range, f"{where}: labels must count from 0, found {y.min()} to {y.max()}")
     if x.dtype != np.uint8:
         require(jnp.issubdtype(x.dtype, jnp.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
-        x = clip_to_box(x, where).astype(np.float32)
-    return Images(x, y.astype(np.int32))
+        x = clip_to_box(x, where).astype(np.float32, copy=False)
+    return Images(x, y.astype(np.int32, copy=False))

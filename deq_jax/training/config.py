@@ -10,12 +10,13 @@ from typing import cast
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf, Threat
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, require, require_role
 from deq_jax.core.gradients import Unrolled
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.types import Optimizer, Readout
 from deq_jax.data.batches import CropFlip
 from deq_jax.data.datasets import Dataset
+from deq_jax.models.base import check_classifier
 from deq_jax.models.classifiers import Equilibrium, Explicit
 from deq_jax.training.objectives import Objective, Standard
 from deq_jax.training.optimizers import AdamCosine
@@ -43,7 +44,7 @@ class TrainConfig:
     Attributes:
       classifier: `Equilibrium` or `Explicit`.
       objective: the loss, and the images for it.
-      dataset: where the images come from.
+      dataset: where the images come from; see `Dataset` for arrays in memory.
       validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
         training images.
       optimizer: `AdamCosine`, `Sgd`, `AdamW`, any of them in a `WeightAverage`, or one of your own; see `Optimizer`.
@@ -91,6 +92,15 @@ class TrainConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        check_classifier("TrainConfig: classifier", self.classifier)
+        objective = "an objective, such as Standard() or PGDAdversarialTraining(PGD(Linf(8 / 255)))"
+        require_role("TrainConfig: objective", self.objective, ("perturb", "loss"), objective)
+        dataset = "a dataset, such as Npz('mine.npz'), or for arrays in memory one of your own (see data.Dataset)"
+        require_role("TrainConfig: dataset", self.dataset, ("load",), dataset)
+        attack = "an attack, such as PGD(Linf(8 / 255))"
+        require_role("TrainConfig: validation_attack", self.validation_attack, ("__call__",), attack)
+        optimizer = "an optimiser, such as AdamCosine(), or for optax one of your own (see training.Optimizer)"
+        require_role("TrainConfig: optimizer", self.optimizer, ("transformation",), optimizer)
         for name in ("batch_size", "accumulate", "epochs", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")

@@ -17,7 +17,7 @@ import numpy as np
 from deq_jax.core.errors import require
 from deq_jax.core.types import Array
 from deq_jax.data.batches import batch_indices
-from deq_jax.data.datasets import Images, Splits
+from deq_jax.data.datasets import Images, Splits, load_splits
 from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
@@ -170,7 +170,7 @@ class _Training:
         """Data and the state before the first step."""
         config = self.config
         self.kept.check(config)
-        self.data = config.dataset.load()
+        self.data = load_splits(config.dataset)
         self.steps_per_epoch = len(self.data.train.y) // config.batch_size
         size = len(self.data.train.y)
         require(self.steps_per_epoch > 0, f"batch_size {config.batch_size} exceeds the {size} training images")

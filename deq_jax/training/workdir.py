@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.data.datasets import Splits
+from deq_jax.data.datasets import Splits, load_splits
 from deq_jax.evaluation.folder import EVALUATIONS, EvaluationFolder
 from deq_jax.models.base import Variables
 from deq_jax.parallel.processes import gather_texts
@@ -233,7 +233,7 @@ def load_run(workdir: str | Path, *, best: bool = True, say: Callable[[str], Non
     """
     folder = Workdir(Path(workdir))
     config, checkpoints = folder.config, folder.trained("best" if best else "latest")
-    data = config.dataset.load()
+    data = load_splits(config.dataset)
     template = initial_variables(config, data)
     found = checkpoints.read(say)
     return LoadedRun(config, data, found.shaped_like(template, only=list(template)), found.step)
