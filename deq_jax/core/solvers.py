@@ -36,15 +36,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Settings of all solvers.
-
-    Attributes:
-      steps: T, number of iterates.
-      tolerance: relative residual below which a sample has converged and no longer moves; at least
-        the rounding unit of its numbers.
-      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it
-        only, since an image's prediction then depends on its batch.
-    """
+    """Settings of all solvers; each solver explains them."""
 
     steps: int = field(kw_only=False)
     tolerance: float = 1e-3
@@ -68,7 +60,11 @@ class FixedPoint(_Settings):
     """(Damped) fixed-point iteration ``z <- (1 - damping) z + damping f(z)``, by jaxopt.
 
     Attributes:
-      steps: T.
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and no longer moves; at least the rounding unit of
+        its numbers.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it only, since an
+        image's prediction then depends on its batch.
       damping: weight of f(z), in (0, 1].
 
     Examples:
@@ -117,10 +113,14 @@ class Anderson(_Settings):
     ``min(k, history_size)`` points, alpha summing to 1 and minimising the residual of the combination.
 
     Attributes:
-      steps: T.
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and no longer moves; at least the rounding unit of
+        its numbers.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it only, since an
+        image's prediction then depends on its batch.
       history_size: number of points kept, at least 2.
       ridge: relative increase of the diagonal of the residuals' Gram matrix; at least its rounding error.
-      beta: mixing.
+      beta: mixing, in (0, 1]; 1 takes f(z_i) for z_i.
       absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
         since the iterates then depend on the scale of the problem.
 
@@ -209,7 +209,11 @@ class Broyden(_Settings):
     B costs one inner product and one addition for each of them.
 
     Attributes:
-      steps: T.
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and no longer moves; at least the rounding unit of
+        its numbers.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it only, since an
+        image's prediction then depends on its batch.
       history_size: number of factors kept, the newest; None keeps all T. Memory per sample is
         ``history_size + 1`` states.
       history_dtype: dtype of the kept steps, e.g. ``jax.numpy.bfloat16``; None: as the states.

@@ -141,7 +141,10 @@ class Npz:
         arrays = self._read()
         train, test = (self._images(arrays, part) for part in ("train", "test"))
         same = train.x.shape[1:] == test.x.shape[1:]
-        require(same, f"{self.path}: x_train has images {train.x.shape[1:]}, x_test {test.x.shape[1:]}")
+        require(
+            same,
+            f"{self.path}: expected images of one shape, x_train has {train.x.shape[1:]}, x_test {test.x.shape[1:]}",
+        )
         return Splits(*hold_out_share(train, self.validation), test)
 
     def _images(self, arrays: dict[str, np.ndarray], part: str) -> Images:

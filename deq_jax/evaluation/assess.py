@@ -54,7 +54,8 @@ def assess(
       report: called before every long step, and after every batch.
 
     Returns:
-      The worst case; `robust_accuracy`, `clean_accuracy` and `red_flags` are the summary.
+      The worst case; `robust_accuracy`, `clean_accuracy` and `red_flags` are the summary, and
+      ``evaluation.headline(evaluation.EvaluationRecord.of(result))`` says it in a line.
 
     Raises:
       InputError: no threat is declared or given; see also `EvalConfig` and `worst_case`.

@@ -270,7 +270,7 @@ def _predictor(
     if not isinstance(early, EarlyState):
         return early or classifier, None
     if validation is None:
-        raise InputError("an early state is chosen on held-out training images, expected validation images")
+        raise InputError("EarlyState: chosen on held-out training images: expected validation=Images(...), got None")
     source = early.classifier or classifier
     choose = partial(choose_early_state, batch_size=config.batch_size, seed=config.seed)
 

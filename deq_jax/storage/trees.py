@@ -66,7 +66,7 @@ def from_tree(tree: Any) -> Any:
         return _import_name(tree["name"])
     kind = _import_name(tree.get("class", ""))
     is_dataclass = inspect.isclass(kind) and dataclasses.is_dataclass(kind)
-    require(is_dataclass, f"config: {tree.get('class')} is not a config class")
+    require(is_dataclass, f"config: {tree.get('class')} is not a config class; expected a frozen dataclass")
     fields = {name: from_tree(value) for name, value in tree.items() if name != "class"}
     try:
         return kind(**fields)

@@ -122,7 +122,9 @@ class TrainConfig:
         """The config of the pre-training phase: standard training of the cell applied T times to 0."""
         solver = self.classifier.dynamics.solver if isinstance(self.classifier, Equilibrium) else None
         if solver is None:
-            raise InputError("TrainConfig: pretrain_steps are for an Equilibrium with a solver")
+            raise InputError(
+                "TrainConfig: pretrain_steps > 0 needs an Equilibrium with a solver; expected 0 for any other"
+            )
         classifier = cast(Equilibrium, self.classifier)
         gradient = Unrolled(solver.steps)
         shallow = classifier.with_dynamics(solver=None, readout=FinalState(), gradient=gradient)

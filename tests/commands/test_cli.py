@@ -141,7 +141,7 @@ MISTAKES = [
     own("fractional-labels", "fractional.npz", "train", "labels must be integers", "float64"),
     own("images-outside", "outside.npz", "train", "must lie in [0, 1], found ", "255"),
     own("images-nan", "nan.npz", "test", "[0, 1]", "nan"),
-    own("images-of-two-sizes", "sizes.npz", "x_train has images (8, 8, 1), x_test (9, 8, 1)"),
+    own("images-of-two-sizes", "sizes.npz", "expected images of one shape, x_train has (8, 8, 1), x_test (9, 8, 1)"),
     own("labels-too-few", "few.npz", "test", "one label per image", "20 images", "(19,)"),
     training(
         "label-too-large",

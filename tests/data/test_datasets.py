@@ -185,7 +185,10 @@ class TestNpz:
         [
             ({"y_test": None}, ["expected arrays x_train, y_train, x_test, y_test", "missing y_test"]),
             ({"x_train": np.zeros((20, 5))}, ["train", "[N, H, W, C]", "(20, 5)"]),
-            ({"x_test": np.zeros((6, 5, 5, 1))}, ["x_train has images (5, 4, 1)", "x_test (5, 5, 1)"]),
+            (
+                {"x_test": np.zeros((6, 5, 5, 1))},
+                ["expected images of one shape, x_train has (5, 4, 1), x_test (5, 5, 1)"],
+            ),
             ({"y_train": np.zeros(19, int)}, ["train", "20 images", "(19,)"]),
             ({"y_train": np.zeros((20, 3), int)}, ["one label per image", "(20, 3)"]),
             ({"y_test": np.zeros(6)}, ["test", "integers", "float64"]),
