@@ -14,7 +14,7 @@ from deq_jax.attacks.best import Best, until_fooled
 from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.types import AnyArray, Array, Loss
@@ -90,8 +90,8 @@ class APGD:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        require(self.steps >= 1, f"APGD: steps must be >= 1, got {self.steps!r}")
-        require(self.restarts >= 1, f"APGD: restarts must be >= 1, got {self.restarts!r}")
+        require_count("APGD: steps", self.steps)
+        require_count("APGD: restarts", self.restarts)
 
     @property
     def gradient_queries(self) -> int:

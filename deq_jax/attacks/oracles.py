@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.errors import require, require_role
+from deq_jax.core.errors import require, require_count, require_role
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array, Loss
 
@@ -67,7 +67,7 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
       >>> oracle.logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).shape
       (1, 2)
     """
-    require(draws >= 1, f"expectation: draws must be >= 1, got {draws!r}")
+    require_count("expectation: draws", draws)
 
     def mean(query: Callable[[int | Array], Answer]) -> Answer:
         def add(total: Answer, number: Array) -> tuple[Answer, None]:

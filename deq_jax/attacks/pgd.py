@@ -14,7 +14,7 @@ from deq_jax.attacks.best import Best
 from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, is_traced
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.types import Array, Loss
@@ -104,8 +104,8 @@ class PGD:
         check_settings(self)
         positive = self.step_size is None or is_traced(self.step_size) or self.step_size > 0
         require(positive, f"PGD: step_size must be > 0, got {self.step_size!r}")
-        require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
-        require(self.restarts >= 1, f"PGD: restarts must be >= 1, got {self.restarts!r}")
+        require_count("PGD: steps", self.steps)
+        require_count("PGD: restarts", self.restarts)
         alone = self.best_of or self.restarts == 1
         require(alone, f"PGD: without best_of there is one restart, got restarts={self.restarts!r}")
 

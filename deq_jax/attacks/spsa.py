@@ -13,7 +13,7 @@ from deq_jax.attacks.best import Best
 from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import margin
 from deq_jax.core.types import Array, Loss
@@ -56,8 +56,8 @@ class SPSA:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        require(self.steps >= 1, f"SPSA: steps must be >= 1, got {self.steps!r}")
-        require(self.samples >= 1, f"SPSA: samples must be >= 1, got {self.samples!r}")
+        require_count("SPSA: steps", self.steps)
+        require_count("SPSA: samples", self.samples)
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
         require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
 

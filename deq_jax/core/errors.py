@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 
@@ -49,6 +50,21 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise InputError(message)
+
+
+def require_count(what: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raises `InputError` unless the value is an integer and at least `least`; `what` begins the message.
+
+    Args:
+      what: the place, such as ``PGD: steps``.
+      value: what was given.
+      least: the smallest number that will do.
+      optional: whether None will do as well.
+    """
+    is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    expected = "a positive integer" if least == 1 else f"an integer >= {least}"
+    fits = is_count or (optional and value is None)
+    require(fits, f"{what} must be {expected}{' or None' if optional else ''}, got {value!r}")
 
 
 def require_role(what: str, value: Any, traits: Iterable[str], expected: str) -> None:

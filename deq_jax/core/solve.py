@@ -12,7 +12,7 @@ from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import require_role
 from deq_jax.core.norms import Measured, MeasuredMemory, measured, residual_of, wide
-from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree, Solution, Solver
+from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree, Solution, Solver, check_solver
 
 AnyMemory = TypeVar("AnyMemory", bound=MeasuredMemory)
 
@@ -66,7 +66,7 @@ def solve(
       [1.75, 1.875]
     """
     if solver is not None:
-        require_role("solve: solver", solver, ("steps", "tolerance", "init", "update"), "a solver, such as Broyden(8)")
+        check_solver("solve: solver", solver)
     f, flat, unravel = flat_cell(cell, params, z0)
     if solver is None:
         empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), z0)

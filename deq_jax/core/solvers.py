@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.norms import in_unit, inner, unit_of, wide
 from deq_jax.core.types import Array, FlatCell, PyTree, Solver
 
@@ -44,7 +44,7 @@ class _Settings:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        require(_positive_int(self.steps), f"{name}: steps must be a positive integer, got {self.steps!r}")
+        require_count(f"{name}: steps", self.steps)
         require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
 
 
@@ -141,8 +141,7 @@ class Anderson(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size_is_valid = _positive_int(self.history_size) and self.history_size >= 2
-        require(size_is_valid, f"Anderson: history_size must be an integer >= 2, got {self.history_size!r}")
+        require_count("Anderson: history_size", self.history_size, 2)
         require(self.ridge > 0, f"Anderson: ridge must be > 0, got {self.ridge!r}")
         require(0 < self.beta <= 1, f"Anderson: beta must be in (0, 1], got {self.beta!r}")
 
@@ -233,8 +232,7 @@ class Broyden(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = self.history_size is None or _positive_int(self.history_size)
-        require(valid, f"Broyden: history_size must be a positive integer or None, got {self.history_size!r}")
+        require_count("Broyden: history_size", self.history_size, optional=True)
 
     def init(self, f: FlatCell, z: Array, u: PyTree) -> BroydenMemory:
         fz = f(z, u)
@@ -316,7 +314,3 @@ def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array,
     size, dtype = len(steps), memory.weights.dtype
     first, second = (memory.taken - age) % size, (memory.taken - age + 1) % size
     return steps[first].astype(dtype), steps[second].astype(dtype), memory.weights[first][:, None]
-
-
-def _positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

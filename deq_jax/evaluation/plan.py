@@ -16,7 +16,7 @@ from deq_jax.attacks.noise import Noise
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD, clean_start
 from deq_jax.attacks.threats import Linf, Threat, check_threat
-from deq_jax.core.errors import InputError, described, require, require_role
+from deq_jax.core.errors import InputError, described, require, require_count, require_role
 from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.recorded import read_plan
 from deq_jax.evaluation.transfers import Transfer
@@ -118,7 +118,7 @@ def diagnostics(threat: Threat, steps: int = 1000, surrogate: Surrogate | None =
       ('check.long-pgd-100', 'check.half-pgd-50')
     """
     check_threat("diagnostics", threat)
-    require(steps >= 2, f"diagnostics: steps must be >= 2, got {steps!r}")
+    require_count("diagnostics: steps", steps, 2)
     far = 8.0 * threat.epsilon
     beyond = dataclasses.replace(cast(Any, threat), epsilon=min(far, 1.0) if isinstance(threat, Linf) else far)
 
@@ -207,12 +207,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_threat("EvalConfig", self.threat)
         check_are_trials("EvalConfig", self.trials)
-        require(self.batch_size >= 1, f"EvalConfig: batch_size must be positive, got {self.batch_size!r}")
-        require(self.seed >= 0, f"EvalConfig: seed must be >= 0, got {self.seed!r}")
-        counted = self.draws is None or self.draws >= 1
-        require(counted, f"EvalConfig: draws must be positive or None, got {self.draws!r}")
-        few = self.max_images is None or self.max_images >= 1
-        require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
+        require_count("EvalConfig: batch_size", self.batch_size)
+        require_count("EvalConfig: seed", self.seed, 0)
+        for name in ("draws", "max_images"):
+            require_count(f"EvalConfig: {name}", getattr(self, name), optional=True)
         named = (self.predictor is None) == (self.defence == UNDEFENDED)
         rule = f"a name for the predictor if there is one, and {UNDEFENDED!r} otherwise"
         require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {described(self.predictor)}")

@@ -10,7 +10,7 @@ from typing import cast
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf, Threat
-from deq_jax.core.errors import InputError, require, require_role
+from deq_jax.core.errors import InputError, require, require_count, require_role
 from deq_jax.core.gradients import Unrolled
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.types import Optimizer, Readout
@@ -102,17 +102,14 @@ class TrainConfig:
         optimizer = "an optimiser, such as AdamCosine(), or for optax one of your own (see training.Optimizer)"
         require_role("TrainConfig: optimizer", self.optimizer, ("transformation",), optimizer)
         for name in ("batch_size", "accumulate", "epochs", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")
+            require_count(f"TrainConfig: {name}", getattr(self, name))
         for name in ("pretrain_steps", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"TrainConfig: {name} must be >= 0, got {value!r}")
+            require_count(f"TrainConfig: {name}", getattr(self, name), 0)
+        for name in ("checkpoint_every", "validate_every", "validation_images", "patience"):
+            require_count(f"TrainConfig: {name}", getattr(self, name), optional=True)
         divides = self.batch_size % self.accumulate == 0
         parts = f"accumulate = {self.accumulate} parts"
         require(divides, f"TrainConfig: batch_size {self.batch_size} does not divide into {parts}")
-        for name in ("checkpoint_every", "validate_every", "validation_images", "patience"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"TrainConfig: {name} must be positive or None, got {value!r}")
         if self.radius is not None:
             with_radius(self.objective, 1.0)  # checks that there is one
         if self.pretrain_steps > 0:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import described, require
 from deq_jax.core.types import Array
 from deq_jax.data.batches import batch_indices
 from deq_jax.data.datasets import Images, Splits, load_splits
@@ -119,6 +119,7 @@ def fit(
           ...
       deq_jax.core.errors.InputError: batch_size 4800 exceeds the 1149 training images
     """
+    require(isinstance(config, TrainConfig), f"fit: config: expected a TrainConfig, got {described(config)}")
     require(minutes is None or minutes > 0, f"minutes must be positive, got {minutes}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     start = None if init_from is None else Path(init_from)
