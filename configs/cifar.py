@@ -75,7 +75,7 @@ def with_twin(config: TrainConfig, depth: int = 1) -> TrainConfig:
 
 def cell_evaluations(classifier: Equilibrium) -> int:
     """Number of times that a DEQ's forward pass applies its cell, where no image stops early."""
-    _, solver = require_deq(classifier)
+    _, solver = require_deq(classifier, "cell_evaluations")
     return 1 + solver.steps + int(classifier.dynamics.gradient.applications)
 
 

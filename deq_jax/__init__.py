@@ -129,4 +129,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names, without what this file imports for itself."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

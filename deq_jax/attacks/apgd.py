@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 
 from deq_jax.attacks.best import Best, until_fooled
-from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.types import AnyArray, Array, Loss
@@ -73,7 +73,7 @@ class APGD:
       threat: norm and radius.
       steps: per restart; a restart costs steps + 1 gradient queries.
       restarts: number of random starts, for the images that resisted the ones before.
-      loss: maximised, ``(logits, labels) -> [B]``; should be invariant to the scale of the logits.
+      loss: maximised, ``(logits, labels) -> [B]``, such as `core.dlr`; should be invariant to the scale of the logits.
 
     Examples:
       >>> from deq_jax.attacks import APGD, Linf
@@ -89,8 +89,9 @@ class APGD:
     uses_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"APGD: steps must be >= 1, got {self.steps!r}")
-        require(self.restarts >= 1, f"APGD: restarts must be >= 1, got {self.restarts!r}")
+        check_settings(self)
+        require_count("APGD: steps", self.steps)
+        require_count("APGD: restarts", self.restarts)
 
     @property
     def gradient_queries(self) -> int:

@@ -31,7 +31,7 @@ from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.square import Square
 from deq_jax.attacks.targeted import Targeted
 from deq_jax.attacks.threats import Linf, Threat, is_traced
-from deq_jax.core.errors import require
+from deq_jax.core.errors import described, require, require_count, require_role
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import dlr, margin, targeted_dlr
 from deq_jax.core.types import AnyArray, Array
@@ -153,9 +153,14 @@ class AutoAttack:
     draws: int = 1
 
     def __post_init__(self) -> None:
+        usual = "a tuple of attacks, such as AutoAttack.standard(threat) has"
+        is_tuple = isinstance(self.attacks, tuple | list)
+        require(is_tuple, f"AutoAttack: attacks: expected {usual}, got {described(self.attacks)}")
+        for attack in self.attacks:
+            require_role("AutoAttack: attacks", attack, ("__call__",), usual)
         require(len(self.attacks) > 0, "AutoAttack: expected at least one attack, got none")
-        require(self.batch_size >= 1, f"AutoAttack: batch_size must be >= 1, got {self.batch_size!r}")
-        require(self.draws >= 1, f"AutoAttack: draws must be >= 1, got {self.draws!r}")
+        require_count("AutoAttack: batch_size", self.batch_size)
+        require_count("AutoAttack: draws", self.draws)
 
     @classmethod
     def standard(cls, threat: Threat, batch_size: int = 128) -> AutoAttack:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.best import Best, is_fooled, labels_of, until_fooled
-from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import logit_difference, margin
 from deq_jax.core.norms import power_of_two
@@ -56,8 +56,9 @@ class FAB:
     gradient_queries: ClassVar[None] = None  # depends on the number of classes
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"FAB: steps must be >= 1, got {self.steps!r}")
-        require(self.restarts >= 1, f"FAB: restarts must be >= 1, got {self.restarts!r}")
+        check_settings(self)
+        require_count("FAB: steps", self.steps)
+        require_count("FAB: restarts", self.restarts)
         require(0 <= self.alpha_max <= 1, f"FAB: alpha_max must be in [0, 1], got {self.alpha_max!r}")
         require(self.eta >= 1, f"FAB: eta must be >= 1, got {self.eta!r}")
         require(0 < self.beta < 1, f"FAB: beta must be in (0, 1), got {self.beta!r}")

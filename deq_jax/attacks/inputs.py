@@ -14,10 +14,10 @@ from jax import lax
 
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.programs import Compiled
-from deq_jax.attacks.threats import Threat, is_traced, per_image
+from deq_jax.attacks.threats import Threat, check_threat, is_traced, per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
 from deq_jax.core.convolutions import fast_in_loops
-from deq_jax.core.errors import require
+from deq_jax.core.errors import described, require, require_role
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.types import AnyArray, Array, Loss
 
@@ -110,6 +110,8 @@ class Guard:
     @classmethod
     def of(cls, oracle: Oracle, x: Array, labels: AnyArray | None = None) -> Guard:
         """The guard of an attack on the images x, which it takes into the working precision."""
+        expected = "an Oracle, such as oracle_of(logits) or that of a Predictor, predictor.oracle()"
+        require_role("attack: oracle", oracle, ("logits", "grad"), expected)
         return cls(oracle, x.astype(working_type(x)), x.dtype, labels)
 
     def logits(self, x: Array, keys: Keys) -> Array:
@@ -127,16 +129,16 @@ class Guard:
         def judge(logits: Array, labels: Array) -> Array:
             logits = self._checked(logits)
             losses = loss(logits, labels)
-            expected = f"attack: expected a loss of shape [{len(logits)}], one per image, got {_described(losses)}"
+            expected = f"attack: expected a loss of shape [{len(logits)}], one per image, got {described(losses)}"
             require(jnp.shape(losses) == logits.shape[:1], expected)
             return losses
 
         answer = self.oracle.grad(judge, self.rounded(x), labels, keys)
         expected = "attack: expected Oracle.grad to give (losses [B], logits [B, K], gradient [B, H, W, C])"
-        require(isinstance(answer, tuple) and len(answer) == 3, f"{expected}, got {_described(answer)}")
+        require(isinstance(answer, tuple) and len(answer) == 3, f"{expected}, got {described(answer)}")
         losses, logits, gradient = answer
         same = jnp.shape(losses) == x.shape[:1] and jnp.shape(gradient) == x.shape
-        require(same, f"{expected} of images {x.shape}, got {', '.join(_described(part) for part in answer)}")
+        require(same, f"{expected} of images {x.shape}, got {', '.join(described(part) for part in answer)}")
         return losses.astype(x.dtype), self._checked(logits, len(x)), gradient.astype(x.dtype)
 
     def rounded(self, x: Array) -> Array:
@@ -156,13 +158,22 @@ class Guard:
         shape: tuple[int, ...] = logits.shape if is_array else ()
         fits = len(shape) == 2 and batch_size in (None, shape[0])
         size = "B" if batch_size is None else batch_size
-        require(fits, f"attack: expected logits [{size}, K], got {_described(logits)}")
+        require(fits, f"attack: expected logits [{size}, K], got {described(logits)}")
         way = "if that is one output s [B, 1] per image, two logits are jnp.concatenate([0 * s, s], axis=1)"
-        require(shape[1] >= 2, f"attack: expected logits [B, K] with K >= 2, got {_described(logits)}; {way}")
+        require(shape[1] >= 2, f"attack: expected logits [B, K] with K >= 2, got {described(logits)}; {way}")
         if self.labels is not None:
             check_classes(self.labels, shape[1])
         checked: Array = logits.astype(self.centre.dtype)
         return checked
+
+
+def check_settings(attack: Any) -> None:
+    """Refuses an attack with a threat, or a loss if it has one, that is not of that kind."""
+    name = type(attack).__name__
+    check_threat(name, attack.threat)
+    if hasattr(attack, "loss"):
+        expected = "a function of logits and labels, such as core.cross_entropy"
+        require_role(f"{name}: loss", attack.loss, ("__call__",), expected)
 
 
 def check_inputs(
@@ -185,14 +196,14 @@ def check_inputs(
     """
     x, labels = (value if is_traced(value) else np.asarray(value) for value in (x, labels))
     is_image = x.ndim == 4 and jnp.issubdtype(x.dtype, jnp.floating)
-    require(is_image, f"attack: expected float images [B, H, W, C], got {_described(x)}")
+    require(is_image, f"attack: expected float images [B, H, W, C], got {described(x)}")
     _, rows, height, width = x.shape
     first = min(height, width) > 4 and (rows == 3 or (rows == 1 and height == width))
     way = "x.transpose(0, 2, 3, 1) is [B, H, W, C]"
     require(not first, f"attack: expected images [B, H, W, C], and {x.shape} looks like [B, C, H, W]: {way}")
     if not (reference and jnp.issubdtype(labels.dtype, jnp.floating) and labels.ndim == 2):
         _check_labels(labels, len(x), pairs)
-    require(len(labels) == len(x), f"attack: expected {len(x)} reference logits [B, K], got {_described(labels)}")
+    require(len(labels) == len(x), f"attack: expected {len(x)} reference logits [B, K], got {described(labels)}")
     return clip_to_box(x, "attack"), labels
 
 
@@ -205,7 +216,7 @@ def check_start(start: AnyArray, x: AnyArray, threat: Threat | None) -> AnyArray
     """
     start = start if is_traced(start) else np.asarray(start)
     fits = start.shape == x.shape and jnp.issubdtype(start.dtype, jnp.floating)
-    require(fits, f"attack: expected a start of float images {x.shape}, got {_described(start)}")
+    require(fits, f"attack: expected a start of float images {x.shape}, got {described(start)}")
     start = clip_to_box(start, "attack: start")
     if threat is not None and x.size > 0 and not (is_traced(start) or is_traced(x)):
         kind = np.float64 if x.dtype == np.float64 else np.float32
@@ -242,10 +253,10 @@ def check_classes(labels: AnyArray, num_classes: int) -> None:
     """Refuses labels, or pairs, that do not lie below the number of classes; traced values are not checked."""
     if not has_labels(labels):
         expected = f"attack: expected reference logits of {num_classes} classes, as the predictor's"
-        require(labels.shape[1] == num_classes, f"{expected}, got {_described(labels)}")
+        require(labels.shape[1] == num_classes, f"{expected}, got {described(labels)}")
         return
     both = "which pairs (label, class aimed at) and one-hot rows could both be"
-    ambiguous = f"attack: with 2 classes expected labels [B], got {_described(labels)}, {both}"
+    ambiguous = f"attack: with 2 classes expected labels [B], got {described(labels)}, {both}"
     require(labels.ndim == 1 or num_classes > 2, f"{ambiguous}: take pairs[:, 0] or rows.argmax(axis=1)")
     if not is_traced(labels) and labels.size > 0:
         low, high = (int(end) for end in (np.min(np.asarray(labels)), np.max(np.asarray(labels))))
@@ -280,7 +291,7 @@ def _check_labels(labels: AnyArray, size: int, pairs: bool) -> None:
     kind = "integer labels (or pairs of them)" if pairs else "integer labels [B]"
     way = "of one-hot rows take rows.argmax(axis=1)" if labels.ndim == 2 else "one per image"
     fits = labels.shape in shapes and has_labels(labels)
-    require(fits, f"attack: expected {size} {kind}, got {_described(labels)}; {way}")
+    require(fits, f"attack: expected {size} {kind}, got {described(labels)}; {way}")
     if labels.ndim == 2 and not is_traced(labels):
         same = np.flatnonzero(labels[:, 0] == labels[:, 1])
         found = f"found {tuple(labels[same[0]].tolist())} for image {same[0]}" if len(same) else ""
@@ -291,14 +302,3 @@ def _is_outside(x: Array) -> Array:
     """[B], whether an image has a pixel that is NaN or outside [0, 1] by more than rounding."""
     inside = (x >= -BOX_TOLERANCE) & (x <= 1 + BOX_TOLERANCE)
     return ~jnp.all(inside, axis=(1, 2, 3))
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"{value.dtype} {value.shape}"
-    if isinstance(value, dict):
-        return f"a dict with keys {', '.join(map(str, value))}"
-    if isinstance(value, tuple | list):
-        name = "tuple" if type(value) is tuple else type(value).__name__
-        return f"a {name} of {', '.join(_described(part) for part in value)}"
-    return f"a {type(value).__name__}"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
-from deq_jax.attacks.threats import Threat
+from deq_jax.attacks.threats import Threat, check_threat
 from deq_jax.core.errors import require
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array
@@ -30,6 +30,9 @@ class Noise:
 
     uses_gradients: ClassVar[bool] = False
     gradient_queries: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_threat("Noise", self.threat)
 
     def __call__(
         self, oracle: Oracle, x: Array, labels: Array, key: int | Array | Keys, start: Array | None = None

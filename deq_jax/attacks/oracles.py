@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count, require_role
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array, Loss
 
@@ -67,7 +67,7 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
       >>> oracle.logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).shape
       (1, 2)
     """
-    require(draws >= 1, f"expectation: draws must be >= 1, got {draws!r}")
+    require_count("expectation: draws", draws)
 
     def mean(query: Callable[[int | Array], Answer]) -> Answer:
         def add(total: Answer, number: Array) -> tuple[Answer, None]:
@@ -113,7 +113,8 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
 
     Args:
       logits: ``x [B, H, W, C] -> logits [B, K]``; or, of a random predictor, ``(x, keys)``: a function is called with
-        `Keys` if it has a parameter of the name `keys`, or two that must be given.
+        `Keys` if it has a parameter of the name `keys`, or two that must be given. Of a Flax module it is
+        ``lambda x: module.apply(variables, x)``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,6 +124,8 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
       >>> oracle.logits(jnp.ones((2, 1, 1, 3)), Keys.of(0, 2)).shape
       (2, 3)
     """
+    expected = "a function of images that gives logits; a Predictor has an oracle of its own, predictor.oracle()"
+    require_role("oracle_of", logits, ("__call__",), expected)
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     further = [p for p in inspect.signature(logits).parameters.values() if p.kind in kinds][1:]
     takes_keys = any(p.name == "keys" or p.default is p.empty for p in further)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.best import Best
-from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, is_traced
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.types import Array, Loss
@@ -74,7 +74,7 @@ class PGD:
       steps: per restart; each costs one gradient query.
       step_size: length of a step, in the unit of x ([0, 1]); None for ``2.5 epsilon / steps`` [Madry et al. 2018].
       restarts: number of random starts.
-      loss: maximised, ``(logits, labels) -> [B]``.
+      loss: maximised, ``(logits, labels) -> [B]``, such as `cross_entropy`, `dlr` or `margin`, all in `deq_jax.core`.
       start: where a restart begins, unless images are given to start from.
       best_of: return, per image, a misclassified iterate if there was one (unless the labels are reference logits), and
         among equals the one of highest loss, x itself if none was better; costs one more query per restart, and one at
@@ -101,10 +101,11 @@ class PGD:
     uses_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_settings(self)
         positive = self.step_size is None or is_traced(self.step_size) or self.step_size > 0
         require(positive, f"PGD: step_size must be > 0, got {self.step_size!r}")
-        require(self.steps >= 1, f"PGD: steps must be >= 1, got {self.steps!r}")
-        require(self.restarts >= 1, f"PGD: restarts must be >= 1, got {self.restarts!r}")
+        require_count("PGD: steps", self.steps)
+        require_count("PGD: restarts", self.restarts)
         alone = self.best_of or self.restarts == 1
         require(alone, f"PGD: without best_of there is one restart, got restarts={self.restarts!r}")
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.best import Best
-from deq_jax.attacks.inputs import carry_out
+from deq_jax.attacks.inputs import carry_out, check_settings
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import Threat, per_image
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import margin
 from deq_jax.core.types import Array, Loss
@@ -32,7 +32,7 @@ class SPSA:
       samples: sign vectors per step.
       step_size: length of a step, in the unit of x.
       probe: distance of the points from x in every pixel.
-      loss: maximised, ``(logits, labels) -> [B]``.
+      loss: maximised, ``(logits, labels) -> [B]``, such as `cross_entropy`, `dlr` or `margin`, all in `deq_jax.core`.
 
     References: Uesato et al. 2018, algorithm 1.
     Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
@@ -55,8 +55,9 @@ class SPSA:
     gradient_queries: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"SPSA: steps must be >= 1, got {self.steps!r}")
-        require(self.samples >= 1, f"SPSA: samples must be >= 1, got {self.samples!r}")
+        check_settings(self)
+        require_count("SPSA: steps", self.steps)
+        require_count("SPSA: samples", self.samples)
         require(self.step_size > 0, f"SPSA: step_size must be > 0, got {self.step_size!r}")
         require(self.probe > 0, f"SPSA: probe must be > 0, got {self.probe!r}")
 

@@ -14,7 +14,7 @@ from deq_jax.attacks.best import Best, labels_of, until_fooled
 from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Oracle
 from deq_jax.attacks.threats import L2, Linf, Threat
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import margin
 from deq_jax.core.types import Array
@@ -51,7 +51,7 @@ class Square:
 
     def __post_init__(self) -> None:
         require(isinstance(self.threat, Linf | L2), f"Square: threat must be Linf or L2, got {self.threat!r}")
-        require(self.queries >= 1, f"Square: queries must be >= 1, got {self.queries!r}")
+        require_count("Square: queries", self.queries)
         require(0 < self.p_init <= 1, f"Square: p_init must be in (0, 1], got {self.p_init!r}")
 
     def __call__(

@@ -10,7 +10,7 @@ from deq_jax.attacks.best import Best, until_fooled
 from deq_jax.attacks.inputs import carry_out
 from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.attacks.threats import Threat
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require_count, require_role
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import margin
 from deq_jax.core.types import Array
@@ -35,7 +35,9 @@ class Targeted:
     classes: int = 9
 
     def __post_init__(self) -> None:
-        require(self.classes >= 1, f"Targeted: classes must be >= 1, got {self.classes!r}")
+        expected = "an attack on pairs, such as APGD(threat, loss=core.targeted_dlr)"
+        require_role("Targeted: attack", self.attack, ("__call__",), expected)
+        require_count("Targeted: classes", self.classes)
 
     @property
     def threat(self) -> Threat | None:

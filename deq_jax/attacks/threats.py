@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_role
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.types import Array
 
@@ -168,6 +168,11 @@ def per_image(values: Array, x: Array) -> Array:
 def is_traced(value: Any) -> bool:
     """Whether a value is not known yet, because it is an argument of a function that JAX traces."""
     return isinstance(value, jax.core.Tracer)
+
+
+def check_threat(where: str, threat: Any) -> None:
+    """Refuses what is no threat model, such as a bare radius; `where` begins the message."""
+    require_role(f"{where}: threat", threat, ("epsilon", "project"), "a threat model, such as Linf(8 / 255)")
 
 
 def _check_radius(name: str, epsilon: Any) -> None:

@@ -18,12 +18,12 @@ from jax import lax
 
 from deq_jax.core.cells import apply
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.gradients import has_adjoint, innermost, straight_through
 from deq_jax.core.norms import relative_distance
 from deq_jax.core.solve import solve
 from deq_jax.core.solvers import Broyden
-from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver
+from deq_jax.core.types import Array, Cell, Params, PyTree, Solution, Solver, check_solver
 
 LinearMap = Callable[[PyTree], tuple[PyTree]]
 """``w -> (J^T w,)``, as `jax.vjp` gives it."""
@@ -54,6 +54,9 @@ class Implicit:
     """
 
     solver: Solver = Broyden(7)
+
+    def __post_init__(self) -> None:
+        check_solver("Implicit: solver", self.solver)
 
     @property
     def applications(self) -> int:
@@ -105,7 +108,7 @@ class Neumann:
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        require(self.terms >= 0, f"Neumann: terms must be >= 0, got {self.terms!r}")
+        require_count("Neumann: terms", self.terms, 0)
         require(0 < self.damping <= 1, f"Neumann: damping must be in (0, 1], got {self.damping!r}")
 
     @property

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
 
 class InputError(ValueError):
     """An error that the user can fix: one line that says what was wrong, what was expected, and where.
@@ -46,3 +50,47 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise InputError(message)
+
+
+def require_count(what: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raises `InputError` unless the value is an integer and at least `least`; `what` begins the message.
+
+    Args:
+      what: the place, such as ``PGD: steps``.
+      value: what was given.
+      least: the smallest number that will do.
+      optional: whether None will do as well.
+    """
+    is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+    expected = "a positive integer" if least == 1 else f"an integer >= {least}"
+    fits = is_count or (optional and value is None)
+    require(fits, f"{what} must be {expected}{' or None' if optional else ''}, got {value!r}")
+
+
+def require_role(what: str, value: Any, traits: Iterable[str], expected: str) -> None:
+    """Raises `InputError` unless the value can play a role: an object, not a class, that has the role's traits.
+
+    Args:
+      what: the place, such as ``PGD: threat``.
+      value: what was given.
+      traits: names of methods and fields; ``__call__`` for a function.
+      expected: what was expected, with an example.
+    """
+    fits = not isinstance(value, type) and all(hasattr(value, trait) for trait in traits)
+    require(fits, f"{what}: expected {expected}, got {described(value)}")
+
+
+def described(value: Any) -> str:
+    """A value in a few words of one line: arrays by dtype and shape, containers by their parts, objects by class."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, not an object of it"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, dict):
+        return f"a dict with keys {', '.join(map(str, value))}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    name = type(value).__name__
+    kind = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    parts = ", ".join(map(described, value)) if isinstance(value, tuple | list) else ""
+    return f"{kind} of {parts}" if parts else kind

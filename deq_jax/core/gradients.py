@@ -23,7 +23,7 @@ from jax import lax
 
 from deq_jax.core.cells import apply
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.types import Array, Cell, Gradient, Params, PyTree
 
 
@@ -47,7 +47,7 @@ class Phantom:
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        require(self.steps >= 0, f"Phantom: steps must be >= 0, got {self.steps!r}")
+        require_count("Phantom: steps", self.steps, 0)
         require(0 < self.damping <= 1, f"Phantom: damping must be in (0, 1], got {self.damping!r}")
 
     @property
@@ -154,7 +154,7 @@ class Unrolled:
     steps: int
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"Unrolled: steps must be >= 1, got {self.steps!r}")
+        require_count("Unrolled: steps", self.steps)
 
     @property
     def applications(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax import lax
 
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import InputError
+from deq_jax.core.errors import InputError, described, require_role
 from deq_jax.core.gradients import Backprop
 from deq_jax.core.keys import Keys
 from deq_jax.core.readouts import FinalState
@@ -56,14 +56,18 @@ def deq(
 
     Raises:
       InputError: z0 or u is not such a batch; the cell does not return such a state, see `cells.apply`; `Backprop` is
-        given without a solver.
+        given without a solver; a solver, readout or gradient is not an object of that kind; keys are not `Keys`.
     """
+    require_role("deq: readout", readout, ("__call__",), "a readout, such as FinalState()")
+    if keys is not None and not isinstance(keys, Keys):
+        raise InputError(f"deq: keys: expected Keys, such as Keys.of(seed, batch_size), got {described(keys)}")
     constant = lax.stop_gradient
     if isinstance(gradient, Backprop):
         if solver is None:
             raise InputError("deq: Backprop differentiates a solver's steps, got solver=None; expected Unrolled")
         solution = solve(differentiable(solver), cell, params, constant(z0), u)
         return gradient.through(cell, params, u, readout(solution, keys)), constant(solution)
+    require_role("deq: gradient", gradient, ("__call__",), "a gradient estimator, such as Implicit()")
     solution = solve(solver, cell, constant(params), constant(z0), constant(u))
     state = readout(solution, keys)
     return gradient(cell, params, u, constant(state)), solution

@@ -10,8 +10,9 @@ from jax import lax
 
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
+from deq_jax.core.errors import require_role
 from deq_jax.core.norms import Measured, MeasuredMemory, measured, residual_of, wide
-from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree, Solution, Solver
+from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree, Solution, Solver, check_solver
 
 AnyMemory = TypeVar("AnyMemory", bound=MeasuredMemory)
 
@@ -46,7 +47,8 @@ def solve(
       there is no exception. If all residuals of a sample are NaN, z is its start.
 
     Raises:
-      InputError: z0 or u is not such a batch, or the cell does not return such a state; see `cells.apply`.
+      InputError: z0 or u is not such a batch, or the cell does not return such a state; see `cells.apply`. Or the
+        solver is not one.
 
     Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
     each sample's own (the reference stops and chooses by the norm of the whole batch).
@@ -63,6 +65,8 @@ def solve(
       >>> solve(FixedPoint(2), cell, 0.5, first.z, u, memory=first.memory).states[:, 0, 0].tolist()
       [1.75, 1.875]
     """
+    if solver is not None:
+        check_solver("solve: solver", solver)
     f, flat, unravel = flat_cell(cell, params, z0)
     if solver is None:
         empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), z0)
@@ -95,7 +99,10 @@ def begin(solver: Solver, f: FlatCell, z: Array, u: PyTree) -> MeasuredMemory:
       z: start, [B, N].
       u: injection, leaves [B, ...].
     """
-    return measured(solver, solver.init(f, z, u))
+    memory = solver.init(f, z, u)
+    name = type(solver).__name__
+    require_role(f"{name}.init", memory, ("z", "fz"), "a memory with fields z and fz, such as a NamedTuple")
+    return measured(solver, memory)
 
 
 def advance(solver: Solver, f: FlatCell, memory: AnyMemory, u: PyTree) -> tuple[AnyMemory, Array, Array]:

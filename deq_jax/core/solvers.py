@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.norms import in_unit, inner, unit_of, wide
 from deq_jax.core.types import Array, FlatCell, PyTree, Solver
 
@@ -36,15 +36,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Settings of all solvers.
-
-    Attributes:
-      steps: T, number of iterates.
-      tolerance: relative residual below which a sample has converged and no longer moves; at least
-        the rounding unit of its numbers.
-      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it
-        only, since an image's prediction then depends on its batch.
-    """
+    """Settings of all solvers; each solver explains them."""
 
     steps: int = field(kw_only=False)
     tolerance: float = 1e-3
@@ -52,7 +44,7 @@ class _Settings:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        require(_positive_int(self.steps), f"{name}: steps must be a positive integer, got {self.steps!r}")
+        require_count(f"{name}: steps", self.steps)
         require(self.tolerance >= 0, f"{name}: tolerance must be >= 0, got {self.tolerance!r}")
 
 
@@ -68,7 +60,11 @@ class FixedPoint(_Settings):
     """(Damped) fixed-point iteration ``z <- (1 - damping) z + damping f(z)``, by jaxopt.
 
     Attributes:
-      steps: T.
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and no longer moves; at least the rounding unit of
+        its numbers.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it only, since an
+        image's prediction then depends on its batch.
       damping: weight of f(z), in (0, 1].
 
     Examples:
@@ -117,10 +113,14 @@ class Anderson(_Settings):
     ``min(k, history_size)`` points, alpha summing to 1 and minimising the residual of the combination.
 
     Attributes:
-      steps: T.
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and no longer moves; at least the rounding unit of
+        its numbers.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it only, since an
+        image's prediction then depends on its batch.
       history_size: number of points kept, at least 2.
       ridge: relative increase of the diagonal of the residuals' Gram matrix; at least its rounding error.
-      beta: mixing.
+      beta: mixing, in (0, 1]; 1 takes f(z_i) for z_i.
       absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
         since the iterates then depend on the scale of the problem.
 
@@ -141,8 +141,7 @@ class Anderson(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size_is_valid = _positive_int(self.history_size) and self.history_size >= 2
-        require(size_is_valid, f"Anderson: history_size must be an integer >= 2, got {self.history_size!r}")
+        require_count("Anderson: history_size", self.history_size, 2)
         require(self.ridge > 0, f"Anderson: ridge must be > 0, got {self.ridge!r}")
         require(0 < self.beta <= 1, f"Anderson: beta must be in (0, 1], got {self.beta!r}")
 
@@ -209,7 +208,11 @@ class Broyden(_Settings):
     B costs one inner product and one addition for each of them.
 
     Attributes:
-      steps: T.
+      steps: T, number of iterates.
+      tolerance: relative residual below which a sample has converged and no longer moves; at least the rounding unit of
+        its numbers.
+      batch_joint: take residuals over the whole batch, as the papers' code does; for comparison with it only, since an
+        image's prediction then depends on its batch.
       history_size: number of factors kept, the newest; None keeps all T. Memory per sample is
         ``history_size + 1`` states.
       history_dtype: dtype of the kept steps, e.g. ``jax.numpy.bfloat16``; None: as the states.
@@ -229,8 +232,7 @@ class Broyden(_Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = self.history_size is None or _positive_int(self.history_size)
-        require(valid, f"Broyden: history_size must be a positive integer or None, got {self.history_size!r}")
+        require_count("Broyden: history_size", self.history_size, optional=True)
 
     def init(self, f: FlatCell, z: Array, u: PyTree) -> BroydenMemory:
         fz = f(z, u)
@@ -312,7 +314,3 @@ def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array,
     size, dtype = len(steps), memory.weights.dtype
     first, second = (memory.taken - age) % size, (memory.taken - age + 1) % size
     return steps[first].astype(dtype), steps[second].astype(dtype), memory.weights[first][:, None]
-
-
-def _positive_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

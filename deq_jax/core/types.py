@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import optax
 
+from deq_jax.core.errors import require_role
 from deq_jax.core.keys import Keys
 
 Array = jax.Array
@@ -169,6 +170,11 @@ class Solver(Protocol):
           active: [B] bool; a sample that is not active has converged and must stay where it is.
         """
         ...
+
+
+def check_solver(where: str, solver: Any) -> None:
+    """Refuses what is no `Solver`; `where` begins the message."""
+    require_role(where, solver, ("steps", "tolerance", "init", "update"), "a solver, such as Broyden(8)")
 
 
 class Gradient(Protocol):

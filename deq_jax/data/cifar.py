@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require
 from deq_jax.data.datasets import Images, Splits, check_share, checked_images, chosen_path, hold_out_share
 
 PIXELS = 3 * 32 * 32
@@ -140,7 +140,7 @@ class Cifar:
             value = _DataOnly(io.BytesIO(content), encoding="bytes").load()
         except Exception as error:  # a damaged pickle raises nearly anything
             raise InputError(f"{self.path}: {name} cannot be read as plain data ({error})") from None
-        require(isinstance(value, dict), f"{self.path}: {name} holds no dict")
+        require(isinstance(value, dict), f"{self.path}: {name}: expected a dict, found {described(value)}")
         return {_text(key): [_text(item) for item in v] if isinstance(v, list) else v for key, v in value.items()}
 
     def _files(self) -> dict[str, bytes]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.core.box import clip_to_box
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require
 
 SPLIT_SEED = 0
 
@@ -59,7 +60,23 @@ class Splits(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`."""
+    """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`.
+
+    A training config holds it, so it is a frozen dataclass of numbers and strings, and its arrays are made in ``load``.
+    For example arrays in memory::
+
+        @dataclass(frozen=True)
+        class Mine:
+            seed: int = 0
+
+            def load(self):
+                x = np.random.default_rng(self.seed).random((100, 8, 8, 1), np.float32)  # in [0, 1], or uint8
+                images = Images(x, np.arange(100) % 10)
+                rest, test = hold_out(images, 20)
+                return Splits(*hold_out(rest, 10), test)
+
+    A run in a workdir imports the class again, so there it belongs in a file of its own; `Npz` reads arrays in a file.
+    """
 
     def load(self) -> Splits: ...
 
@@ -124,7 +141,10 @@ class Npz:
         arrays = self._read()
         train, test = (self._images(arrays, part) for part in ("train", "test"))
         same = train.x.shape[1:] == test.x.shape[1:]
-        require(same, f"{self.path}: x_train has images {train.x.shape[1:]}, x_test {test.x.shape[1:]}")
+        require(
+            same,
+            f"{self.path}: expected images of one shape, x_train has {train.x.shape[1:]}, x_test {test.x.shape[1:]}",
+        )
         return Splits(*hold_out_share(train, self.validation), test)
 
     def _images(self, arrays: dict[str, np.ndarray], part: str) -> Images:
@@ -229,6 +249,18 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def load_splits(dataset: Dataset) -> Splits:
+    """What a dataset loads, in the forms of `Images`; raises `InputError` where a split is in no such form."""
+    splits, name = dataset.load(), type(dataset).__name__
+    fits = isinstance(splits, tuple) and len(splits) == 3 and all(len(part) == 2 for part in splits)
+    require(fits, f"{name}.load: expected Splits(train, validation, test) of Images, got {described(splits)}")
+    checked = (
+        checked_images(np.asarray(part[0]), np.asarray(part[1]), f"{name}.load: {split}")
+        for split, part in zip(Splits._fields, splits, strict=True)
+    )
+    return Splits(*checked)
+
+
 def hold_out(data: Images, count: int) -> tuple[Images, Images]:
     """Splits off `count` images, always the same ones for the same number of images.
 
@@ -275,6 +307,6 @@ def checked_images(x: np.ndarray, y: np.ndarray, where: str) -> Images:
     in_range = y.min() >= 0 and y.max() < 2**31
     require(in_range, f"{where}: labels must count from 0, found {y.min()} to {y.max()}")
     if x.dtype != np.uint8:
-        require(np.issubdtype(x.dtype, np.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
-        x = clip_to_box(x, where).astype(np.float32)
-    return Images(x, y.astype(np.int32))
+        require(jnp.issubdtype(x.dtype, jnp.floating), f"{where}: images must be uint8 or floating, got {x.dtype}")
+        x = clip_to_box(x, where).astype(np.float32, copy=False)
+    return Images(x, y.astype(np.int32, copy=False))

@@ -20,7 +20,7 @@ from jax import lax
 
 from deq_jax.core.cells import flat_cell
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import require
+from deq_jax.core.errors import described, require, require_count
 from deq_jax.core.gradients import straight_through
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import entropy
@@ -164,11 +164,13 @@ class EntropyReduced:
 
     def __post_init__(self) -> None:
         is_equilibrium = isinstance(self.base, Equilibrium) and self.base.dynamics.solver is not None
-        require(is_equilibrium, f"EntropyReduced: base must be an Equilibrium with a solver, got {self.base!r}")
+        require(
+            is_equilibrium, f"EntropyReduced: base must be an Equilibrium with a solver, got {described(self.base)}"
+        )
         total = self.solver.steps
         divides = self.every >= 1 and total % self.every == 0
         require(divides, f"EntropyReduced: every must divide the solver's {total} steps, got {self.every!r}")
-        require(self.steps >= 0, f"EntropyReduced: steps must be >= 0, got {self.steps!r}")
+        require_count("EntropyReduced: steps", self.steps, 0)
         require(self.step_size > 0, f"EntropyReduced: step_size must be > 0, got {self.step_size!r}")
         require(self.epsilon >= 0, f"EntropyReduced: epsilon must be >= 0, got {self.epsilon!r}")
 

@@ -30,5 +30,5 @@ def deployed(classifier: Classifier, readout: Readout) -> Equilibrium | EntropyR
     """
     if isinstance(classifier, EntropyReduced):
         return replace(classifier, readout=readout)
-    model, _ = require_deq(classifier)
+    model, _ = require_deq(classifier, "deployed")
     return model.with_dynamics(readout=readout, gradient=at_state(model.dynamics.gradient))

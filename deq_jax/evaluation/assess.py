@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from deq_jax.attacks.threats import Threat
-from deq_jax.core.errors import InputError
+from deq_jax.core.errors import InputError, described, require, require_role
 from deq_jax.core.types import AnyArray
 from deq_jax.data.datasets import Images
 from deq_jax.evaluation.budgets import default_trials
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.moments import Moment
-from deq_jax.evaluation.plan import Diagnostics, EvalConfig, Trial
+from deq_jax.evaluation.plan import Diagnostics, EvalConfig, Trial, check_are_trials
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.evaluation.results import WorstCase
 
@@ -54,7 +54,8 @@ def assess(
       report: called before every long step, and after every batch.
 
     Returns:
-      The worst case; `robust_accuracy`, `clean_accuracy` and `red_flags` are the summary.
+      The worst case; `robust_accuracy`, `clean_accuracy` and `red_flags` are the summary, and
+      ``evaluation.headline(evaluation.EvaluationRecord.of(result))`` says it in a line.
 
     Raises:
       InputError: no threat is declared or given; see also `EvalConfig` and `worst_case`.
@@ -75,10 +76,16 @@ def assess(
       True
     """
     chosen = None
+    expected = "a Predictor, such as that of a run, run.predictor, or Predictor(classifier, variables)"
+    require_role("assess: predictor", predictor, ("classifier", "variables"), expected)
+    is_pair = isinstance(images, tuple | list) and len(images) == 2
+    pairs = "expected a pair of images and labels, such as run.data.test"
+    require(is_pair, f"assess: images: {pairs}, got {described(images)}")
     if trials is None:
         if threat is None:
             raise InputError("assess: expected a threat, such as threat=Linf(8 / 255), or trials that declare one")
         trials, chosen = default_trials(predictor.classifier, threat, budget), budget
+    check_are_trials("assess", trials)
     if threat is None:
         threat = getattr(trials[0].attack, "threat", None) if trials else None
     if threat is None:

@@ -10,13 +10,13 @@ from deq_jax.attacks.square import Square
 from deq_jax.attacks.targeted import Targeted
 from deq_jax.attacks.threats import Threat
 from deq_jax.core.adjoints import Implicit
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import require
 from deq_jax.core.losses import targeted_dlr
 from deq_jax.core.solvers import Broyden
 from deq_jax.defences.entropy import EntropyReduced
 from deq_jax.evaluation.plan import Trial, auto_attack_trials, with_surrogates
-from deq_jax.models.base import Classifier
-from deq_jax.models.classifiers import Equilibrium
+from deq_jax.models.base import Classifier, check_classifier
+from deq_jax.models.classifiers import Equilibrium, require_deq
 from deq_jax.surrogates.adaptive import BPDASolver, EndToEnd, OnBase
 from deq_jax.surrogates.base import Direct, Surrogate, WithGradient
 from deq_jax.surrogates.dynamics import Intermediate, MeanOverStates, SimultaneousAdjoint, ThroughSolver
@@ -58,7 +58,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
     Square, which asks for no gradient, then PGD from the worst image of all of them.
 
     Args:
-      predictor: the deployed predictor.
+      predictor: the deployed predictor, a classifier without its variables.
       threat: norm and radius of the attacks.
       budget: "quick" (30 gradients per image untargeted, 3 x 20 targeted, 20 from the worst image, for each source of
         gradients, and 200 queries), "standard" (100, 9 x 50, 50 and 2,000) or "full" (100, 9 x 100, 100 and 5,000; also
@@ -66,7 +66,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
         cost less.
 
     Raises:
-      InputError: the budget is unknown.
+      InputError: the budget is unknown, or the predictor is no classifier.
 
     References: Croce & Hein 2020a (APGD, APGD-T), Andriushchenko et al. 2020 (Square).
 
@@ -77,6 +77,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
       >>> [trial.name for trial in default_trials(small_cnn(10, 12), Linf(0.1))]
       ['apgd-ce', 'apgd-t', 'square', 'pgd-20.from-worst']
     """
+    check_classifier("default_trials: predictor", predictor)
     require(budget in _SIZES, f"budget: expected quick, standard or full, got {budget!r}")
     sizes, sources = _SIZES[budget], _sources(predictor)
     apgd = APGD(threat, steps=sizes.steps)
@@ -124,9 +125,7 @@ def white_box_trials(classifier: Equilibrium, threat: Threat) -> tuple[Trial, ..
       >>> len(trials), trials[0].name, trials[-1].name  # 3 states x 6, the mean, the exact one
       (20, 'pgd-10.Intermediate-1-1-0.5', 'pgd-10.exact')
     """
-    solver = classifier.dynamics.solver
-    if solver is None:
-        raise InputError("white_box_trials: expected a DEQ with a solver, found one without")
+    _, solver = require_deq(classifier, "white_box_trials")
     settings = [(k, damping) for k in (1, 5, 9) for damping in (0.5, 1.0)]
     states = range(1, solver.steps + 1)
     intermediate = [Intermediate(state, k, damping) for k, damping in settings for state in states]

@@ -55,7 +55,7 @@ def choose_early_state(
       >>> choose_early_state(small_cnn(10, 12), {}, images, PGD(Linf(0.1)), batch_size=64)
       Traceback (most recent call last):
           ...
-      deq_jax.core.errors.InputError: expected an Equilibrium with a solver, got Explicit
+      deq_jax.core.errors.InputError: deployed: expected an Equilibrium with a solver, got an Explicit
     """
     check_batch_size(batch_size)
 

@@ -20,7 +20,7 @@ import numpy as np
 from deq_jax.core.errors import InputError, require
 from deq_jax.core.readouts import IntermediateState
 from deq_jax.data.batches import EvaluationBatch, to_unit
-from deq_jax.data.datasets import Images
+from deq_jax.data.datasets import Images, checked_images
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.early_state import choose_early_state
 from deq_jax.evaluation.moments import Moment, Watch
@@ -33,7 +33,7 @@ from deq_jax.evaluation.rows import from_columns, is_correct, replaced
 from deq_jax.evaluation.stages import CLEAN, Stage, Stages
 from deq_jax.evaluation.store import Arrays, Store
 from deq_jax.evaluation.transfers import Transfer, check_radius, is_within
-from deq_jax.models.base import Classifier, Variables
+from deq_jax.models.base import Classifier, Variables, check_classifier
 from deq_jax.parallel.devices import check_batch_size
 from deq_jax.storage.environment import decisive_settings
 from deq_jax.storage.files import digest
@@ -68,9 +68,9 @@ def worst_case(
       report: called before every long step, and after every batch.
 
     Raises:
-      InputError: `out` holds another evaluation, or another process writes there; the trials do not fit the classifier;
-        the batch does not divide among the devices; logits that are not finite; transferred images that are not of
-        these images.
+      InputError: the images are not as in `Images`; `out` holds another evaluation, or another process writes there;
+        the trials do not fit the classifier; the batch does not divide among the devices; logits that are not finite;
+        transferred images that are not of these images.
 
     Examples:
       >>> import numpy as np
@@ -80,14 +80,17 @@ def worst_case(
       >>> from deq_jax.models import small_cnn
       >>> from deq_jax.surrogates import ThroughSolver
       >>> model, images = small_cnn(10, 4), Images(np.zeros((2, 8, 8, 1), np.float32), np.array([3, 4]))
-      >>> config = EvalConfig(Linf(0.1), trials=(Trial("pgd-10", PGD(Linf(0.1)), ThroughSolver()),))
+      >>> config = EvalConfig(Linf(0.1), trials=(Trial("pgd", PGD(Linf(0.1)), ThroughSolver()),))
       >>> worst_case(config, model, model.init(0, images.x), images)
       Traceback (most recent call last):
           ...
-      deq_jax.core.errors.InputError: trial pgd-10: expected an Equilibrium with a solver, got Explicit
+      deq_jax.core.errors.InputError: trial pgd: ThroughSolver: expected an Equilibrium with a solver, got an Explicit
     """
     check_batch_size(config.batch_size)
-    images = Images(images.x[: config.max_images], images.y[: config.max_images])
+    check_classifier("worst_case: classifier", classifier)
+    if config.predictor is not None and not isinstance(config.predictor, EarlyState):
+        check_classifier("EvalConfig: predictor", config.predictor)
+    images = checked_images(images.x[: config.max_images], images.y[: config.max_images], "worst_case")
     x = np.asarray(to_unit(jnp.asarray(images.x)))
     transfers = {
         trial.name: digest(trial.attack.load(images, x, config.threat))
@@ -267,7 +270,7 @@ def _predictor(
     if not isinstance(early, EarlyState):
         return early or classifier, None
     if validation is None:
-        raise InputError("an early state is chosen on held-out training images, expected validation images")
+        raise InputError("EarlyState: chosen on held-out training images: expected validation=Images(...), got None")
     source = early.classifier or classifier
     choose = partial(choose_early_state, batch_size=config.batch_size, seed=config.seed)
 

@@ -15,14 +15,14 @@ from deq_jax.attacks.auto import AutoAttack
 from deq_jax.attacks.noise import Noise
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD, clean_start
-from deq_jax.attacks.threats import Linf, Threat
-from deq_jax.core.errors import InputError, require
+from deq_jax.attacks.threats import Linf, Threat, check_threat
+from deq_jax.core.errors import InputError, described, require, require_count, require_role
 from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.recorded import read_plan
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.models.base import Classifier
 from deq_jax.storage.trees import first_difference, to_tree
-from deq_jax.surrogates.base import Direct, Surrogate
+from deq_jax.surrogates.base import Direct, Surrogate, check_surrogate
 
 RESERVED = ("clean", "union")  # names of other rows
 
@@ -59,6 +59,9 @@ class Trial:
     from_worst: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.attack, Transfer):
+            require_role("Trial: attack", self.attack, ("__call__",), "an attack, such as PGD(Linf(8 / 255))")
+        check_surrogate("Trial: surrogate", self.surrogate)
         can_start = not self.from_worst or _takes_start(self.attack)
         require(can_start, f"Trial: from_worst is for attacks that take a start, got {self.attack!r}")
         valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
@@ -114,7 +117,8 @@ def diagnostics(threat: Threat, steps: int = 1000, surrogate: Surrogate | None =
       >>> checks.long.name, checks.half.name
       ('check.long-pgd-100', 'check.half-pgd-50')
     """
-    require(steps >= 2, f"diagnostics: steps must be >= 2, got {steps!r}")
+    check_threat("diagnostics", threat)
+    require_count("diagnostics: steps", steps, 2)
     far = 8.0 * threat.epsilon
     beyond = dataclasses.replace(cast(Any, threat), epsilon=min(far, 1.0) if isinstance(threat, Linf) else far)
 
@@ -201,15 +205,15 @@ class EvalConfig:
     skip_broken: bool = True
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"EvalConfig: batch_size must be positive, got {self.batch_size!r}")
-        require(self.seed >= 0, f"EvalConfig: seed must be >= 0, got {self.seed!r}")
-        counted = self.draws is None or self.draws >= 1
-        require(counted, f"EvalConfig: draws must be positive or None, got {self.draws!r}")
-        few = self.max_images is None or self.max_images >= 1
-        require(few, f"EvalConfig: max_images must be positive or None, got {self.max_images!r}")
+        check_threat("EvalConfig", self.threat)
+        check_are_trials("EvalConfig", self.trials)
+        require_count("EvalConfig: batch_size", self.batch_size)
+        require_count("EvalConfig: seed", self.seed, 0)
+        for name in ("draws", "max_images"):
+            require_count(f"EvalConfig: {name}", getattr(self, name), optional=True)
         named = (self.predictor is None) == (self.defence == UNDEFENDED)
         rule = f"a name for the predictor if there is one, and {UNDEFENDED!r} otherwise"
-        require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {self.predictor!r}")
+        require(named, f"EvalConfig: defence must be {rule}, got {self.defence!r} for {described(self.predictor)}")
         _check_names(self)
         suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
         whole = not (self.skip_broken and suites)
@@ -226,6 +230,13 @@ class EvalConfig:
     def all_trials(self) -> tuple[Trial, ...]:
         """All trials, in the order in which they run."""
         return (*self.trials, *self.extra_trials)
+
+
+def check_are_trials(where: str, trials: Any) -> None:
+    """Refuses anything but a tuple or list of `Trial`; `where` begins the message."""
+    fits = isinstance(trials, tuple | list) and all(isinstance(trial, Trial) for trial in trials)
+    expected = "expected a tuple of Trial, such as (Trial('pgd', PGD(threat)),)"
+    require(fits, f"{where}: trials: {expected}, got {described(trials)}")
 
 
 def _check_names(config: EvalConfig) -> None:

@@ -14,10 +14,10 @@ from deq_jax.core.compilation import compiled
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import AnyArray, Array
 from deq_jax.data.batches import evaluation_batches, to_unit
-from deq_jax.data.datasets import Images
+from deq_jax.data.datasets import Images, checked_images
 from deq_jax.evaluation.measure import measure
 from deq_jax.evaluation.rows import Measured
-from deq_jax.models.base import Variables
+from deq_jax.models.base import Variables, check_classifier
 from deq_jax.surrogates.base import Direct, Surrogate, judged
 
 
@@ -43,6 +43,9 @@ class Predictor:
     classifier: Any = field(metadata={"static": True})  # a Classifier; surrogates know the class of a defence
     variables: Variables
 
+    def __post_init__(self) -> None:
+        check_classifier("Predictor: classifier", self.classifier)
+
     def logits(self, x: AnyArray, keys: Keys | None = None) -> Array:
         """Logits [B, K]."""
         return _logits(self, x, keys)
@@ -58,8 +61,13 @@ class Predictor:
           x: images [N, H, W, C].
           labels: [N].
           batch_size: images at a time.
+
+        Raises:
+          InputError: images or labels are of another kind, or lie outside of [0, 1].
         """
         images = Images(np.asarray(x), np.asarray(labels))
+        if len(images.x) > 0:
+            images = checked_images(*images, "Predictor.accuracy")
         right = [
             np.argmax(self.logits(batch.x), axis=-1)[~batch.is_padding] == batch.y[~batch.is_padding]
             for batch in evaluation_batches(images, min(batch_size, max(len(images.y), 1)))
@@ -70,7 +78,8 @@ class Predictor:
         """The oracle of an attack: gradients of the surrogate, success on this predictor.
 
         Args:
-          surrogate: source of the gradient, such as ``surrogates.Intermediate(4)``; None for the predictor's own.
+          surrogate: source of the gradient, such as ``surrogates.Intermediate(4)``; None for the predictor's own;
+            ``surrogates.WithGradient(Implicit())`` for another gradient estimator.
           draws: number of draws of a random predictor; every answer is their mean (EOT). None for a deterministic one.
         """
         return judged(Direct() if surrogate is None else surrogate, self.classifier, self.variables, draws)

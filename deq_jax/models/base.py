@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from deq_jax.core.errors import require_role
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array, PyTree, Solution
 
@@ -31,6 +32,12 @@ class Prediction(NamedTuple):
     batch_stats: PyTree
     solution: Solution | None
     penalty: Array | float = 0.0
+
+
+def check_classifier(where: str, classifier: Any) -> None:
+    """Refuses what is no classifier, such as a `Predictor`; `where` begins the message."""
+    expected = "a classifier, such as an Equilibrium or the classifier of a Predictor, predictor.classifier"
+    require_role(where, classifier, ("__call__",), expected)
 
 
 class Classifier(Protocol):

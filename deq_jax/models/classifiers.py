@@ -17,12 +17,12 @@ from flax.errors import InvalidRngError
 
 from deq_jax.core.cells import apply
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require, require_role
 from deq_jax.core.gradients import Phantom
 from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.layer import deq
 from deq_jax.core.readouts import FinalState, RandomIntermediateState
-from deq_jax.core.types import Array, Cell, Gradient, Injection, PyTree, Readout, Solver
+from deq_jax.core.types import Array, Cell, Gradient, Injection, PyTree, Readout, Solver, check_solver
 from deq_jax.models.base import Prediction, Variables
 from deq_jax.models.layers import dropout_by_image
 from deq_jax.models.penalty import JacobianRegularization
@@ -55,6 +55,13 @@ class Dynamics:
     compute_dtype: Any = None
     rematerialize: bool = False
 
+    def __post_init__(self) -> None:
+        if self.solver is not None:
+            check_solver("Dynamics: solver", self.solver)
+        require_role("Dynamics: readout", self.readout, ("__call__",), "a readout, such as FinalState()")
+        estimator = "a gradient estimator, such as Implicit()"
+        require_role("Dynamics: gradient", self.gradient, ("applications",), estimator)
+
 
 @dataclass(frozen=True)
 class Equilibrium:
@@ -82,6 +89,11 @@ class Equilibrium:
     decoder: nn.Module
     dynamics: Dynamics
     jacobian: JacobianRegularization | None = None
+
+    def __post_init__(self) -> None:
+        is_dynamics = isinstance(self.dynamics, Dynamics)
+        expected = "expected Dynamics of a solver, such as Dynamics(Broyden(8))"
+        require(is_dynamics, f"Equilibrium: dynamics: {expected}, got {described(self.dynamics)}")
 
     def init(self, key: int | Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``, each with the entries encoder, cell and decoder.
@@ -204,6 +216,9 @@ class Explicit:
 
     module: nn.Module
 
+    def __post_init__(self) -> None:
+        require_role("Explicit: module", self.module, ("init", "apply"), "a Flax module, such as ResNet18()")
+
     def init(self, key: int | Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``; see `Equilibrium.init`."""
         variables = self.module.init(prng_key(key), _at_least_one(x))
@@ -224,22 +239,29 @@ class Explicit:
         return Prediction(logits, batch_stats, None)
 
 
-def require_deq(classifier: Any) -> tuple[Equilibrium, Solver]:
+def require_deq(classifier: Any, where: str) -> tuple[Equilibrium, Solver]:
     """The classifier and its solver.
+
+    Args:
+      classifier: any classifier.
+      where: begins the message of an error.
 
     Raises:
       InputError: it is not an `Equilibrium` with a solver.
 
     Examples:
       >>> from deq_jax.models import require_deq, small_cnn
-      >>> require_deq(small_cnn(classes=10, channels=12))
+      >>> require_deq(small_cnn(classes=10, channels=12), "ThroughSolver")
       Traceback (most recent call last):
           ...
-      deq_jax.core.errors.InputError: expected an Equilibrium with a solver, got Explicit
+      deq_jax.core.errors.InputError: ThroughSolver: expected an Equilibrium with a solver, got an Explicit
     """
-    if not isinstance(classifier, Equilibrium) or classifier.dynamics.solver is None:
-        raise InputError(f"expected an Equilibrium with a solver, got {type(classifier).__name__}")
-    return classifier, classifier.dynamics.solver
+    if not isinstance(classifier, Equilibrium):
+        raise InputError(f"{where}: expected an Equilibrium with a solver, got {described(classifier)}")
+    solver = classifier.dynamics.solver
+    if solver is None:
+        raise InputError(f"{where}: expected an Equilibrium with a solver, got one with solver=None")
+    return classifier, solver
 
 
 def zero_state(u: Injection) -> PyTree:

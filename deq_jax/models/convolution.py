@@ -145,7 +145,8 @@ def conv_general_dilated(
       (2, 4, 4, 4)
     """
     plain = x.ndim == 4 and feature_group_count == 1 and {*(lhs_dilation or ()), *(rhs_dilation or ())} <= {1}
-    require(plain, "conv_general_dilated: only plain 2D convolutions, without dilation or groups")
+    found = f"{lhs_dilation=}, {rhs_dilation=}, {feature_group_count=} of {x.ndim - 2}D images"
+    require(plain, f"conv_general_dilated: expected a 2D convolution without dilation or groups, got {found}")
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     padding = tuple((int(before), int(after)) for before, after in padding)

@@ -81,7 +81,7 @@ def mdeq(
       >>> modules.cell.channels
       (8, 16)
     """
-    require(len(channels) > 0, "mdeq: channels must name at least one branch")
+    require(len(channels) > 0, f"mdeq: channels: expected a number for each of at least one branch, got {channels!r}")
     one_each = len(head_channels) == len(channels)
     require(one_each, f"mdeq: head_channels needs one width per branch ({len(channels)}), got {head_channels}")
     divisible = all(width % MdeqCell.groups == 0 for width in channels)

@@ -49,7 +49,10 @@ def normalized(classifier: Network, mean: Sequence[float], std: Sequence[float])
     require(known, f"normalized: expected an Equilibrium or Explicit, got {type(classifier).__name__}")
     part = "encoder" if isinstance(classifier, Equilibrium) else "module"
     module = getattr(classifier, part)
-    require(not isinstance(module, Normalized), "normalized: the classifier is normalised already")
+    require(
+        not isinstance(module, Normalized),
+        "normalized: expected a classifier without normalisation, got one that has it already",
+    )
     changes: dict[str, Any] = {part: Normalized(module, mean, std)}
     return replace(classifier, **changes)
 

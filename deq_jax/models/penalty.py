@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_count
 from deq_jax.core.jacobian import gaussian_probes, jacobian_norm
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.types import Array, Cell, Params, PyTree
@@ -38,7 +38,7 @@ class JacobianRegularization:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, f"JacobianRegularization: weight must be >= 0, got {self.weight!r}")
-        require(self.probes >= 1, f"JacobianRegularization: probes must be >= 1, got {self.probes!r}")
+        require_count("JacobianRegularization: probes", self.probes)
         counts = self.fewer >= 0 and self.more >= 0
         require(counts, f"JacobianRegularization: fewer and more must be >= 0, got {self}")
 

@@ -37,6 +37,7 @@ NAMES = {
     "deq_jax.adaptive.LowEntropy": "deq_jax.core.LowEntropy",
     "deq_jax.attacks.targeted.logit_difference": "deq_jax.core.logit_difference",
     "deq_jax.attacks.targeted.targeted_dlr": "deq_jax.core.targeted_dlr",
+    "deq_jax.surrogates.defended": "deq_jax.surrogates.require_defended",
     "deq_jax.trials.Noise": "deq_jax.attacks.Noise",
 }
 """Names that did not go where the rest of their module went."""

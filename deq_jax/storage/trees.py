@@ -10,21 +10,22 @@ from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeAlias
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require
 from deq_jax.storage.configs import fields_of, is_scalar
 from deq_jax.storage.moves import upgraded
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 
-def to_tree(node: Any) -> Any:
+def to_tree(node: Any, path: str = "") -> Any:
     """A config object as JSON data: objects as ``{"class": name, field: value}``, functions by name.
 
     Args:
       node: numbers, strings, None, named functions and frozen dataclasses of these, or tuples of them.
+      path: name of the place in the whole config.
 
     Raises:
-      InputError: anything else is in it.
+      InputError: anything else is in it; names the place.
 
     Examples:
       >>> from deq_jax.attacks import Linf
@@ -33,13 +34,15 @@ def to_tree(node: Any) -> Any:
       {'class': 'deq_jax.attacks.Linf', 'epsilon': 0.1}
     """
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return {"class": public_name(type(node))} | {name: to_tree(value) for name, value in fields_of(node).items()}
+        below = {name: to_tree(value, f"{path}.{name}" if path else name) for name, value in fields_of(node).items()}
+        return {"class": public_name(type(node))} | below
     if isinstance(node, FunctionType | type) and "<" not in node.__qualname__:
         return {"name": public_name(node)}
     if isinstance(node, tuple | list):
-        return [to_tree(item) for item in node]
-    expected = "expected numbers, strings, named functions or frozen dataclasses"
-    require(is_scalar(node), f"a config cannot hold {node!r}: {expected}")
+        return [to_tree(item, f"{path}[{i}]") for i, item in enumerate(node)]
+    where = f" in {path}" if path else ""
+    expected = "expected numbers, strings, named functions or frozen dataclasses of these"
+    require(is_scalar(node), f"a config cannot hold {described(node)}{where}: {expected}")
     return node
 
 
@@ -63,7 +66,7 @@ def from_tree(tree: Any) -> Any:
         return _import_name(tree["name"])
     kind = _import_name(tree.get("class", ""))
     is_dataclass = inspect.isclass(kind) and dataclasses.is_dataclass(kind)
-    require(is_dataclass, f"config: {tree.get('class')} is not a config class")
+    require(is_dataclass, f"config: {tree.get('class')} is not a config class; expected a frozen dataclass")
     fields = {name: from_tree(value) for name, value in tree.items() if name != "class"}
     try:
         return kind(**fields)

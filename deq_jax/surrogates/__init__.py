@@ -9,7 +9,7 @@ from deq_jax.surrogates.adaptive import (
     OnBase,
     PathAverage,
     SmoothSign,
-    defended,
+    require_defended,
 )
 from deq_jax.surrogates.base import Direct, Surrogate, WithGradient, classifier_oracle, judged
 from deq_jax.surrogates.dynamics import (
@@ -37,7 +37,7 @@ __all__ = [
     "ThroughSolver",
     "WithGradient",
     "classifier_oracle",
-    "defended",
     "judged",
+    "require_defended",
     "simultaneous_adjoint",
 ]

@@ -22,7 +22,7 @@ from jax import lax
 
 from deq_jax.attacks.oracles import Oracle, oracle_of
 from deq_jax.core.compilation import compiled
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, described, require
 from deq_jax.core.gradients import Phantom, straight_through
 from deq_jax.core.keys import Keys
 from deq_jax.core.solvers import differentiable
@@ -98,22 +98,26 @@ class BPDA:
         return oracle_of(logits)
 
 
-def defended(classifier: Any) -> EntropyReduced:
-    """The classifier itself.
+def require_defended(classifier: Any, where: str) -> EntropyReduced:
+    """The classifier itself, if it has a defence.
+
+    Args:
+      classifier: any classifier.
+      where: begins the message of an error.
 
     Raises:
       InputError: it has no input entropy reduction.
 
     Examples:
       >>> from deq_jax.models import small_cnn
-      >>> from deq_jax.surrogates import defended
-      >>> defended(small_cnn(classes=10, channels=12))
+      >>> from deq_jax.surrogates import require_defended
+      >>> require_defended(small_cnn(classes=10, channels=12), "EndToEnd")
       Traceback (most recent call last):
           ...
-      deq_jax.core.errors.InputError: adaptive surrogate: expected an EntropyReduced classifier, got Explicit
+      deq_jax.core.errors.InputError: EndToEnd: expected an EntropyReduced classifier, got an Explicit
     """
     if not isinstance(classifier, EntropyReduced):
-        raise InputError(f"adaptive surrogate: expected an EntropyReduced classifier, got {type(classifier).__name__}")
+        raise InputError(f"{where}: expected an EntropyReduced classifier, got {described(classifier)}")
     return classifier
 
 
@@ -133,7 +137,7 @@ class BPDAIdentity:
     """
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        defence = defended(classifier)
+        defence = require_defended(classifier, type(self).__name__)
 
         def logits(x: Array, keys: Keys) -> Array:
             found = _purified(defence, variables, x, keys)
@@ -162,7 +166,7 @@ class BPDAHead:
     gradient: Gradient = field(default=Phantom(0), metadata={"static": True})
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        defence = defended(classifier)
+        defence = require_defended(classifier, type(self).__name__)
 
         def logits(x: Array, keys: Keys) -> Array:
             found = _purified(defence, variables, x, keys)
@@ -205,7 +209,7 @@ class BPDASolver:
     """
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        return _regulated(_with_differentiable_solver(defended(classifier)), variables)
+        return _regulated(_with_differentiable_solver(require_defended(classifier, type(self).__name__)), variables)
 
 
 @jax.tree_util.register_dataclass
@@ -248,7 +252,7 @@ class EndToEnd:
         Raises:
           InputError: its direction has no smooth form.
         """
-        defence = _with_differentiable_solver(defended(classifier))
+        defence = _with_differentiable_solver(require_defended(classifier, type(self).__name__))
         direction = defence.direction
         known = isinstance(direction, EntropyGradient | RandomDirection)
         require(known, f"EndToEnd: expected EntropyGradient or RandomDirection, got {direction!r}")
@@ -304,7 +308,7 @@ class PathAverage:
     source: _HasPath = BPDAHead()
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        path = partial(self.source.path, defended(classifier), variables)
+        path = partial(self.source.path, require_defended(classifier, type(self).__name__), variables)
 
         def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
             def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -335,7 +339,7 @@ class OnBase:
     surrogate: Callable[[Any, Variables], Oracle]
 
     def __call__(self, classifier: EntropyReduced, variables: Variables) -> Oracle:
-        return self.surrogate(defended(classifier).base, variables)
+        return self.surrogate(require_defended(classifier, type(self).__name__).base, variables)
 
 
 def _with_differentiable_solver(defence: EntropyReduced) -> EntropyReduced:

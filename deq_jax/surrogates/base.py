@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import jax
 
 from deq_jax.attacks.oracles import Oracle, expectation, gradient_from, oracle_of
+from deq_jax.core.errors import described, require, require_role
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array, Gradient
-from deq_jax.models.base import Classifier, Variables
+from deq_jax.models.base import Classifier, Variables, check_classifier
 from deq_jax.models.classifiers import require_deq
 
 
@@ -51,6 +52,13 @@ class Surrogate(Protocol):
     def __call__(self, classifier: Any, variables: Variables) -> Oracle: ...
 
 
+def check_surrogate(where: str, surrogate: Any) -> None:
+    """Refuses what is no surrogate, such as a gradient estimator; `where` begins the message."""
+    expected = "a surrogate, such as ThroughSolver(), or WithGradient(Implicit()) of a gradient estimator"
+    require_role(where, surrogate, ("__call__",), expected)
+    require(not hasattr(surrogate, "applications"), f"{where}: expected {expected}, got {described(surrogate)}")
+
+
 def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, draws: int | None = None) -> Oracle:
     """Gradients of the surrogate; loss and success of the classifier itself, as deployed.
 
@@ -59,6 +67,9 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
       classifier: as deployed.
       variables: variables of the classifier.
       draws: number of draws of a random classifier; every answer is their mean (EOT). None for a deterministic one.
+
+    Raises:
+      InputError: the surrogate is none, such as a gradient estimator, or does not fit the classifier.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,6 +81,8 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
       >>> oracle.logits(x, Keys.of(0, 2)).shape
       (2, 3)
     """
+    check_classifier("classifier", classifier)
+    check_surrogate("surrogate", surrogate)
     judge = classifier_oracle(classifier, variables, random=draws is not None)
     oracle = judge if isinstance(surrogate, Direct) else gradient_from(surrogate(classifier, variables), judge)
     return oracle if draws is None else expectation(oracle, draws)
@@ -109,5 +122,5 @@ class WithGradient:
     gradient: Gradient = field(metadata={"static": True})
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, _ = require_deq(classifier)
+        model, _ = require_deq(classifier, type(self).__name__)
         return classifier_oracle(model.with_dynamics(gradient=self.gradient), variables)

@@ -105,7 +105,7 @@ class ThroughSolver:
     """
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, _ = require_deq(classifier)
+        model, _ = require_deq(classifier, type(self).__name__)
         gradient = model.dynamics.gradient
         through = gradient if isinstance(gradient, Backprop) else Backprop(gradient)
         return classifier_oracle(model.with_dynamics(gradient=through), variables)
@@ -140,7 +140,7 @@ class Intermediate:
         _check_damped_steps(self)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = require_deq(classifier)
+        model, solver = require_deq(classifier, type(self).__name__)
         _check_count("Intermediate: state", self.state, 1, solver.steps)
         gradient = PhantomUpTo(MAX_STEPS, self.steps, self.damping)
         unrolled = model.with_dynamics(readout=_RawState(self.state), gradient=gradient)
@@ -171,7 +171,7 @@ class MeanOverStates:
         _check_damped_steps(self)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, _ = require_deq(classifier)
+        model, _ = require_deq(classifier, type(self).__name__)
         return oracle_of(partial(self._logits, model, variables))
 
     @compiled("model")
@@ -214,7 +214,7 @@ class SimultaneousAdjoint:
         _check_count("SimultaneousAdjoint: state", self.state, 1, np.inf)
 
     def __call__(self, classifier: Classifier, variables: Variables) -> Oracle:
-        model, solver = require_deq(classifier)
+        model, solver = require_deq(classifier, type(self).__name__)
         require(isinstance(solver, Broyden), f"SimultaneousAdjoint: the solver must be Broyden, got {solver!r}")
         _check_count("SimultaneousAdjoint: state", self.state, 1, solver.steps)
         return Oracle(partial(self._logits, model, variables), partial(self._grad, model, variables))

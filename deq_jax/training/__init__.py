@@ -1,5 +1,6 @@
 """Objectives, the training step, and the loop that logs, validates, saves and resumes."""
 
+from deq_jax.core.types import Optimizer
 from deq_jax.training.config import Phase, TrainConfig, threat_of, with_readout
 from deq_jax.training.endings import Interrupted, NonFiniteLoss
 from deq_jax.training.loop import Run, fit
@@ -28,6 +29,7 @@ __all__ = [
     "NonFiniteLoss",
     "Objective",
     "OneCycle",
+    "Optimizer",
     "Origin",
     "Outcome",
     "PGDAdversarialTraining",

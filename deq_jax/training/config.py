@@ -10,12 +10,13 @@ from typing import cast
 from deq_jax.attacks.oracles import Attack
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf, Threat
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, require, require_count, require_role
 from deq_jax.core.gradients import Unrolled
 from deq_jax.core.readouts import FinalState
 from deq_jax.core.types import Optimizer, Readout
 from deq_jax.data.batches import CropFlip
 from deq_jax.data.datasets import Dataset
+from deq_jax.models.base import check_classifier
 from deq_jax.models.classifiers import Equilibrium, Explicit
 from deq_jax.training.objectives import Objective, Standard
 from deq_jax.training.optimizers import AdamCosine
@@ -43,7 +44,7 @@ class TrainConfig:
     Attributes:
       classifier: `Equilibrium` or `Explicit`.
       objective: the loss, and the images for it.
-      dataset: where the images come from.
+      dataset: where the images come from; see `Dataset` for arrays in memory.
       validation_attack: crafts the images on which the best checkpoint is chosen, on held-out
         training images.
       optimizer: `AdamCosine`, `Sgd`, `AdamW`, any of them in a `WeightAverage`, or one of your own; see `Optimizer`.
@@ -91,18 +92,24 @@ class TrainConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
+        check_classifier("TrainConfig: classifier", self.classifier)
+        objective = "an objective, such as Standard() or PGDAdversarialTraining(PGD(Linf(8 / 255)))"
+        require_role("TrainConfig: objective", self.objective, ("perturb", "loss"), objective)
+        dataset = "a dataset, such as Npz('mine.npz'), or for arrays in memory one of your own (see data.Dataset)"
+        require_role("TrainConfig: dataset", self.dataset, ("load",), dataset)
+        attack = "an attack, such as PGD(Linf(8 / 255))"
+        require_role("TrainConfig: validation_attack", self.validation_attack, ("__call__",), attack)
+        optimizer = "an optimiser, such as AdamCosine(), or for optax one of your own (see training.Optimizer)"
+        require_role("TrainConfig: optimizer", self.optimizer, ("transformation",), optimizer)
         for name in ("batch_size", "accumulate", "epochs", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"TrainConfig: {name} must be a positive integer, got {value!r}")
+            require_count(f"TrainConfig: {name}", getattr(self, name))
         for name in ("pretrain_steps", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"TrainConfig: {name} must be >= 0, got {value!r}")
+            require_count(f"TrainConfig: {name}", getattr(self, name), 0)
+        for name in ("checkpoint_every", "validate_every", "validation_images", "patience"):
+            require_count(f"TrainConfig: {name}", getattr(self, name), optional=True)
         divides = self.batch_size % self.accumulate == 0
         parts = f"accumulate = {self.accumulate} parts"
         require(divides, f"TrainConfig: batch_size {self.batch_size} does not divide into {parts}")
-        for name in ("checkpoint_every", "validate_every", "validation_images", "patience"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"TrainConfig: {name} must be positive or None, got {value!r}")
         if self.radius is not None:
             with_radius(self.objective, 1.0)  # checks that there is one
         if self.pretrain_steps > 0:
@@ -112,7 +119,9 @@ class TrainConfig:
         """The config of the pre-training phase: standard training of the cell applied T times to 0."""
         solver = self.classifier.dynamics.solver if isinstance(self.classifier, Equilibrium) else None
         if solver is None:
-            raise InputError("TrainConfig: pretrain_steps are for an Equilibrium with a solver")
+            raise InputError(
+                "TrainConfig: pretrain_steps > 0 needs an Equilibrium with a solver; expected 0 for any other"
+            )
         classifier = cast(Equilibrium, self.classifier)
         gradient = Unrolled(solver.steps)
         shallow = classifier.with_dynamics(solver=None, readout=FinalState(), gradient=gradient)

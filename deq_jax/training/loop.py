@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from deq_jax.core.errors import require
+from deq_jax.core.errors import described, require
 from deq_jax.core.types import Array
 from deq_jax.data.batches import batch_indices
-from deq_jax.data.datasets import Images, Splits
+from deq_jax.data.datasets import Images, Splits, load_splits
 from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
@@ -119,6 +119,7 @@ def fit(
           ...
       deq_jax.core.errors.InputError: batch_size 4800 exceeds the 1149 training images
     """
+    require(isinstance(config, TrainConfig), f"fit: config: expected a TrainConfig, got {described(config)}")
     require(minutes is None or minutes > 0, f"minutes must be positive, got {minutes}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     start = None if init_from is None else Path(init_from)
@@ -170,7 +171,7 @@ class _Training:
         """Data and the state before the first step."""
         config = self.config
         self.kept.check(config)
-        self.data = config.dataset.load()
+        self.data = load_splits(config.dataset)
         self.steps_per_epoch = len(self.data.train.y) // config.batch_size
         size = len(self.data.train.y)
         require(self.steps_per_epoch > 0, f"batch_size {config.batch_size} exceeds the {size} training images")

@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 
 from deq_jax.attacks.oracles import Attack, Oracle
-from deq_jax.core.errors import require
+from deq_jax.core.errors import require, require_role
 from deq_jax.core.keys import Keys, Purpose
 from deq_jax.core.losses import cross_entropy, kl
 from deq_jax.core.types import Array, PyTree
 from deq_jax.models.base import Classifier, Prediction, Variables
-from deq_jax.surrogates.base import Surrogate, classifier_oracle, judged
+from deq_jax.surrogates.base import Surrogate, check_surrogate, classifier_oracle, judged
 
 
 class Outcome(NamedTuple):
@@ -126,6 +126,7 @@ class PGDAdversarialTraining:
 
     def __post_init__(self) -> None:
         _check_smoothing(self)
+        _check_attack(self)
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         oracle = _attacked(self, classifier, variables)
@@ -182,9 +183,11 @@ class Trades:
 
     def __post_init__(self) -> None:
         _check_smoothing(self)
+        _check_attack(self)
         require(self.beta >= 0, f"Trades: beta must be >= 0, got {self.beta!r}")
         loss = getattr(self.attack, "loss", kl)
-        require(loss is kl, "Trades: the attack must maximise losses.kl, since it gets clean logits for labels")
+        expected = "the attack must maximise core.kl, since it gets clean logits for labels"
+        require(loss is kl, f"Trades: {expected}; take PGD(threat, loss=core.kl)")
 
     def perturb(self, classifier: Classifier, variables: Variables, x: Array, labels: Array, keys: Keys) -> Array:
         oracle = _attacked(self, classifier, variables)
@@ -221,6 +224,13 @@ class Trades:
 def _check_smoothing(objective: Standard | PGDAdversarialTraining | Trades) -> None:
     name, share = type(objective).__name__, objective.label_smoothing
     require(0 <= share < 1, f"{name}: label_smoothing must be a share in [0, 1), got {share!r}")
+
+
+def _check_attack(objective: PGDAdversarialTraining | Trades) -> None:
+    name = type(objective).__name__
+    require_role(f"{name}: attack", objective.attack, ("__call__",), "an attack, such as PGD(Linf(8 / 255))")
+    if objective.surrogate is not None:
+        check_surrogate(f"{name}: surrogate", objective.surrogate)
 
 
 def _attacked(objective: PGDAdversarialTraining | Trades, classifier: Classifier, variables: Variables) -> Oracle:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import optax
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, require, require_count
 from deq_jax.core.keys import Purpose
 from deq_jax.core.types import Array
 from deq_jax.training.objectives import Objective
@@ -38,7 +38,7 @@ class PenaltySchedule:
     def __post_init__(self) -> None:
         valid = 0 <= self.probability <= 1
         require(valid, f"PenaltySchedule: probability must be in [0, 1], got {self.probability!r}")
-        require(self.epochs >= 0, f"PenaltySchedule: epochs must be >= 0, got {self.epochs!r}")
+        require_count("PenaltySchedule: epochs", self.epochs, 0)
 
     def is_drawn(self, seed: int, step: int, epoch: int) -> bool:
         """Whether training step `step`, in epoch `epoch` (both from 0), is penalised."""

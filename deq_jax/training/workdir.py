@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from deq_jax.core.errors import InputError, require
-from deq_jax.data.datasets import Splits
+from deq_jax.core.errors import InputError, described, require
+from deq_jax.data.datasets import Splits, load_splits
 from deq_jax.evaluation.folder import EVALUATIONS, EvaluationFolder
 from deq_jax.models.base import Variables
 from deq_jax.parallel.processes import gather_texts
@@ -79,7 +79,7 @@ class Workdir:
         require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")
         config = from_tree(read_json(self.config_file))
         if not isinstance(config, TrainConfig):
-            raise InputError(f"{self.config_file}: expected a TrainConfig")
+            raise InputError(f"{self.config_file}: expected a TrainConfig, found {described(config)}")
         return config
 
     @property
@@ -233,7 +233,7 @@ def load_run(workdir: str | Path, *, best: bool = True, say: Callable[[str], Non
     """
     folder = Workdir(Path(workdir))
     config, checkpoints = folder.config, folder.trained("best" if best else "latest")
-    data = config.dataset.load()
+    data = load_splits(config.dataset)
     template = initial_variables(config, data)
     found = checkpoints.read(say)
     return LoadedRun(config, data, found.shaped_like(template, only=list(template)), found.step)

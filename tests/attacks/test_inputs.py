@@ -120,7 +120,7 @@ def test_rounding_at_the_edges_of_the_box_is_clipped(name):
         (lambda x, keys: {"logits": MODEL(x)}, r"expected logits \[.*, K\], got a dict with keys logits"),
         (lambda x, keys: MODEL(x)[:, 0], r"expected logits \[.*, K\], got float32 \(6,\)"),
         (lambda x, keys: MODEL(x)[:, None], r"expected logits \[.*, K\], got float32 \(6, 1, 5\)"),
-        (lambda x, keys: None, r"expected logits \[.*, K\], got a NoneType"),
+        (lambda x, keys: None, r"expected logits \[.*, K\], got None"),
     ],
     ids=["one-output", "tuple", "dict", "flat", "extra-axis", "none"],
 )
@@ -146,6 +146,34 @@ def test_logits_that_are_none(name, logits, found):
 def test_labels_that_are_no_classes(name, y, found):
     with pytest.raises(InputError, match=found):
         attack(name, y=y)
+
+
+BALL = Linf(0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: PGD(0.1), r"PGD: threat: expected a threat model, such as Linf\(8 / 255\), got 0.1"),
+        (lambda: APGD(Linf), "APGD: threat: .* got the class Linf"),
+        (lambda: FAB(0.1), "FAB: threat: "),
+        (lambda: SPSA(0.1), "SPSA: threat: "),
+        (lambda: Noise(0.1), "Noise: threat: "),
+        (lambda: diagnostics(0.1), "diagnostics: threat: "),
+        (lambda: PGD(BALL, loss="ce"), "PGD: loss: expected a function of logits and labels, .* got 'ce'"),
+        (lambda: AutoAttack(BALL), "AutoAttack: attacks: expected a tuple of attacks, .* got a Linf"),
+        (lambda: AutoAttack((PGD,)), "AutoAttack: attacks: .* got the class PGD"),
+        (lambda: Targeted(BALL), "Targeted: attack: expected an attack on pairs, .* got a Linf"),
+        (lambda: PGD(BALL)(MODEL, X, Y, KEY), r"attack: oracle: expected an Oracle, such as oracle_of.* got a "),
+        (lambda: AutoAttack((PGD(BALL),))(MODEL, X, Y, KEY), "attack: oracle: "),
+        (lambda: oracle_of(oracle_of(MODEL)), "oracle_of: expected a function of images .* got an Oracle"),
+    ],
+    ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
+)
+def test_parts_that_are_none(make, found):
+    with pytest.raises(InputError, match=found) as error:
+        make()
+    assert "\n" not in str(error.value)
 
 
 @EVERY

@@ -141,7 +141,7 @@ MISTAKES = [
     own("fractional-labels", "fractional.npz", "train", "labels must be integers", "float64"),
     own("images-outside", "outside.npz", "train", "must lie in [0, 1], found ", "255"),
     own("images-nan", "nan.npz", "test", "[0, 1]", "nan"),
-    own("images-of-two-sizes", "sizes.npz", "x_train has images (8, 8, 1), x_test (9, 8, 1)"),
+    own("images-of-two-sizes", "sizes.npz", "expected images of one shape, x_train has (8, 8, 1), x_test (9, 8, 1)"),
     own("labels-too-few", "few.npz", "test", "one label per image", "20 images", "(19,)"),
     training(
         "label-too-large",
@@ -192,9 +192,9 @@ MISTAKES = [
     evaluation("attack-negative-epsilon", "--attack pgd --set threat.epsilon=-1", "epsilon must be >= 0"),
     evaluation("budget-set", "--set steps=3", "--set goes with a config or an attack, not with --budget"),
     evaluation("no-attack-to-set", "--attack none --set epsilon=0.1", "--set goes with a config or an attack"),
-    evaluation("no-batch", "--batch-size 0", "batch_size must be positive, got 0"),
+    evaluation("no-batch", "--batch-size 0", "batch_size must be a positive integer, got 0"),
     evaluation("batch-not-divisible", "--batch-size 9", "9", "8 local devices"),
-    evaluation("negative-seed", "--seed -1", "seed must be >= 0, got -1"),
+    evaluation("negative-seed", "--seed -1", "seed must be an integer >= 0, got -1"),
     evaluation("negative-radius", "--epsilon -1", "epsilon must be >= 0"),
     evaluation("transfer-no-file", "--attack transfer:{}/no.npz", "{}/no.npz: cannot be read"),
     evaluation("transfer-other-arrays", "--attack transfer:{}/good.npz", "expected an array x_adv, found", "x_train"),
@@ -205,7 +205,7 @@ MISTAKES = [
     evaluation(
         "eval-radius", "--config {}/eval.py --set threat.epsilon=0.2", "trial pgd attacks within Linf(epsilon=0.1)"
     ),
-    evaluation("eval-no-images", "--config {}/eval.py --set max_images=0", "max_images must be positive or None"),
+    evaluation("eval-no-images", "--config {}/eval.py --set max_images=0", "max_images must be a positive integer or"),
     evaluation("out-below-a-file", "--out {}/empty.py/out", "empty.py/out: cannot write there"),
 ]
 

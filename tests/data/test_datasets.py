@@ -1,6 +1,7 @@
 """Datasets, batches and augmentation."""
 
 import sys
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -17,18 +18,41 @@ from deq_jax.data import (
     ImageFolder,
     Images,
     Npz,
+    Splits,
     Tfds,
     batch_indices,
     evaluation_batches,
     hold_out,
     to_unit,
 )
+from deq_jax.data.datasets import load_splits
 
 
 def numbered(size, shape=(2, 2, 1)):
     """Images that tell their number."""
     x = np.arange(size, dtype=np.float32).reshape(-1, 1, 1, 1) / size * np.ones(shape, np.float32)
     return Images(x, np.arange(size, dtype=np.int32))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Numbered images in three splits, times a factor."""
+
+    factor: float
+
+    def load(self):
+        part = numbered(4)
+        part = part._replace(x=self.factor * part.x, y=part.y.astype(np.int64))
+        return Splits(part, part, part) if self.factor else part
+
+
+def test_what_a_dataset_of_ones_own_loads_is_checked():
+    splits = load_splits(Scaled(1.0))
+    assert {part.y.dtype for part in splits} == {np.dtype(np.int32)}
+    with pytest.raises(InputError, match=r"Scaled.load: train: images must lie in \[0, 1\], found"):
+        load_splits(Scaled(255.0))
+    with pytest.raises(InputError, match=r"Scaled.load: expected Splits\(train, validation, test\) of Images, got"):
+        load_splits(Scaled(0.0))
 
 
 class TestDigits:
@@ -161,7 +185,10 @@ class TestNpz:
         [
             ({"y_test": None}, ["expected arrays x_train, y_train, x_test, y_test", "missing y_test"]),
             ({"x_train": np.zeros((20, 5))}, ["train", "[N, H, W, C]", "(20, 5)"]),
-            ({"x_test": np.zeros((6, 5, 5, 1))}, ["x_train has images (5, 4, 1)", "x_test (5, 5, 1)"]),
+            (
+                {"x_test": np.zeros((6, 5, 5, 1))},
+                ["expected images of one shape, x_train has (5, 4, 1), x_test (5, 5, 1)"],
+            ),
             ({"y_train": np.zeros(19, int)}, ["train", "20 images", "(19,)"]),
             ({"y_train": np.zeros((20, 3), int)}, ["one label per image", "(20, 3)"]),
             ({"y_test": np.zeros(6)}, ["test", "integers", "float64"]),

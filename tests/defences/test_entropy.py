@@ -216,7 +216,7 @@ def test_mistakes_are_named():
     base = base_of()
     mistakes: dict[str, dict[str, Any]] = {
         "every must divide the solver's 4 steps, got 3": {"every": 3},
-        "steps must be >= 0, got -1": {"steps": -1},
+        "steps must be an integer >= 0, got -1": {"steps": -1},
         "step_size must be > 0, got 0": {"step_size": 0},
         "epsilon must be >= 0, got -1": {"epsilon": -1},
         "base must be an Equilibrium with a solver": {"base": SmallCNN(10, 4)},

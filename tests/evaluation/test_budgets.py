@@ -56,7 +56,7 @@ def test_full_has_all_that_standard_has_and_more(predictor, threat):
 
 
 def test_white_box_trials_need_a_solver():
-    with pytest.raises(InputError, match="expected a DEQ with a solver"):
+    with pytest.raises(InputError, match="white_box_trials: expected an Equilibrium with a solver"):
         white_box_trials(DEQ.with_dynamics(solver=None), Linf(0.1))
 
 

@@ -529,12 +529,12 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("make", "words"),
         [
-            (lambda: EvalConfig(THREAT, (), batch_size=0), "batch_size must be positive, got 0"),
-            (lambda: EvalConfig(THREAT, (), seed=-1), "seed must be >= 0, got -1"),
-            (lambda: EvalConfig(THREAT, (), max_images=0), "max_images must be positive or None, got 0"),
+            (lambda: EvalConfig(THREAT, (), batch_size=0), "batch_size must be a positive integer, got 0"),
+            (lambda: EvalConfig(THREAT, (), seed=-1), "seed must be an integer >= 0, got -1"),
+            (lambda: EvalConfig(THREAT, (), max_images=0), "max_images must be a positive integer or None, got 0"),
             (lambda: EvalConfig(THREAT, (TRIALS[0], TRIALS[0])), "found twice: uniform"),
             (lambda: EvalConfig(THREAT, (replace(TRIALS[0], suite="clean"),)), "found twice: clean"),
-            (lambda: EvalConfig(THREAT, (), predictor=CLASSIFIER), "defence must be a name .* got 'none' for Explicit"),
+            (lambda: EvalConfig(THREAT, (), predictor=CLASSIFIER), "must be a name .* got 'none' for an Explicit"),
             (lambda: EvalConfig(THREAT, (), defence="x"), "'none' otherwise, got 'x' for None"),
             (
                 lambda: EvalConfig(Linf(0.1), auto_attack_trials(THREAT)[1:2]),

@@ -11,7 +11,16 @@ import deq_jax as dj
 from deq_jax import InputError, Keys, Predictor
 from deq_jax.attacks import APGD, PGD, Linf, Noise, Square, Targeted
 from deq_jax.core import logit_difference
-from deq_jax.evaluation import Diagnostics, EvalConfig, Trial, is_correct, measure, worst_case
+from deq_jax.evaluation import (
+    Diagnostics,
+    EvalConfig,
+    Trial,
+    default_trials,
+    is_correct,
+    measure,
+    white_box_trials,
+    worst_case,
+)
 from deq_jax.surrogates import Intermediate, judged
 from tests.helpers import dense, linear
 
@@ -117,3 +126,43 @@ class TestAssess:
     def test_without_trials_there_is_no_robust_accuracy(self):
         result = dj.assess(LINEAR, (X, Y), (), threat=BALL)
         assert result.robust_accuracy is None and result.red_flags == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: default_trials(LINEAR, BALL), "default_trials: predictor: .* predictor.classifier, got a Predictor"),
+        (lambda: white_box_trials(LINEAR, BALL), "white_box_trials: expected an Equilibrium .* got a Predictor"),
+        (lambda: Predictor(LINEAR.variables, LINEAR.classifier), "Predictor: classifier: .* got a dict with keys"),
+        (lambda: LINEAR.oracle(Intermediate), "surrogate: .* got the class Intermediate"),
+        (lambda: LINEAR.oracle(dj.Implicit()), r"surrogate: .* or WithGradient\(Implicit\(\)\) .* got an Implicit"),
+        (lambda: LINEAR.accuracy(255 * X, Y), r"Predictor.accuracy: images must lie in \[0, 1\]"),
+        (lambda: LINEAR.accuracy(X, Y[:3]), "Predictor.accuracy: expected one label per image, got 24 images"),
+        (lambda: Trial("a", PGD), "Trial: attack: .* got the class PGD"),
+        (lambda: Trial("a", PGD(BALL), Intermediate), "Trial: surrogate: .* got the class Intermediate"),
+        (lambda: EvalConfig(0.1, ()), "EvalConfig: threat: expected a threat model, .* got 0.1"),
+        (
+            lambda: EvalConfig(BALL, (PGD(BALL),)),
+            "EvalConfig: trials: expected a tuple of Trial, .* got a tuple of a PGD",
+        ),
+        (
+            lambda: dj.assess(LINEAR.classifier, (X, Y), TRIALS),
+            "assess: predictor: expected a Predictor, .* an Explicit",
+        ),
+        (lambda: dj.assess(LINEAR, X, TRIALS), "assess: images: expected a pair of images and labels, .* got float32"),
+        (lambda: dj.assess(LINEAR, linear.DATA, TRIALS), "assess: images: .* got a Splits of"),
+        (lambda: dj.assess(LINEAR, (X, Y), TRIALS[0]), "assess: trials: .* got a Trial"),
+        (lambda: dj.assess(LINEAR, (X, Y), [PGD(BALL)]), "assess: trials: .* got a list of a PGD"),
+        (lambda: dj.assess(LINEAR, (X, Y), threat=0.1), "APGD: threat: .* got 0.1"),
+        (lambda: dj.assess(LINEAR, (X, Y[:3]), TRIALS), "worst_case: expected one label per image"),
+        (lambda: dj.assess(LINEAR, (255 * X, Y), TRIALS), r"worst_case: images must lie in \[0, 1\]"),
+        (
+            lambda: worst_case(EvalConfig(BALL, ()), LINEAR, {}, linear.DATA.test),
+            "worst_case: classifier: .* a Predictor",
+        ),
+    ],
+)
+def test_parts_that_are_none(make, found):
+    with pytest.raises(InputError, match=found) as error:
+        make()
+    assert "\n" not in str(error.value)

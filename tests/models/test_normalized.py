@@ -121,7 +121,7 @@ def test_other_images_and_classifiers_are_refused(pair):
     _, variables, whole = pair
     with pytest.raises(InputError, match="Normalized: expected images of 3 channels, got 1"):
         whole(variables, X[..., :1])
-    with pytest.raises(InputError, match="the classifier is normalised already"):
+    with pytest.raises(InputError, match="expected a classifier without normalisation, got one that has it"):
         normalized(whole, MEAN, STD)
     with pytest.raises(InputError, match="expected an Equilibrium or Explicit, got EntropyReduced"):
         normalized(EntropyReduced(tiny.classifier()), MEAN, STD)

@@ -216,7 +216,7 @@ def test_smooth_sign():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(InputError, match="expected an EntropyReduced classifier, got Equilibrium"):
+    with pytest.raises(InputError, match="expected an EntropyReduced classifier, got an Equilibrium"):
         BPDAIdentity()(DEFENCE.base, VARIABLES)
     with pytest.raises(InputError, match="temperature must be > 0, got 0"):
         EndToEnd(0)

@@ -295,9 +295,9 @@ def test_explicit_networks_have_their_own_gradient_only():
     parameters = network.init(jax.random.key(0), X)
     assert Direct()(network, parameters).logits(X, None).shape == (3, 5)
     for surrogate in SURROGATES[1:]:
-        with pytest.raises(InputError, match="expected an Equilibrium with a solver, got Explicit"):
+        with pytest.raises(InputError, match="expected an Equilibrium with a solver, got an Explicit"):
             surrogate(network, parameters)
-    with pytest.raises(InputError, match="expected an Equilibrium with a solver, got Equilibrium"):
+    with pytest.raises(InputError, match="expected an Equilibrium with a solver, got one with solver=None"):
         deployed(run_as(solver=None), EnsembleState())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import deq_jax as dj
 from deq_jax import Backprop, InputError, Keys, PGDAdversarialTraining, RandomIntermediateState, Standard, Trades
 from deq_jax.attacks import PGD
 from deq_jax.core import Purpose, losses
@@ -133,6 +134,35 @@ def test_trades_attack_is_given_the_clean_logits_once(batch):
     attack = Recording(tiny.ATTACK.threat, loss=losses.kl)
     Trades(attack).perturb(CLASSIFIER, variables, x, y, KEYS)
     np.testing.assert_allclose(seen[0], CLASSIFIER(variables, x).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("classifier", dj.Equilibrium, "got the class Equilibrium"),
+        ("objective", dj.Standard, r"such as Standard\(\) or .* got the class Standard"),
+        ("dataset", dj.data.Digits, "got the class Digits"),
+        (
+            "dataset",
+            dj.data.Images(np.zeros((2, 8, 8, 1)), np.zeros(2, int)),
+            r"see data.Dataset.* an? Images of float64",
+        ),
+        ("optimizer", optax.adam(1e-3), "for optax one of your own .* got a GradientTransformation"),
+        ("validation_attack", tiny.ATTACK.threat, "such as PGD.* got a Linf"),
+    ],
+)
+def test_a_config_names_the_part_that_is_none(field, value, found):
+    with pytest.raises(InputError, match=f"TrainConfig: {field}: expected an? .*{found}") as error:
+        replace(tiny.get_config(), **{field: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("objective", [PGDAdversarialTraining, Trades])
+def test_objectives_refuse_parts_that_are_none(objective):
+    with pytest.raises(InputError, match=r"attack: expected an attack, .* got 0.1"):
+        objective(0.1)
+    with pytest.raises(InputError, match=r"surrogate: expected a surrogate, .* got the class ThroughSolver"):
+        objective(tiny.TRADES_ATTACK, surrogate=ThroughSolver)
 
 
 def test_trades_refuses_an_attack_on_labels():
