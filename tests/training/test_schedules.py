@@ -85,7 +85,9 @@ def test_pre_training_has_no_attack():
 
 
 @pytest.mark.parametrize(
-    "objective", [Standard(), PGDAdversarialTraining(Targeted(replace(tiny.ATTACK, best_of=True)))], ids=repr
+    "objective",
+    [Standard(), PGDAdversarialTraining(Targeted(replace(tiny.ATTACK, best_of=True)))],
+    ids=["standard", "targeted"],
 )
 def test_an_objective_without_a_radius_is_refused(objective):
     with pytest.raises(InputError, match="radius: expected an objective with an attack of one radius"):
