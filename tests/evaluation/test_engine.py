@@ -589,7 +589,7 @@ class TestConfig:
         assert {trial.attack.threat for trial in roles} == {threat}
         gradients = {trial.surrogate for trial in vars(checks).values() if trial.attack.uses_gradients}
         assert gradients == {Intermediate(2)}
-        with pytest.raises(InputError, match="diagnostics: steps must be >= 2, got 1"):
+        with pytest.raises(InputError, match="diagnostics: steps must be an integer >= 2, got 1"):
             diagnostics(threat, steps=1)
 
     @pytest.mark.parametrize("steps", [2, 3, 10, 20, 50, 100])
