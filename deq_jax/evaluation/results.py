@@ -166,7 +166,7 @@ class Flag:
         return cls(name, raised, share, threshold, explanation, count, images)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WorstCase:
     """The results of all trials, and the worst case for each image.
 
@@ -208,6 +208,8 @@ class WorstCase:
       ... )
       >>> result.clean_accuracy, result.robust_accuracy
       (0.5, None)
+      >>> result
+      WorstCase(2 images: clean 50.00 %, not attacked)
     """
 
     config: EvalConfig
@@ -224,6 +226,12 @@ class WorstCase:
     radius_settled: np.ndarray | None = None
     adjoint_residual: np.ndarray | None = None
     red_flags: tuple[Flag, ...] = ()
+
+    def __repr__(self) -> str:
+        robust, raised = self.robust_accuracy, [flag.name for flag in self.red_flags if flag.raised]
+        attacked = "not attacked" if robust is None else f"robust at most {100 * robust:.2f} %"
+        flags = f"; red flags raised: {', '.join(raised)}" if raised else ""
+        return f"WorstCase({len(self.y)} images: clean {100 * self.clean_accuracy:.2f} %, {attacked}{flags})"
 
     @property
     def clean_accuracy(self) -> float:

@@ -91,6 +91,8 @@ class TestAssess:
         result = dj.assess(still, (X, Y), (TRIALS[0], replace(TRIALS[2], suite="black")), skip_broken=False)
         raised = {flag.name for flag in result.red_flags if flag.raised}
         assert "zero gradients" in raised
+        robust = f"robust at most {100 * result.robust_accuracy:.2f} %"
+        assert f"{robust}; red flags raised: " in repr(result) and "zero gradients" in repr(result)
 
     @pytest.mark.parametrize(
         "attack",
@@ -126,6 +128,7 @@ class TestAssess:
     def test_without_trials_there_is_no_robust_accuracy(self):
         result = dj.assess(LINEAR, (X, Y), (), threat=BALL)
         assert result.robust_accuracy is None and result.red_flags == ()
+        assert repr(result).endswith("%, not attacked)")
 
 
 @pytest.mark.parametrize(
