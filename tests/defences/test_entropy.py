@@ -23,7 +23,7 @@ from deq_jax import (
     LastState,
     Phantom,
 )
-from deq_jax.core import entropy, straight_through
+from deq_jax.core import entropy, solve, straight_through
 from deq_jax.defences import EntropyGradient, RandomDirection, ReferenceCarry, reduce_entropy, sign
 from deq_jax.models import SmallCNN
 from deq_jax.parallel import replicate_and_split
@@ -269,3 +269,18 @@ def golden_close(case, key, reduce):
         steps = np.moveaxis(np.rint(255 * np.asarray(inputs)), -1, -3)
         moved = steps != case.golden[f"{key}/x_blocks"]
         assert not moved[:2].any() and moved.mean() <= (0.01 if case.dtype == "float32" else 0)
+
+
+def test_the_carry_of_the_reference_runs_broydens_method_between_its_restarts():
+    rng = np.random.default_rng(0)
+    weights, u = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 6), (3, 6)))
+
+    def cell(weights, z, u):
+        return jnp.tanh(0.4 * z @ weights + u)
+
+    solver = Broyden(5, tolerance=0.0)
+    expected, found = (
+        solve(one, cell, weights, jnp.zeros((3, 6)), u) for one in (solver, ReferenceCarry().adapt(solver))
+    )
+    np.testing.assert_allclose(found.states, expected.states, atol=1e-4)
+    assert float(expected.residuals[-1].max()) < 0.1 * float(expected.residuals[0].max())
