@@ -222,6 +222,7 @@ def test_mistakes_are_named():
         EndToEnd(0)
     with pytest.raises(InputError, match="weight must be >= 0, got -1"):
         LowEntropy(-1)
+    assert LowEntropy(0).weight == 0
 
     def own(entropies, x, keys):
         return EntropyGradient()(entropies, x, keys)
