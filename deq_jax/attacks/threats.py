@@ -171,7 +171,7 @@ def is_traced(value: Any) -> bool:
 
 
 def check_threat(where: str, threat: Any) -> None:
-    """Refuses what is no threat model, such as a bare radius; `where` begins the message."""
+    """Refuses anything but a threat model, such as a bare radius; `where` begins the message."""
     require_role(f"{where}: threat", threat, ("epsilon", "project"), "a threat model, such as Linf(8 / 255)")
 
 

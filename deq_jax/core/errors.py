@@ -94,3 +94,8 @@ def described(value: Any) -> str:
     kind = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     parts = ", ".join(map(described, value)) if isinstance(value, tuple | list) else ""
     return f"{kind} of {parts}" if parts else kind
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

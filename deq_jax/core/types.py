@@ -173,7 +173,7 @@ class Solver(Protocol):
 
 
 def check_solver(where: str, solver: Any) -> None:
-    """Refuses what is no `Solver`; `where` begins the message."""
+    """Refuses anything but a `Solver`; `where` begins the message."""
     require_role(where, solver, ("steps", "tolerance", "init", "update"), "a solver, such as Broyden(8)")
 
 

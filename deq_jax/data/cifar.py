@@ -32,7 +32,7 @@ class _Version(NamedTuple):
       train, test: names of the files of images.
       names: name of the file with the names of the classes.
       labels: number of labels in a record of the binary version, the last is used; 0 for a pickle.
-      prefix: of the keys "labels" and "label_names" in a pickle.
+      prefix: beginning of the keys "labels" and "label_names" in a pickle.
     """
 
     train: tuple[str, ...]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.core.box import clip_to_box
-from deq_jax.core.errors import InputError, described, require
+from deq_jax.core.errors import InputError, described, first_line, require
 
 SPLIT_SEED = 0
 
@@ -210,7 +210,7 @@ class Tfds:
             builder = tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
         except (AssertionError, ImportError, ValueError) as error:
             usable = f"Tfds: TensorFlow Datasets has no usable dataset named {self.name!r}{where}"
-            raise InputError(f"{usable} ({_first_line(error)})") from None
+            raise InputError(f"{usable} ({first_line(error)})") from None
         splits = list(builder.info.splits)
         require(split in splits or not splits, f"Tfds {self.name}: expected a split {split}, found {', '.join(splits)}")
         try:
@@ -220,14 +220,14 @@ class Tfds:
                 f"Tfds: {self.name} is not prepared in array_record format on this machine. Prepare it once with:"
                 ' pip install tensorflow importlib_resources && python -c "import tensorflow_datasets as tfds;'
                 f" tfds.builder({self.name!r}, file_format='array_record'{where}).download_and_prepare()\""
-                f" ({_first_line(error)})"
+                f" ({first_line(error)})"
             ) from None
         try:
             examples = [source[i] for i in range(len(source))]
             images, labels = (np.stack([example[key] for example in examples]) for key in ("image", "label"))
         except (KeyError, ValueError) as error:
             expected = f"Tfds {self.name} {split}: expected examples with an image, all of one size, and a label"
-            raise InputError(f"{expected} ({_first_line(error)})") from None
+            raise InputError(f"{expected} ({first_line(error)})") from None
         return checked_images(images, labels, f"Tfds {self.name} {split}")
 
 
@@ -243,10 +243,6 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
         return tuple(getattr(dataset, "class_names", ()))
     except InputError:  # of images whose file of names is missing
         return ()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_splits(dataset: Dataset) -> Splits:

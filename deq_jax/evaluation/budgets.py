@@ -66,7 +66,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
         cost less.
 
     Raises:
-      InputError: the budget is unknown, or the predictor is no classifier.
+      InputError: the budget is unknown, or the predictor is not a classifier.
 
     References: Croce & Hein 2020a (APGD, APGD-T), Andriushchenko et al. 2020 (Square).
 

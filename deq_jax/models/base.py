@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
 
 
 def check_classifier(where: str, classifier: Any) -> None:
-    """Refuses what is no classifier, such as a `Predictor`; `where` begins the message."""
+    """Refuses anything but a classifier, such as a `Predictor`; `where` begins the message."""
     expected = "a classifier, such as an Equilibrium or the classifier of a Predictor, predictor.classifier"
     require_role(where, classifier, ("__call__",), expected)
 

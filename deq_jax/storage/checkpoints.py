@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -21,9 +22,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, first_line, require
 from deq_jax.core.types import PyTree
-from deq_jax.storage.files import read_json, write_json, writing
+from deq_jax.storage.files import write_json, writing
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every save, and also raises what it reports
 
@@ -32,6 +33,10 @@ QUIET = 1.0  # seconds
 DIGESTS = "digests.json"  # SHA-256 of all other files of a checkpoint, by their path in it
 
 UNFINISHED = ".unfinished"  # what is being written or deleted; orbax appends endings of its own
+
+
+class DamagedError(InputError):
+    """A checkpoint is not as it was written."""
 
 
 class Checkpoints:
@@ -72,9 +77,11 @@ class Checkpoints:
         with _os_errors(), _checkpointer() as checkpointer:
             checkpointer.save(unfinished, args=items)
         write_json(unfinished / DIGESTS, _digests(unfinished))
-        for replaced in (old for old in self._steps() if old >= step):
-            self._remove(replaced)
+        if step in self._steps():
+            self._remove(step)
         unfinished.rename(self.folder / str(step))
+        for later in (other for other in self._steps() if other > step):
+            self._remove(later)
         for old in self._steps()[: -self.keep]:
             self._remove(old)
 
@@ -89,7 +96,8 @@ class Checkpoints:
           say: called with a line for each newer one that is damaged.
 
         Raises:
-          InputError: all are damaged, or there is none.
+          DamagedError: all are damaged.
+          InputError: there is none, or the newest that is not known to be damaged cannot be read.
         """
         damaged: dict[int, str] = {}
         while steps := [step for step in self._steps() if step not in damaged]:
@@ -97,14 +105,17 @@ class Checkpoints:
             try:
                 found = Checkpoint.of(self.folder / str(step))
             except InputError as error:
-                if step in self._steps():  # not deleted meanwhile by the process that trains
-                    damaged[step] = str(error)
+                if step not in self._steps():  # deleted meanwhile by the process that trains
+                    continue
+                if not isinstance(error, DamagedError):
+                    raise
+                damaged[step] = str(error)
             else:
                 for problem in damaged.values():
                     say(f"{problem}; step {step} is used")
                 return found
         require(bool(damaged), f"{self.folder}: has no checkpoint")
-        raise InputError(f"{next(iter(damaged.values()))}; there is no earlier one")
+        raise DamagedError(f"{next(iter(damaged.values()))}; there is no earlier one")
 
     def set_aside(self, after: int) -> None:
         """Renames the checkpoints after this step, which are damaged, to STEP.damaged-NUMBER; nothing is deleted."""
@@ -143,16 +154,26 @@ class Checkpoint:
 
     @classmethod
     def of(cls, path: Path) -> Checkpoint:
-        """Reads a checkpoint; raises `InputError` if it is damaged. Older ones, without digests, are told by orbax."""
+        """Reads a checkpoint. Its digests tell whether it is damaged; of an older one, without digests, orbax tells.
+
+        Raises:
+          DamagedError: it is damaged.
+          InputError: it cannot be read for another reason, such as a want of memory or of permission.
+        """
         try:
-            _check_digests(path)
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+            is_checked = _check_digests(path)
+        except OSError as error:
+            raise InputError(f"checkpoint {path} cannot be read ({first_line(error)})") from None
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
+        try:
             with _without_late_reads(), _checkpointer() as checkpointer:
                 found = checkpointer.restore(path, args=items)
-            return cls(path, found.state, found.meta)
         except Exception as error:  # orbax, tensorstore and json each have their own
-            reason = str(error).strip().splitlines()[0][:200]
-            raise InputError(f"checkpoint {path} is damaged ({reason})") from None
+            reason = first_line(error)[:200]
+            if is_checked:
+                raise InputError(f"checkpoint {path} cannot be read ({reason})") from None
+            raise DamagedError(f"checkpoint {path} is damaged ({reason})") from None
+        return cls(path, found.state, found.meta)
 
     @property
     def step(self) -> int:
@@ -206,11 +227,20 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
-def _check_digests(folder: Path) -> None:
-    written = read_json(folder / DIGESTS) if (folder / DIGESTS).exists() else {}
-    for name, expected in written.items():
-        require((folder / name).is_file(), f"{name} is missing")
-        require(_sha256(folder / name) == expected, f"{name} is not as it was written")
+def _check_digests(folder: Path) -> bool:
+    """Whether the checkpoint has digests; raises `DamagedError` where they do not fit its files."""
+    if not (folder / DIGESTS).exists():
+        return False
+    try:
+        for name, expected in json.loads((folder / DIGESTS).read_text()).items():
+            require((folder / name).is_file(), f"{name} is missing")
+            require(_sha256(folder / name) == expected, f"{name} is not as it was written")
+    except (
+        AttributeError,
+        ValueError,
+    ) as error:  # the file of digests itself is damaged, or what it tells (InputError)
+        raise DamagedError(f"checkpoint {folder} is damaged ({error})") from None
+    return True
 
 
 def _sha256(path: Path) -> str:

@@ -80,7 +80,9 @@ def _locked(path: Path) -> Iterator[IO[str]]:
     """The file, open and locked; raises `InputError` if another process writes to its folder."""
     is_current = False
     while not is_current:
-        with path.open("a+") as file:
+        with writing(path):
+            file = path.open("a+")
+        with file:
             state = _try_to_lock(file)
             # Otherwise its former holder has deleted it meanwhile, and what is locked is a file without a name.
             is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -53,7 +53,7 @@ class Surrogate(Protocol):
 
 
 def check_surrogate(where: str, surrogate: Any) -> None:
-    """Refuses what is no surrogate, such as a gradient estimator; `where` begins the message."""
+    """Refuses anything but a surrogate, such as a gradient estimator; `where` begins the message."""
     expected = "a surrogate, such as ThroughSolver(), or WithGradient(Implicit()) of a gradient estimator"
     require_role(where, surrogate, ("__call__",), expected)
     require(not hasattr(surrogate, "applications"), f"{where}: expected {expected}, got {described(surrogate)}")

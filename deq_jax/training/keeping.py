@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from deq_jax.core.errors import InputError
 from deq_jax.models.base import Variables
+from deq_jax.storage.checkpoints import DamagedError
 from deq_jax.storage.files import write_json
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
@@ -139,7 +139,7 @@ class Disk(Memory):
         if best.latest_step() is not None:
             try:
                 step = best.read(self._say_damaged).step
-            except InputError as error:
+            except DamagedError as error:
                 self._say_damaged(f"{error}: the next validation gives the best one")
                 meta["best_accuracy"] = -1.0
             best.set_aside(after=step)

@@ -32,6 +32,8 @@ from deq_jax.training.step import Batch, TrainState, initial_state, learning_rat
 from deq_jax.training.validation import validation_line
 from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
 
+MOST_MINUTES = 10_000_000  # that a timer takes: nineteen years
+
 
 @dataclass(frozen=True)
 class Run:
@@ -120,7 +122,8 @@ def fit(
       deq_jax.core.errors.InputError: batch_size 4800 exceeds the 1149 training images
     """
     require(isinstance(config, TrainConfig), f"fit: config: expected a TrainConfig, got {described(config)}")
-    require(minutes is None or minutes > 0, f"minutes must be positive, got {minutes}")
+    in_time = minutes is None or 0 < minutes <= MOST_MINUTES
+    require(in_time, f"minutes must be positive and at most {MOST_MINUTES}, got {minutes}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)

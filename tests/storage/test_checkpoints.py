@@ -1,5 +1,6 @@
 """Checkpoints give back what was saved, or name the first part that does not fit."""
 
+import shutil
 import sys
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 from deq_jax import InputError
+from deq_jax.storage import checkpoints as checkpoints_module
 from deq_jax.storage.checkpoints import Checkpoints
 
 
@@ -156,6 +158,53 @@ def test_a_checkpoint_set_aside_does_not_take_the_place_of_another(tmp_path):
         checkpoints.set_aside(after=1)
         checkpoints.save(2, STATE, {})
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged-1", "2.damaged-2"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_digests_that_are_damaged_themselves_are_noticed(text, tmp_path):
+    checkpoints = two_checkpoints(tmp_path)
+    said: list[str] = []
+    (tmp_path / "2" / "digests.json").write_text(text)
+    assert checkpoints.read(said.append).step == 1 and "2 is damaged (" in said[0]
+
+
+def out_of_memory(*_, **__):
+    raise MemoryError
+
+
+def not_permitted(*_):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("place", "failure", "words"),
+    [
+        ("ocp.Checkpointer.restore", out_of_memory, r"2 cannot be read \(MemoryError\)"),
+        ("_sha256", not_permitted, r"2 cannot be read \(\[Errno 13\] Permission denied\)"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_here_does_not_count_as_damaged(place, failure, words, tmp_path, monkeypatch):
+    """The one before it is not used: the newest may be sound."""
+    checkpoints = two_checkpoints(tmp_path)
+    monkeypatch.setattr(f"deq_jax.storage.checkpoints.{place}", failure)
+    said: list[str] = []
+    with pytest.raises(InputError, match=words):
+        checkpoints.read(said.append)
+    assert said == []
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(tmp_path, monkeypatch):
+    """As by the process that trains, which keeps the newest."""
+    checkpoints, check = two_checkpoints(tmp_path), checkpoints_module._check_digests
+
+    def deleted(folder):
+        check(folder)
+        if folder.name == "2":
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(checkpoints_module, "_check_digests", deleted)
+    said: list[str] = []
+    assert checkpoints.read(said.append).step == 1 and said == []
 
 
 def test_where_all_are_damaged_the_newest_is_named(tmp_path):

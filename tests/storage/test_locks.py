@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from deq_jax import InputError
+from deq_jax.core import WriteError
 from deq_jax.storage import locks
 from deq_jax.storage.locks import sole_writer
 
@@ -116,4 +117,11 @@ def test_a_lock_file_that_is_deleted_while_it_is_taken_is_made_anew(tmp_path, mo
 
     monkeypatch.setattr(fcntl, "flock", end_of_the_first)
     with sole_writer(tmp_path), pytest.raises(InputError, match="is in use"):
+        enter(tmp_path)
+
+
+def test_a_lock_file_that_cannot_be_opened_is_one_line(tmp_path):
+    """As that of another user, who has ended."""
+    (tmp_path / "lock.json").mkdir()
+    with pytest.raises(WriteError, match=r"lock.json: cannot be written \(Is a directory\)"):
         enter(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 
 import jax
@@ -142,8 +143,9 @@ def test_a_run_whose_time_is_over_saves_and_goes_on(tmp_path):
 
 
 def test_a_time_that_is_none_is_refused(tmp_path):
-    for minutes in (0, -1, float("nan")):
-        with pytest.raises(InputError, match=f"minutes must be positive, got {minutes}"):
+    for minutes in (0, -1, float("nan"), float("inf"), 1e12):
+        words = re.escape(f"minutes must be positive and at most 10000000, got {minutes}")
+        with pytest.raises(InputError, match=words):
             dj.fit(LINEAR, tmp_path / "run", minutes=minutes)
 
 
