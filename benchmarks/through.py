@@ -17,11 +17,12 @@ from typing import Any
 
 from deq_jax import evaluate, train
 from deq_jax._cli import command_line, console
+from deq_jax.core import require
 from deq_jax.reporting import Estimate, Group, Pair, groups_of, read_evaluations
 from deq_jax.storage import environment, read_json, write_json
 
 # name -> its config, and what differs from it
-TRAININGS: dict[str, tuple[str, list[str]]] = {
+RUNS: dict[str, tuple[str, list[str]]] = {
     "PGD-AT": ("digits_pgd_at", []),
     "PGD-AT, through the solver": ("digits_pgd_at_through", []),
     "PGD-AT, explicit network": ("digits_cnn_pgd_at", []),
@@ -47,31 +48,35 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the missing parts and makes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1 (default 3)")
-    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=TRAININGS, metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", default=list(RUNS), choices=RUNS, metavar="NAME", help=f"of {'; '.join(RUNS)}"
+    )
     parser.add_argument("--budget", default="quick", help="attacks of the evaluations (default quick)")
     parser.add_argument("--out", type=Path, default=Path("runs/through"), metavar="DIR", help="default: runs/through")
     parser.add_argument("--page", type=Path, metavar="FILE", help="page that shows the tables")
     options = parser.parse_args(argv)
     with command_line():
-        workdirs = {name: [options.out / f"{slug(name)}-{seed}" for seed in range(options.seeds)] for name in TRAININGS}
+        if options.page:
+            with_tables(read_text(options.page), {"rows": [], "differences": []})  # refuses a page without marks
+        workdirs = {name: [options.out / f"{slug(name)}-{seed}" for seed in range(options.seeds)] for name in RUNS}
         for seed in range(options.seeds):
-            for name in options.trainings:
-                config, changes = TRAININGS[name]
+            for name in options.only:
+                config, changes = RUNS[name]
                 where = ["--workdir", str(workdirs[name][seed])]
-                changes = [f"seed={seed}", *changes]
-                train.main(["--config", f"configs/{config}.py", *where, "--set", *changes])
+                fields = [argument for change in (f"seed={seed}", *changes) for argument in ("--set", change)]
+                train.main(["--config", f"configs/{config}.py", *where, *fields])
                 evaluate.main([*where, "--budget", options.budget])
-        numbers = numbers_of({name: workdirs[name] for name in options.trainings}, f"test-{options.budget}")
+        numbers = numbers_of({name: workdirs[name] for name in options.only}, f"test-{options.budget}")
         write_json(options.out / "tables.json", numbers)
         console.print(tables(numbers), markup=False)
         if options.page:
             write_json(options.page.with_suffix(".json"), numbers)
-            options.page.write_text(with_tables(options.page.read_text(), numbers))
+            options.page.write_text(with_tables(read_text(options.page), numbers))
 
 
 def slug(name: str) -> str:
     """The first part of a workdir's name: that of the config, and what differs."""
-    config, changes = TRAININGS[name]
+    config, changes = RUNS[name]
     return "-".join([config, *(change.rpartition(".")[2].replace("=", "-") for change in changes)])
 
 
@@ -86,7 +91,7 @@ def numbers_of(workdirs: dict[str, list[Path]], evaluation: str) -> dict[str, An
         "images": one.images,
         "versions": environment()["versions"] | {"python": platform.python_version()},
         "processors": os.cpu_count(),
-        "trainings": [_row(name, group) for name, group in groups.items()],
+        "rows": [_row(name, group) for name, group in groups.items()],
         "differences": [_difference(a, b, groups) for a, b in PAIRS if a in groups and b in groups],
     }
 
@@ -121,7 +126,7 @@ def _json(estimate: Estimate | None) -> dict[str, Any] | None:
 def tables(numbers: dict[str, Any]) -> str:
     """Both tables, as Markdown."""
     rows = ["| training | clean | **worst case** | of each seed | residual | flags |", "|---|---|---|---|---|---|"]
-    for row in numbers["trainings"]:
+    for row in numbers["rows"]:
         seeds = ", ".join(f"{100 * value:.1f}" for value in row["of_seeds"])
         residual = "" if row["residual"] is None else f"{row['residual']:.3f}"
         flags = ", ".join(f"{name} {count}/{len(row['seeds'])}" for name, count in row["flags"].items())
@@ -146,14 +151,19 @@ def with_tables(page: str, numbers: dict[str, Any]) -> str:
     """The page with these tables between its marks."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
-    if not mark:
-        raise SystemExit(f"error: the page has no lines {BEGIN!r} and {END!r}")
+    require(bool(mark), f"the page has no lines {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n\n{tables(numbers)}\n\n{END}{after}"
 
 
 def stored(page: Path) -> str:
     """The page as its JSON file makes it."""
     return with_tables(page.read_text(), read_json(page.with_suffix(".json")))
+
+
+def read_text(page: Path) -> str:
+    """The text of a page."""
+    require(page.is_file(), f"{page}: no such file")
+    return page.read_text()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ def command_line() -> Iterator[None]:
         fail(str(error), os.EX_IOERR)
 
 
+def note(text: str) -> None:
+    """Prints a line that the user should know of."""
+    console.print(f"note: {text}", markup=False)
+
+
 def fail(message: str, code: int) -> None:
     """Exits with one line on stderr."""
     print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from deq_jax._cli import add_set_option, command_line, console
+from deq_jax._cli import add_set_option, command_line, console, note
 from deq_jax.core.errors import InputError, require
 from deq_jax.interop.checkpoints import export_checkpoint, import_checkpoint, mdeq_shapes
 from deq_jax.interop.mdeq_names import torch_shapes
@@ -107,13 +107,13 @@ def _run_import(options: argparse.Namespace) -> None:
     console.print(f"or:   python -m deq_jax.train --config {options.config}{assignments} --workdir {options.out}")
     if config.pretrain_steps:
         phase = f"{config.pretrain_steps} pre-training steps of this config"
-        console.print(f"note: training would begin with the {phase}; --set pretrain_steps=0 skips them")
+        note(f"training would begin with the {phase}; --set pretrain_steps=0 skips them")
 
 
 def _run_export(options: argparse.Namespace) -> None:
     own = f"--config and --set go with a checkpoint file; {options.source} is a folder with a config of its own"
     require(options.config is None and not options.assignments, own)
-    step = export_checkpoint(options.source, options.out, best=options.checkpoint != "latest")
+    step = export_checkpoint(options.source, options.out, best=options.checkpoint != "latest", say=note)
     console.print(f"converted: {options.checkpoint or 'best'} checkpoint, step {step}, in {options.out}")
 
 

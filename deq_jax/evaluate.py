@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from rich.progress import TaskProgressColumn
 
-from deq_jax._cli import add_process_options, add_set_option, command_line, console, join
+from deq_jax._cli import add_process_options, add_set_option, command_line, console, join, note
 from deq_jax._progress import Display
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf
@@ -123,8 +123,9 @@ def evaluate(
       checkpoint: best or latest.
     """
     with agreed():
-        run = load_run(workdir, best=checkpoint == "best", say=tell_damaged)
+        run = load_run(workdir, best=checkpoint == "best", say=note)
         train, config = run.config, choose(run.config)
+        names = class_names(train.dataset)
     variables, step = from_primary((run.variables, np.int32(run.step)))
     images = getattr(run.data, split)
     about = {"checkpoint": f"{checkpoint}, step {step}", "split": split}
@@ -142,16 +143,11 @@ def evaluate(
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
-    record = EvaluationRecord.of(result, provenance, class_names(train.dataset))
+    record = EvaluationRecord.of(result, provenance, names)
     with agreed():
         if is_primary():
             write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
     return record
-
-
-def tell_damaged(text: str) -> None:
-    """Prints a line about a checkpoint that is damaged."""
-    console.print(f"note: {text}", markup=False)
 
 
 def teller(display: Display) -> Callable[[Moment], None]:

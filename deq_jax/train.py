@@ -108,18 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             except NonFiniteLoss as error:
                 fail(str(error), 1)
             except Interrupted as stop:
-                number, step = stop.args
-                is_late = number == signal.SIGALRM
-                why = (
-                    f"{options.minutes:g} minutes are over, stopped"
-                    if is_late
-                    else f"stopped by {signal.Signals(number).name}"
-                )
-                message = f"{why} after step {step}, state saved; the same command resumes"
-                fail(message, os.EX_TEMPFAIL if is_late else 128 + number)
+                fail(*ending(*stop.args, minutes=options.minutes))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
         console.print(f"trained: {int(run.state.step)} steps, {parameters:,} parameters, in {options.workdir}")
         console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")
+
+
+def ending(number: int, step: int, *, minutes: float | None) -> tuple[str, int]:
+    """What is said of a run that a signal stopped after this step, and the exit code."""
+    rest = f"after step {step}, state saved; the same command resumes"
+    if number == signal.SIGALRM:
+        return f"{minutes:g} minutes are over, stopped {rest}", os.EX_TEMPFAIL
+    return f"stopped by {signal.Signals(number).name} {rest}", 128 + number
 
 
 def show(display: Display, line: dict[str, Any]) -> None:

@@ -234,15 +234,22 @@ class Tfds:
 def class_names(dataset: Dataset) -> tuple[str, ...]:
     """The names of a dataset's classes, in the order of their labels; empty where it has none, or they are missing.
 
+    Raises:
+      InputError: they are not a tuple of strings.
+
     Examples:
       >>> from deq_jax.data import Digits, Npz, class_names
       >>> class_names(Digits())[:3], class_names(Npz("my.npz"))
       (('0', '1', '2'), ())
     """
     try:
-        return tuple(getattr(dataset, "class_names", ()))
+        names = getattr(dataset, "class_names", ())
     except InputError:  # of images whose file of names is missing
         return ()
+    fits = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    where = f"{type(dataset).__name__}.class_names"
+    require(fits, f"{where}: expected a tuple of the names, got {described(names)}")
+    return tuple(names)
 
 
 def load_splits(dataset: Dataset) -> Splits:

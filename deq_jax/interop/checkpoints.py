@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,13 +78,16 @@ def import_checkpoint(
     return state
 
 
-def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True) -> int:
+def export_checkpoint(
+    workdir: str | Path, out: str | Path, *, best: bool = True, say: Callable[[str], None] = warnings.warn
+) -> int:
     """Writes the variables of a run under their PyTorch names; the dataset is not read.
 
     Args:
       workdir: folder of a training run of an MDEQ.
       out: new file, ``.npz`` or ``.safetensors``.
       best: the best checkpoint, or else the latest.
+      say: called with a line for each checkpoint that is damaged; the one before it is written then.
 
     Returns:
       The step of the checkpoint.
@@ -102,7 +106,7 @@ def export_checkpoint(workdir: str | Path, out: str | Path, *, best: bool = True
     check_writable(out)
     config = folder.config
     mdeq_shapes(config)
-    found = folder.trained("best" if best else "latest").read()
+    found = folder.trained("best" if best else "latest").read(say)
     template = mdeq_shapes(config, _stored_channels(found))
     variables = found.shaped_like(template, only=list(template))
     make_folder(out.parent)

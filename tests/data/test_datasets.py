@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from deq_jax.data import (
     Splits,
     Tfds,
     batch_indices,
+    class_names,
     evaluation_batches,
     hold_out,
     to_unit,
@@ -427,3 +429,15 @@ def test_tfds_reads_what_was_prepared_on_disk(tmp_path, tfds, has_test):
     assert [len(part.y) for part in splits] == [15, 5, 10]
     read = [(image.tobytes(), label) for part in splits for image, label in zip(*part, strict=True)]
     assert sorted(read) == sorted((image.tobytes(), label) for image, label in zip(x, y, strict=True))
+
+
+@dataclass(frozen=True)
+class Named:
+    class_names: Any
+
+
+def test_class_names_are_strings():
+    assert class_names(Named(["cat", "dog"])) == ("cat", "dog")
+    for names, words in ((None, "None"), ((1, 2), "a tuple of 1, 2"), (str.upper, "a method_descriptor")):
+        with pytest.raises(InputError, match=rf"Named.class_names: expected a tuple of the names, got {words}"):
+            class_names(Named(names))

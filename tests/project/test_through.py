@@ -3,9 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.through import BEGIN, END, PAIRS, TRAININGS, slug, stored, tables, with_tables
+from benchmarks.through import BEGIN, END, PAIRS, RUNS, main, slug, stored, tables, with_tables
+from deq_jax import InputError, TrainConfig
+from deq_jax.attacks import PGD, Linf
+from deq_jax.evaluation import (
+    Attempt,
+    Cost,
+    EvalConfig,
+    EvaluationRecord,
+    Probe,
+    Provenance,
+    Row,
+    Rows,
+    Trial,
+    WorstCase,
+    write_evaluation,
+)
+from deq_jax.storage import load_config, read_json, set_fields, to_tree
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "through.md"
 ROW = {
@@ -26,17 +43,17 @@ PAIR = {
 
 
 def test_a_training_and_a_difference_are_rows():
-    text = tables({"trainings": [ROW], "differences": [PAIR]})
+    text = tables({"rows": [ROW], "differences": [PAIR]})
     assert "| PGD-AT | 99.4 [98.0, 99.9] | 76.7 | 75.0, 78.3 | 0.054 | no plateau 1/2 |" in text
     assert "| a, minus b | −0.6 [−1.6, +0.5] | +7.5 [+4.2, +10.8] |" in text
 
 
 def test_tables_go_between_the_marks_alone():
-    numbers: dict[str, Any] = {"trainings": [], "differences": []}
+    numbers: dict[str, Any] = {"rows": [], "differences": []}
     page = with_tables(f"before\n{BEGIN}\nold\n{END}\nafter\n", numbers)
     assert "old" not in page and page.startswith("before\n") and page.endswith("\nafter\n")
     assert with_tables(page, numbers) == page
-    with pytest.raises(SystemExit, match="has no lines"):
+    with pytest.raises(InputError, match="has no lines"):
         with_tables("no marks", numbers)
 
 
@@ -45,5 +62,77 @@ def test_the_page_shows_its_numbers():
 
 
 def test_each_training_has_a_folder_of_its_own_and_pairs_are_trainings():
-    assert len({slug(name) for name in TRAININGS}) == len(TRAININGS)
-    assert {name for pair in PAIRS for name in pair} <= TRAININGS.keys()
+    assert len({slug(name) for name in RUNS}) == len(RUNS)
+    assert {name for pair in PAIRS for name in pair} <= RUNS.keys()
+
+
+IMAGES = 40
+WRONG = {"PGD-AT": 8, "PGD-AT, through the solver": 4, "PGD-AT, through 4 solver steps": 6}  # under attack
+THROUGH, PLAIN, FEWER = "PGD-AT, through the solver", "PGD-AT", "PGD-AT, through 4 solver steps"
+
+
+def row_of(wrong):
+    is_wrong = np.arange(IMAGES) < wrong
+    margin, residual = np.where(is_wrong, 1.0, -1.0), np.full(IMAGES, 0.25)
+    return Rows(None, None, Row(is_wrong.astype(int), margin, np.zeros(IMAGES), residual))
+
+
+def evaluated(workdir, wrong, train_config):
+    """Writes an evaluation in which two clean images are wrong, and so many under attack."""
+    nothing, x, logits = np.zeros(IMAGES), np.zeros((IMAGES, 2, 2, 1)), np.eye(IMAGES, 10)
+    attacked, everywhere = row_of(wrong), np.ones(IMAGES, bool)
+    result = WorstCase(
+        config=EvalConfig(Linf(0.1), (Trial("pgd", PGD(Linf(0.1))),), skip_broken=False),
+        y=np.zeros(IMAGES, int),
+        clean=row_of(2),
+        zero_gradient=~everywhere,
+        spectral_radius=nothing,
+        probe=Probe(logits, logits, logits, logits),
+        cost=Cost(np.array([15.0]), np.array([0.5])),
+        attempts={"pgd": Attempt(x.copy, attacked, everywhere, everywhere, 0.5)},
+        x_adv=x,
+        worst=attacked,
+    )
+    provenance = Provenance(str(workdir), "best, step 17", "test", {}, to_tree(train_config))
+    out = workdir / "evaluation" / "test-quick"
+    out.mkdir(parents=True)
+    write_evaluation(out, EvaluationRecord.of(result, provenance), result, x)
+
+
+def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch):
+    configs = {}
+
+    def train(arguments):
+        """Loads the config as the command does."""
+        options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        changes = [value for name, value in zip(arguments[::2], arguments[1::2], strict=True) if name == "--set"]
+        configs[options["--workdir"]] = set_fields(load_config(options["--config"], TrainConfig), changes)
+
+    def evaluate(arguments):
+        assert arguments[0::2] == ["--workdir", "--budget"] and arguments[3] == "quick"
+        name = next(name for name in WRONG if Path(arguments[1]).name.rpartition("-")[0] == slug(name))
+        evaluated(Path(arguments[1]), WRONG[name], configs[arguments[1]])
+
+    monkeypatch.setattr("deq_jax.train.main", train)
+    monkeypatch.setattr("deq_jax.evaluate.main", evaluate)
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    main(["--seeds", "2", "--only", *WRONG, "--out", str(tmp_path / "runs"), "--page", str(page)])
+    assert page.read_text() == stored(page)
+    numbers = read_json(page.with_suffix(".json"))
+    found = {row["training"]: row for row in numbers["rows"]}
+    assert {name: row["robust"]["value"] for name, row in found.items()} == {PLAIN: 80, THROUGH: 90, FEWER: 85}
+    assert all(row["clean"]["value"] == 95 and row["residual"] == 0.25 for row in found.values())
+    differences = {(row["first"], row["second"]): row["robust"]["value"] for row in numbers["differences"]}
+    assert differences == {(THROUGH, PLAIN): 10, (FEWER, THROUGH): -5}
+    solvers = {Path(name).name: config.classifier.dynamics.solver.steps for name, config in configs.items()}
+    assert solvers["digits_pgd_at_through-steps-4-1"] == 4 and solvers["digits_pgd_at_through-1"] == 8
+    assert {config.seed for config in configs.values()} == {0, 1}
+
+
+def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(SystemExit) as left:
+        main(["--out", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md")])
+    assert left.value.code == 2 and "has no lines" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
