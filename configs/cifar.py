@@ -50,14 +50,15 @@ def small_recipe(dataset: Dataset, num_classes: int) -> TrainConfig:
     dynamics = Dynamics(Broyden(6), gradient=Phantom(steps=3, damping=0.5))
     return TrainConfig(
         classifier=Equilibrium(*mdeq_small(num_classes), dynamics=dynamics),
-        objective=PGDAdversarialTraining(replace(ATTACK, steps=3, step_size=4 / 255)),
+        objective=PGDAdversarialTraining(replace(ATTACK, steps=2, step_size=6 / 255)),
         dataset=dataset,
         validation_attack=replace(ATTACK, best_of=True),
-        optimizer=AdamW(1e-3, weight_decay=1e-2, clip=1.0, rates=Cosine(warmup=0.05)),
-        radius=RadiusSchedule(rise=0.5),
+        optimizer=AdamW(2e-3, weight_decay=1e-2, clip=1.0, rates=Cosine(warmup=0.05)),
+        radius=RadiusSchedule(rise=0.4),
         augmentation=CropFlip(4),
-        batch_size=64,
-        epochs=30,
+        batch_size=256,
+        epochs=8,
+        log_every=20,
         validation_images=1000,
     )
 

@@ -214,13 +214,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", choices=["best", "latest"], default="best", help="checkpoint to evaluate; default: best"
     )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="evaluate the first N images of the split; default: from the config"
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time; default: from the config")
     parser.add_argument("--seed", type=int, metavar="N", help="random seed of the attacks; default: from the config")
     parser.add_argument(
         "--out",
         metavar="DIR",
         help="output folder; default: WORKDIR/evaluation/SPLIT-NAME, where NAME is the config's or attack's, "
-        "followed by --readout and --epsilon if they are given",
+        "followed by --readout, --epsilon and --images if they are given",
     )
     add_process_options(parser)
     return parser.parse_args(arguments)
@@ -240,12 +243,13 @@ def _suite(text: str) -> tuple[str, Path]:
 
 
 def name_of(options: argparse.Namespace) -> str:
-    """Name of the evaluation: config file, attack or budget, then the readout, then the radius if given."""
+    """Name of the evaluation: config file, attack or budget, then readout, radius and number of images if given."""
     name = Path(options.config).stem if options.config else (options.attack or "").partition(":")[0]
     name = name or options.budget or BUDGETS[0]
     readout = [] if options.readout == "trained" else [options.readout]
     radius = [] if options.epsilon is None else [f"epsilon-{options.epsilon:g}"]
-    return "-".join([name, *readout, *radius])
+    images = [] if options.images is None else [f"images-{options.images}"]
+    return "-".join([name, *readout, *radius, *images])
 
 
 def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig:
@@ -257,7 +261,7 @@ def choose_config(options: argparse.Namespace, train: TrainConfig) -> EvalConfig
     else:
         config = attack_config(options, train) if options.attack else budget_config(options, train)
         config = dataclasses.replace(config, batch_size=train.batch_size)
-    given = {"batch_size": options.batch_size, "seed": options.seed}
+    given = {"batch_size": options.batch_size, "seed": options.seed, "max_images": options.images}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     return with_transfers(with_deployed(config, train, options.readout), options.transfer)
 

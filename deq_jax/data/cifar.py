@@ -14,6 +14,7 @@ import numpy as np
 
 from deq_jax.core.errors import InputError, described, require
 from deq_jax.data.datasets import Images, Splits, check_share, checked_images, chosen_path, hold_out_share
+from deq_jax.data.folders import ImageFolder
 
 PIXELS = 3 * 32 * 32
 HARMLESS = {
@@ -56,7 +57,8 @@ class Cifar:
     """CIFAR-10 or CIFAR-100 as downloaded from its home page: the Python or the binary version, packed or unpacked.
 
     The files tell the dataset and the version: ``cifar-10-python.tar.gz``, ``cifar-10-batches-py``,
-    ``cifar-10-binary.tar.gz``, ``cifar-10-batches-bin`` and the same for CIFAR-100, with its fine labels.
+    ``cifar-10-binary.tar.gz``, ``cifar-10-batches-bin`` and the same for CIFAR-100, with its fine labels. A folder with
+    ``train/CLASS/*.png`` and ``test/CLASS/*.png``, as others hand it on, is read by `ImageFolder`.
     No code that a file holds is run: its pickles may make arrays, lists, dicts, texts and numbers only.
 
     Attributes:
@@ -83,6 +85,8 @@ class Cifar:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their labels."""
+        if self._of_images is not None:
+            return self._of_images.class_names
         version, files = self._read()
         require(version.names in files, f"{self.path}: no {version.names}, which names the classes, beside the images")
         content = files[version.names]
@@ -95,6 +99,8 @@ class Cifar:
 
     def load(self) -> Splits:
         """Reads the images."""
+        if self._of_images is not None:
+            return self._of_images.load()
         version, files = self._read()
         names = (*version.train, version.test)
         missing = [name for name in names if name not in files]
@@ -104,6 +110,12 @@ class Cifar:
         pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         train = self._checked(version.train[0], pixels, labels)
         return Splits(*hold_out_share(train, self.validation), self._checked(version.test, *test))
+
+    @property
+    def _of_images(self) -> ImageFolder | None:
+        """The dataset of a folder of image files, if it is one."""
+        folder = chosen_path("Cifar", self.path)
+        return ImageFolder(str(folder), self.validation) if (folder / "train").is_dir() else None
 
     def _read(self) -> tuple[_Version, dict[str, bytes]]:
         """The version that is there, and its files."""

@@ -273,8 +273,14 @@ def hold_out(data: Images, count: int) -> tuple[Images, Images]:
       >>> len(rest.y), len(held_out.y)
       (1049, 100)
     """
+    shuffled = mixed(data)
+    return Images(*(a[count:] for a in shuffled)), Images(*(a[:count] for a in shuffled))
+
+
+def mixed(data: Images) -> Images:
+    """The images in a random order, always the same one for the same number of images: the first ones are a sample."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(data.y))
-    return Images(*(a[order[count:]] for a in data)), Images(*(a[order[:count]] for a in data))
+    return Images(*(a[order] for a in data))
 
 
 def chosen_path(name: str, path: str) -> Path:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.data.datasets import Splits, check_share, checked_images, chosen_path, hold_out_share
+from deq_jax.data.datasets import Splits, check_share, checked_images, chosen_path, hold_out_share, mixed
 from deq_jax.storage.files import read_npz, write_npz
 
 MODES = {"rgb": "RGB", "grey": "L"}
@@ -29,7 +29,7 @@ class ImageFolder:
 
     The test images lie in ``test``, ``val``, ``validation`` or ``valid``. Without such folders the classes lie in
     `path` itself, and a share of their images becomes the test set, always the same one. Classes are numbered by
-    name. All formats that Pillow reads will do. Hidden files and files of other kinds are passed over, links are
+    name; the images of all classes are mixed, always in the same way. All formats that Pillow reads will do. Hidden files and files of other kinds are passed over, links are
     followed.
 
     Attributes:
@@ -85,7 +85,7 @@ class ImageFolder:
         files = {part: _files(folder, self.class_names) for part, folder in self._parts().items()}
         arrays = self._cached(files)
         parts = [checked_images(arrays[f"x_{part}"], arrays[f"y_{part}"], f"{self.path}: {part}") for part in files]
-        train, test = parts if len(parts) == 2 else hold_out_share(parts[0], self.test)
+        train, test = (parts[0], mixed(parts[1])) if len(parts) == 2 else hold_out_share(parts[0], self.test)
         return Splits(*hold_out_share(train, self.validation), test)
 
     def _parts(self) -> dict[str, Path]:

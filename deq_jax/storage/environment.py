@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +23,9 @@ SETTINGS = (*DECISIVE, "jax_default_prng_impl")
 
 FLAGS = ("XLA_FLAGS", "NVIDIA_TF32_OVERRIDE")
 
-PACKAGES = ("deq_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+PACKAGES = ("deq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+ROOT = Path(__file__).parents[2]  # of the checkout, if the package lies in one
 
 
 def environment() -> dict[str, dict[str, Any]]:
@@ -26,21 +33,26 @@ def environment() -> dict[str, dict[str, Any]]:
 
     Returns:
       ``settings`` of JAX (x64, precision of matrix products, random numbers), and the default float that follows from
-      them; ``flags`` of XLA and CUDA, None where unset; ``platform`` and kind of the devices; ``versions`` of this
-      package and of those that compute, None where one is not installed.
+      them; ``flags`` of XLA and CUDA, None where unset; ``platform``, kind and number of the devices, over all
+      processes; ``versions`` of Python, of this package and of those that compute, None where one is not installed;
+      ``code``, the git revision of the package's checkout and whether its files are those of the revision, None for an
+      installed package; ``command``, the arguments of this process.
 
     Examples:
       >>> from deq_jax.storage import environment
       >>> sorted(environment())
-      ['flags', 'platform', 'settings', 'versions']
+      ['code', 'command', 'flags', 'platform', 'settings', 'versions']
     """
     device = jax.devices()[0]
     settings = {name: getattr(jax.config, name) for name in SETTINGS}
+    kinds = {"platform": device.platform, "device_kind": device.device_kind, "devices": jax.device_count()}
     return {
         "settings": settings | {"default_float": jnp.result_type(float).name},
         "flags": {name: os.environ.get(name) for name in FLAGS},
-        "platform": {"platform": device.platform, "device_kind": device.device_kind},
-        "versions": {name: _version(name) for name in PACKAGES},
+        "platform": kinds,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "code": dict(_code()),
+        "command": {"arguments": list(sys.argv)},
     }
 
 
@@ -52,8 +64,7 @@ def decisive_settings() -> dict[str, Any]:
       >>> "jax_enable_x64" in decisive_settings()
       True
     """
-    settings = environment()["settings"]
-    return {name: settings[name] for name in DECISIVE}
+    return {name: getattr(jax.config, name) for name in DECISIVE}
 
 
 def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list[dict[str, Any]], list[str]]:
@@ -80,10 +91,11 @@ def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
-    """Differences of two environments, by name; entries that only one of them has do not count."""
+    """Differences of two environments, by name, but of the command; entries that only one of them has do not count."""
     pairs = {
         name: (old[part][name], value)
         for part, values in new.items()
+        if part != "command"
         for name, value in values.items()
         if name in old.get(part, {})
     }
@@ -95,3 +107,21 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+@cache
+def _code() -> dict[str, Any]:
+    """The git revision of the checkout, and whether its files are those of the revision."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+            ).stdout
+        except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+            return None
+
+    top, revision = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    if top is None or revision is None or Path(top.strip()) != ROOT.resolve():
+        return {"revision": None, "unchanged": None}
+    return {"revision": revision.strip(), "unchanged": git("status", "--porcelain", "--untracked-files=no") == ""}

@@ -195,6 +195,7 @@ MISTAKES = [
     evaluation("no-batch", "--batch-size 0", "batch_size must be a positive integer, got 0"),
     evaluation("batch-not-divisible", "--batch-size 9", "9", "8 local devices"),
     evaluation("negative-seed", "--seed -1", "seed must be an integer >= 0, got -1"),
+    evaluation("no-image", "--images 0", "max_images must be a positive integer or None, got 0"),
     evaluation("negative-radius", "--epsilon -1", "epsilon must be >= 0"),
     evaluation("transfer-no-file", "--attack transfer:{}/no.npz", "{}/no.npz: cannot be read"),
     evaluation("transfer-other-arrays", "--attack transfer:{}/good.npz", "expected an array x_adv, found", "x_train"),
@@ -592,6 +593,7 @@ def test_a_config_that_chooses_a_state_takes_no_other_one(folder, tmp_path, capf
         (["--readout", "early", "--attack", "none"], "test-none-early"),
         (["--epsilon", "0.05"], "test-quick-epsilon-0.05"),
         (["--config", "x/some.py", "--readout", "last", "--epsilon", "0.2"], "test-some-last-epsilon-0.2"),
+        (["--images", "100"], "test-quick-images-100"),
     ],
 )
 def test_evaluations_that_differ_have_folders_of_their_own(arguments, name):

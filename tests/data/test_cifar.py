@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from deq_jax import InputError
 from deq_jax.data import Cifar, class_names
@@ -150,3 +151,16 @@ def test_names_that_are_missing(tmp_path):
     assert len(Cifar(path).load().test.y) == 4 and class_names(Cifar(path)) == ()
     with pytest.raises(InputError, match=r"no batches\.meta, which names the classes"):
         _ = Cifar(path).class_names
+
+
+def test_a_folder_of_image_files(tmp_path):
+    for part, count in (("train", 4), ("test", 2)):
+        for label, name in enumerate(TEN):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (label, label, label)).save(tmp_path / part / name / f"{i}.png")
+    dataset = Cifar(str(tmp_path), validation=0.25)
+    splits = dataset.load()
+    assert [part.x.shape for part in splits] == [(30, 32, 32, 3), (10, 32, 32, 3), (20, 32, 32, 3)]
+    assert all((part.x == part.y[:, None, None, None]).all() for part in splits)
+    assert dataset.class_names == class_names(dataset) == TEN

@@ -47,6 +47,14 @@ def test_one_folder_is_split_alike_every_time(tmp_path):
         np.testing.assert_array_equal(a.x, b.x)
 
 
+def test_the_first_images_of_each_part_are_of_all_classes(tmp_path):
+    dataset = ImageFolder(str(make(tmp_path, count=20)), validation=0.5)
+    for part in dataset.load():
+        assert len(np.unique(part.y[:12])) == len(CLASSES)
+        assert (part.x[:, 0, 0, 0] // 10 >= part.y).all()  # labels go along with the images
+    np.testing.assert_array_equal(dataset.load().test.x, dataset.load().test.x)
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_other_names_of_the_test_images(tmp_path, name):
     assert len(ImageFolder(str(make(tmp_path, parts=("train", name)))).load().test.y) == 15

@@ -1,6 +1,8 @@
 """Settings of the process that change numbers: recorded, compared, and refused where a run would become another."""
 
 import json
+import subprocess
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from deq_jax import InputError
 from deq_jax.storage import decisive_settings, environment
 from deq_jax.storage.environment import DECISIVE, resumed_environments
+
+module = import_module("deq_jax.storage.environment")  # its name in the face is the function's
 
 
 def changed(part, name, value):
@@ -29,8 +33,39 @@ def test_an_environment_is_json_and_tells_what_is_set(x64, monkeypatch):
         "default_float": "float64",
     }
     assert found["flags"]["NVIDIA_TF32_OVERRIDE"] == "0"
-    assert found["platform"]["platform"] == "cpu"
+    assert found["platform"]["platform"] == "cpu" and found["platform"]["devices"] == 8
     assert found["versions"]["jax"] == version("jax")
+    assert found["versions"]["orbax-checkpoint"] == version("orbax-checkpoint")
+
+
+def test_the_revision_of_a_checkout_and_whether_its_files_are_those(tmp_path, monkeypatch):
+    def git(*arguments):
+        return subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True, text=True).stdout
+
+    def code():
+        module._code.cache_clear()
+        return environment()["code"]
+
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert code() == {"revision": None, "unchanged": None}
+    git("init", "-q")
+    assert code() == {"revision": None, "unchanged": None}
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "-m", "a")
+    assert code() == {"revision": git("rev-parse", "HEAD").strip(), "unchanged": True}
+    (tmp_path / "file").write_text("b")
+    assert code()["unchanged"] is False
+    monkeypatch.setattr(module, "ROOT", tmp_path / "site-packages")
+    assert code() == {"revision": None, "unchanged": None}
+    module._code.cache_clear()
+
+
+def test_the_command_is_recorded_and_is_no_difference(monkeypatch):
+    old = {"step": 0, **environment()}
+    monkeypatch.setattr("sys.argv", ["train", "--workdir", "elsewhere"])
+    assert environment()["command"] == {"arguments": ["train", "--workdir", "elsewhere"]}
+    assert resumed_environments([old], 5) == ([old], [])
 
 
 def test_a_new_run_records_where_it_is():

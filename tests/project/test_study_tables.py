@@ -1,12 +1,13 @@
-"""The tables on attacks through the solver in training: what they say, and that the page shows its numbers."""
+"""Studies: what their tables say, and that their pages show their numbers."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.through import BEGIN, END, PAIRS, RUNS, main, slug, stored, tables, with_tables
+from benchmarks import accelerator, photographs, through
+from benchmarks.pages import BEGIN, END, with_tables
+from benchmarks.study import run, tables
 from deq_jax import InputError, TrainConfig
 from deq_jax.attacks import PGD, Linf
 from deq_jax.evaluation import (
@@ -24,7 +25,7 @@ from deq_jax.evaluation import (
 )
 from deq_jax.storage import load_config, read_json, set_fields, to_tree
 
-PAGE = Path(__file__).parents[2] / "docs" / "results" / "through.md"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ROW = {
     "training": "PGD-AT",
     "seeds": [0, 1],
@@ -42,28 +43,46 @@ PAIR = {
 }
 
 
-def test_a_training_and_a_difference_are_rows():
-    text = tables({"rows": [ROW], "differences": [PAIR]})
+STATE = {
+    "training": "PGD-AT",
+    "state": "z_3",
+    "clean accuracy": 55.0,
+    "attacked accuracy": 28.0,
+    "clean entropy": 1.2,
+    "attacked entropy": 1.34,
+    "clean residual": 0.25,
+}
+
+
+def test_a_training_a_difference_and_a_state_are_rows():
+    text = tables({"rows": [ROW], "differences": [PAIR], "states": [STATE]})
+    assert "| PGD-AT | z_3 | 55.0 | 28.0 | 1.20 | 1.34 | 0.25 |" in text
     assert "| PGD-AT | 99.4 [98.0, 99.9] | 76.7 | 75.0, 78.3 | 0.054 | no plateau 1/2 |" in text
     assert "| a, minus b | −0.6 [−1.6, +0.5] | +7.5 [+4.2, +10.8] |" in text
 
 
-def test_tables_go_between_the_marks_alone():
-    numbers: dict[str, Any] = {"rows": [], "differences": []}
-    page = with_tables(f"before\n{BEGIN}\nold\n{END}\nafter\n", numbers)
-    assert "old" not in page and page.startswith("before\n") and page.endswith("\nafter\n")
-    assert with_tables(page, numbers) == page
+def test_tables_go_between_the_marks_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    text = with_tables(page, "new")
+    assert text == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    page.write_text("no marks")
     with pytest.raises(InputError, match="has no lines"):
-        with_tables("no marks", numbers)
+        with_tables(page, "new")
 
 
-def test_the_page_shows_its_numbers():
-    assert stored(PAGE) == PAGE.read_text()
+@pytest.mark.parametrize(
+    ("name", "tables"), [("through", tables), ("photographs", tables), ("accelerator", accelerator.tables)]
+)
+def test_the_page_shows_its_numbers(name, tables):
+    page = RESULTS / f"{name}.md"
+    assert with_tables(page, tables(read_json(page.with_suffix(".json")))) == page.read_text()
 
 
-def test_each_training_has_a_folder_of_its_own_and_pairs_are_trainings():
-    assert len({slug(name) for name in RUNS}) == len(RUNS)
-    assert {name for pair in PAIRS for name in pair} <= RUNS.keys()
+@pytest.mark.parametrize("study", [through.STUDY, photographs.STUDY])
+def test_each_training_has_a_folder_of_its_own_and_pairs_are_trainings(study):
+    assert len({training.slug for training in study.trainings.values()}) == len(study.trainings)
+    assert {name for pair in study.pairs for name in pair} <= study.trainings.keys()
 
 
 IMAGES = 40
@@ -110,16 +129,18 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
 
     def evaluate(arguments):
         assert arguments[0::2] == ["--workdir", "--budget"] and arguments[3] == "quick"
-        name = next(name for name in WRONG if Path(arguments[1]).name.rpartition("-")[0] == slug(name))
+        name = next(
+            name for name in WRONG if Path(arguments[1]).name.rpartition("-")[0] == through.STUDY.trainings[name].slug
+        )
         evaluated(Path(arguments[1]), WRONG[name], configs[arguments[1]])
 
     monkeypatch.setattr("deq_jax.train.main", train)
     monkeypatch.setattr("deq_jax.evaluate.main", evaluate)
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n")
-    main(["--seeds", "2", "--only", *WRONG, "--out", str(tmp_path / "runs"), "--page", str(page)])
-    assert page.read_text() == stored(page)
+    run(through.STUDY, "", ["--seeds", "2", "--only", *WRONG, "--out", str(tmp_path / "runs"), "--page", str(page)])
     numbers = read_json(page.with_suffix(".json"))
+    assert page.read_text() == with_tables(page, tables(numbers))
     found = {row["training"]: row for row in numbers["rows"]}
     assert {name: row["robust"]["value"] for name, row in found.items()} == {PLAIN: 80, THROUGH: 90, FEWER: 85}
     assert all(row["clean"]["value"] == 95 and row["residual"] == 0.25 for row in found.values())
@@ -133,6 +154,6 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
 def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path, capsys):
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(SystemExit) as left:
-        main(["--out", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md")])
+        run(through.STUDY, "", ["--out", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md")])
     assert left.value.code == 2 and "has no lines" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
