@@ -5,7 +5,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint format bench docs clean
+# Fast tests that use every dependency of the package.
+OLDEST_TESTS = tests/core tests/attacks/test_pgd.py tests/storage tests/data tests/reporting \
+	tests/models/test_pretrained.py tests/training/test_optimizers.py tests/training/test_workdir.py \
+	tests/training/test_fit.py tests/commands/test_progress.py
+
+.PHONY: quickstart test test-slow test-oldest lint format bench docs wheel wheel-test clean
 
 quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate it, draw the plots
 	$(BIN)/python -m deq_jax.train --config configs/digits_pgd_at.py --workdir $(RUN)
@@ -16,6 +21,9 @@ test: $(VENV)/test  ## the fast tests
 
 test-slow: $(VENV)/test  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+test-oldest: .venv-oldest/test  ## some of the fast tests, with the oldest dependencies that setup.cfg allows, on Python 3.11
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" -W ignore::DeprecationWarning $(OLDEST_TESTS)
 
 lint: $(VENV)/dev  ## style and types
 	$(BIN)/ruff check .
@@ -36,8 +44,15 @@ bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers; re
 docs: $(VENV)/docs  ## the site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+wheel: $(VENV)/release  ## the wheel and the sources, in build/dist
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+
+wheel-test: wheel  ## the wheel works where it is installed, outside of the checkout
+	scripts/try_wheel build/dist/*.whl
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-oldest build *.egg-info
 
 # One stamp per extra, so that each command installs only what it needs, once.
 $(VENV)/python: scripts/find_python
@@ -48,8 +63,16 @@ $(VENV)/core: $(VENV)/python setup.cfg
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/test $(VENV)/dev $(VENV)/docs: $(VENV)/%: $(VENV)/core
+$(VENV)/test $(VENV)/dev $(VENV)/docs $(VENV)/release: $(VENV)/%: $(VENV)/core
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*]'
+	touch $@
+
+# NumPy 2.0 and others as old have no wheels for Python 3.13.
+.venv-oldest/test: setup.cfg scripts/oldest.py
+	rm -rf .venv-oldest
+	"$$(scripts/find_python 3.11)" -m venv .venv-oldest
+	.venv-oldest/bin/python scripts/oldest.py >.venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -e '.[test]' -c .venv-oldest/constraints.txt
 	touch $@
 
 export PYTHON

@@ -46,7 +46,8 @@ def headline(record: EvaluationRecord) -> str:
 def _number_line(record: EvaluationRecord, raised: Sequence[Flag]) -> str:
     if record.robust_accuracy is None:
         return f"clean accuracy: {_accuracy_text(record, 'clean')}; nothing has attacked them"
-    number = _accuracy_text(record, "union") + _budget_text(record)
+    budget = budget_text(record)
+    number = _accuracy_text(record, "union") + (f" ({budget})" if budget else "")
     unsure = [flag_text(flag) for flag in record.red_flags if flag.is_unsure]
     missing = [flag.name for flag in record.red_flags if flag.raised is None and not flag.is_unsure]
     unchecked = f"; too few images to say: {', '.join(unsure)}" if unsure else ""
@@ -68,12 +69,12 @@ def _accuracy_text(record: EvaluationRecord, name: str) -> str:
     return f"{accuracy:.2f} % of {record.images} images (95 %: {low:.1f} to {high:.1f})"
 
 
-def _budget_text(record: EvaluationRecord) -> str:
-    """The largest cost of the attacks, where they were chosen by a budget."""
+def budget_text(record: EvaluationRecord) -> str:
+    """The budget by which the attacks were chosen, and their largest cost; empty for a choice of one's own."""
     if record.plan.budget is None:
         return ""
     gradients = sum(trial.gradient_queries or 0 for trial in record.trials.values())
-    return f" (budget {record.plan.budget}: at most {gradients} gradients per image)"
+    return f"budget {record.plan.budget}: at most {gradients} gradients per image"
 
 
 def diagnoses(record: EvaluationRecord) -> str:

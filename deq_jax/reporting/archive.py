@@ -48,7 +48,12 @@ class Setting:
     epsilon: float
 
     def __str__(self) -> str:
-        return f"{self.images_text}, {self.norm} ε = {number(self.epsilon)}"
+        return f"{self.images_text}, {self.radius_text}"
+
+    @property
+    def radius_text(self) -> str:
+        """The threat model."""
+        return f"{self.norm} ε = {number(self.epsilon)}"
 
     @property
     def images_text(self) -> str:
@@ -142,6 +147,12 @@ class Evaluation:
     def robust(self) -> np.ndarray | None:
         """[N] bool, which withstand all attacks; None without attack."""
         return self.correct.get("union")
+
+    @property
+    def panel(self) -> bytes | None:
+        """The PNG file with some images, clean and attacked; None without attack, or where it is gone."""
+        path = EvaluationFolder(self.folder).figure("images")
+        return path.read_bytes() if path.is_file() else None
 
     def in_state(self, state: str, condition: str, quantity: str) -> np.ndarray | None:
         """[N], the measurement of each image, or None; the arguments are as in `measured`."""

@@ -25,7 +25,7 @@ def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()
     """
     report = Report.of(evaluations, missing)
     files = {f"{table.name}.csv": table.csv().encode() for table in report.tables}
-    files |= {f"{picture.name}.png": picture.png for section in report.sections for picture in section.pictures}
+    files |= {f"{picture.name}.png": picture.png for picture in report.pictures}
     return files | {"index.html": render(report).encode()}
 
 

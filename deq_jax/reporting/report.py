@@ -32,7 +32,7 @@ from deq_jax.reporting.figures import Picture, dynamics_picture, radius_picture
 from deq_jax.reporting.groups import Group, groups_of, robust
 from deq_jax.reporting.protocol import protocol_text
 from deq_jax.reporting.tables import Table
-from deq_jax.reporting.wording import DEFENCE, TRAINING, Words, quotes, sentences, worst_case
+from deq_jax.reporting.wording import DEFENCE, TRAINING, Quote, Words, quotes, sentences, worst_case
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ class Section:
     table: Table
     pictures: tuple[Picture, ...] = ()
     is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Some images of a group, clean and attacked: heading, conditions and the figure."""
+
+    title: str
+    note: str
+    picture: Picture
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Report:
       defences, trainings: comparisons of defences and of training configs.
       accuracies, classes, flags: a section for each group, but without classes in older files, and without flags where
         nothing has attacked.
+      panels: images of each group that was attacked, of its first seed that still has them.
       dynamics, radii: sections with figures.
       protocols: one for each evaluation.
 
@@ -111,7 +121,7 @@ class Report:
     evaluations: tuple[Evaluation, ...]
     missing: tuple[Path, ...]
     groups: tuple[Group, ...]
-    quotes: tuple[str, ...]
+    quotes: tuple[Quote, ...]
     warnings: tuple[str, ...]
     worst_case: str
     is_defended: bool
@@ -120,6 +130,7 @@ class Report:
     trainings: Comparison
     accuracies: tuple[Section, ...]
     classes: tuple[Section, ...]
+    panels: tuple[Panel, ...]
     dynamics: tuple[Section, ...]
     radii: tuple[Section, ...]
     flags: tuple[Section, ...]
@@ -162,6 +173,7 @@ class Report:
                 for i, group in enumerate(groups, 1)
                 if any(one.record.classes for one in group.evaluations)
             ),
+            panels=tuple(_panels(groups)),
             dynamics=tuple(_dynamics(groups)),
             radii=tuple(_radii(groups)),
             flags=tuple(
@@ -190,6 +202,12 @@ class Report:
         return (*self.accuracies, *self.classes, *self.dynamics, *self.radii, *self.flags)
 
     @property
+    def pictures(self) -> list[Picture]:
+        """All figures."""
+        of_sections = [picture for section in self.sections for picture in section.pictures]
+        return [*(panel.picture for panel in self.panels), *of_sections]
+
+    @property
     def tables(self) -> list[Table]:
         """All tables that have rows."""
         comparisons = self.defences.table, self.trainings.table
@@ -204,6 +222,18 @@ def _name(kind: str, place: int, *names: str) -> str:
 def _section(group: Group, table: Table, is_open: bool = False) -> Section:
     note = f"{group.setting}; attacks: {group.trials}"
     return Section(f"{group.training}, {group.defence}", note, table, is_open=is_open)
+
+
+def _panels(groups: Sequence[Group]) -> list[Panel]:
+    panels = []
+    for i, group in enumerate(groups, 1):
+        seed, png = next(iter(group.values(lambda one: one.panel).items()), (0, None))
+        if png is not None:
+            title = f"{group.training}, {group.defence}"
+            alt = f"Some images of {title}: each with its prediction, the noise, and the attacked image with its own."
+            picture = Picture(_name("images", i, group.training, group.defence), alt, png)
+            panels.append(Panel(title, f"training seed {seed}; {group.setting}; attacks: {group.trials}", picture))
+    return panels
 
 
 def _dynamics(groups: Sequence[Group]) -> list[Section]:

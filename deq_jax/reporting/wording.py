@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from deq_jax.evaluation.wording import budget_text
 from deq_jax.reporting.comparisons import Pair
-from deq_jax.reporting.groups import Group, overestimate, reference, robust
+from deq_jax.reporting.groups import Group, clean, overestimate, reference, robust
 from deq_jax.reporting.statistics import Estimate
 from deq_jax.reporting.tables import AGREE
 
@@ -36,8 +38,28 @@ def worst_case(groups: Sequence[Group]) -> str:
     return "adaptive worst case" if any(group.is_adaptive for group in groups) else "worst case"
 
 
-def quotes(groups: Sequence[Group]) -> list[str]:
-    """The robust accuracy to quote in each setting, and everything that belongs to it.
+@dataclass(frozen=True)
+class Quote:
+    """The robust accuracy to quote in a setting, and everything that belongs to it.
+
+    Attributes:
+      title: whether there is one to quote.
+      value, interval: at most so much, in percent, and its interval.
+      flags: explanations of the red flags that are raised, by their names.
+      facts: budget, checks without a result, clean accuracy, images and model, by their names.
+      sentence: all of it in one sentence.
+    """
+
+    title: str
+    value: str
+    interval: str
+    flags: dict[str, str]
+    facts: dict[str, str]
+    sentence: str
+
+
+def quotes(groups: Sequence[Group]) -> list[Quote]:
+    """The robust accuracy to quote in each setting.
 
     Among several evaluations of one training config and defence the lowest accuracy counts. Among several training
     configs and defences the highest one counts; those without red flags come first.
@@ -58,21 +80,46 @@ def _rank(candidate: tuple[float, Group]) -> tuple[bool, float]:
     return bool(group.raised), -value
 
 
-def _quote(group: Group, count: int) -> str:
-    found = group.accuracy(robust)
-    assert found is not None  # those without are left out
-    which = f"training {group.training}, defence {group.defence}"
+def _quote(group: Group, count: int) -> Quote:
+    found, on_clean = group.accuracy(robust), group.accuracy(clean)
+    assert found is not None and on_clean is not None  # those without are left out
     chosen = (
         ""
         if count == 1
         else f", the highest of {count} configs and defences" + (" without red flags" if not group.raised else "")
     )
+    model = f"training {group.training}, defence {group.defence}{chosen}"
     flags = f"red flags raised: {', '.join(group.raised)}" if group.raised else "no red flags raised"
-    start = "No robust accuracy to quote, since red flags are raised" if group.raised else "Robust accuracy to quote"
-    return (
-        f"{start}: at most {found.value:.2f} %{_interval(found)} of {group.setting}; {which}{chosen}; "
-        f"attacks: {group.trials}; {flags}."
+    title = "No robust accuracy to quote, since red flags are raised" if group.raised else "Robust accuracy to quote"
+    value = f"{found.value:.2f} %"
+    sentence = (
+        f"{title}: at most {value}{_interval(found)} of {group.setting}; {model}; attacks: {group.trials}; {flags}."
     )
+    budgets = dict.fromkeys(filter(None, (budget_text(one.record) for one in group.evaluations)))
+    facts = {
+        "Attacks": "; ".join([group.trials, *budgets]),
+        "Radius": group.setting.radius_text,
+        "Too few images to say": ", ".join(group.unsure),
+        "Not checked": ", ".join(group.unchecked),
+        "Clean accuracy": f"{on_clean.value:.2f} %{_interval(on_clean)}",
+        "Images": group.setting.images_text,
+        "Model": model,
+    }
+    return Quote(
+        title,
+        value,
+        _interval(found).strip(" ()"),
+        _meanings(group),
+        {k: v for k, v in facts.items() if v},
+        sentence,
+    )
+
+
+def _meanings(group: Group) -> dict[str, str]:
+    """What each raised flag means, by its name, with the number of seeds where there are several."""
+    meant = {flag.name: flag.explanation for one in group.evaluations for flag in one.record.red_flags}
+    seeds = len(group.evaluations)
+    return {name if seeds == 1 else f"{name}, {n} of {seeds} seeds": meant[name] for name, n in group.raised.items()}
 
 
 def _interval(estimate: Estimate) -> str:

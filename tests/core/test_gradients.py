@@ -316,7 +316,8 @@ class TestHigherDerivatives:
             return deq(scalar_cell, None, jnp.full((1, 1), x), start, solver=solver, gradient=gradient)[0][0, 0]
 
         if isinstance(gradient, Phantom):
-            assert jax.hessian(z)(0.7) == pytest.approx(jax.jacrev(jax.jacrev(z))(0.7)) == pytest.approx(-0.520393)
+            for second in (jax.hessian(z), jax.jacrev(jax.jacrev(z))):
+                assert float(second(0.7)) == pytest.approx(-0.520393)
             return
         for derivative in (jax.jacfwd(z), jax.hessian(z), jax.jit(jax.hessian(z))):
             with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):

@@ -502,8 +502,26 @@ class TestPage:
         assert {attributes.get("scope") for attributes in page.all("th")} == {"col", "row", "rowgroup"}
 
     def test_parts_in_their_order(self, page):
-        order = ["headline", "comparisons", "attacks", "classes", "figures", "flags", "cost", "protocol"]
+        order = ["headline", "comparisons", "attacks", "classes", "images", "figures", "flags", "cost", "protocol"]
         assert [attributes["id"] for attributes in page.all("section")] == order
+
+    def test_the_number_its_flags_and_its_budget_come_first(self, page):
+        text = " ".join("".join(page.text).split())
+        first = ["Robust accuracy to quote ≤ 70.00 %", "No red flags raised", "Attacks AutoAttack, pgd (2 trials)"]
+        then = ["Radius Linf ε = 0.1", "Not checked black box", "8 evaluations by", "8 warnings about the models"]
+        last = ["Accuracy in percent", "Every defence minus", "accuracy of every state", "What it would mean".lower()]
+        places = [text.index(part) for part in (*first, *then, *last)]
+        assert places == sorted(places)
+
+    def test_details_are_folded_and_a_link_opens_them(self, page, out):
+        """But red flags that are raised are shown at once."""
+        text = (out / "index.html").read_text()
+        fold = r'<section id="(\w+)">\n<details class="part"( open)?>\n<summary><h2>.*?</summary>\n<div id="in-(\w+)">'
+        folded = ["attacks", "classes", "images", "figures", "flags", "cost", "protocol"]
+        assert re.findall(fold, text) == [(name, " open" if name == "flags" else "", name) for name in folded]
+        assert {f"#in-{name}" for name in folded} < {attributes["href"] for attributes in page.all("a")}
+        flags = text[text.index('id="in-flags"') : text.index('id="cost"')]
+        assert re.findall(r"<details( open)?>", flags) == ["", "", " open", ""]  # of the third group alone
 
     def test_untrustworthy_numbers_are_marked(self, page):
         """Wherever they are: as the worst case and the reference protocol, in comparisons, in the table of attacks."""
@@ -529,9 +547,34 @@ class TestPage:
         shown = [base64.b64decode(picture["src"].partition(",")[2]) for picture in page.all("img")]
         titles = ["1-tiny", "2-longer", "3-tiny", "4-trainings-without-a-defence"]
         names = [f"dynamics-{title}-{what}" for title in titles for what in QUANTITIES]
-        assert sorted(shown) == sorted((out / f"{name}.png").read_bytes() for name in [*names, "radius-1-tiny"])
-        assert len(list(out.glob("*.png"))) == 13
+        panels = ["1-tiny-none", "2-tiny-ensemble-state", "3-longer-none", "4-tiny-none"]
+        names += ["radius-1-tiny", *(f"images-{name}" for name in panels)]
+        assert sorted(shown) == sorted((out / f"{name}.png").read_bytes() for name in names)
+        assert len(list(out.glob("*.png"))) == 17
         assert all(picture.startswith(b"\x89PNG") for picture in shown)
+
+    def test_images_are_those_of_the_first_seed_that_has_them(self, runs, tmp_path):
+        for run in runs[:2]:
+            shutil.copytree(run / "evaluation" / "a", tmp_path / run.name)
+        folders = [tmp_path / run.name for run in runs[:2]]
+        (folders[0] / "images.png").unlink()
+        (folders[1] / "images.png").write_bytes(b"of seed 1")
+        assert report_files(read_evaluations(folders))["images-1-tiny-none.png"] == b"of seed 1"
+        (folders[1] / "images.png").unlink()
+        files = report_files(read_evaluations(folders))
+        assert "images-1-tiny-none.png" not in files and b'id="images"' not in files["index.html"]
+
+    def test_what_strangers_wrote_is_text(self, tmp_path):
+        wrong = {"clean": 2, "apgd": 3, "pgd": 4}
+        folder = write(tmp_path / "a", config_of(0.1, "none", 0), 0, wrong, workdir='"><img src=x>', masked=True)
+        strange = "</style><script>x</script>"
+        edit(folder, lambda content: content.update(defence=strange, warnings=["<em>"]))
+        edit(folder, lambda content: content["red_flags"][0].update(raised=True, name="<q>", explanation="<i>"))
+        page = Page(report_files(read_evaluations([folder]))["index.html"].decode())
+        assert not {"script", "em", "q", "i"} & {tag for tag, _ in page.tags}
+        assert all(picture["src"].startswith("data:image/png;base64,") for picture in page.all("img"))
+        for written in (f'training "><img src=x>, defence {strange}', f"{strange}, seed 0: <em>", "⚑ <q>: <i>"):
+            assert written in "".join(page.text)
 
 
 def test_the_page_only_formats_what_the_report_has(runs, out, monkeypatch):
@@ -624,7 +667,7 @@ class TestQuotes:
     """The first sentence: the number to quote, with all that belongs to it."""
 
     def test_the_highest_without_red_flags_in_each_setting(self, groups, page):
-        far, near = quotes(groups)
+        far, near = (quote.sentence for quote in quotes(groups))
         assert far == (
             "Robust accuracy to quote: at most 70.00 % (95 % interval [4.63, 100.00], 2 seeds) of 40 images of Digits, "
             "test split, best checkpoint, Linf ε = 0.1; training tiny, defence none, the highest of 3 configs and "
@@ -636,7 +679,9 @@ class TestQuotes:
         assert text.index("Robustness report\n") < text.index(far) < text.index("8 evaluations by deq_jax")
 
     def test_red_flags_take_it_away(self, groups):
-        (text,) = quotes([groups[2]])
+        (quote,) = quotes([groups[2]])
+        assert list(quote.flags) == ["zero gradients, 2 of 2 seeds"] and quote.flags.popitem()[1]
+        text = quote.sentence
         assert text.startswith("No robust accuracy to quote, since red flags are raised: at most 92.50 % (95 % ")
         assert ", 2 seeds, no spread between seeds)" in text
         assert text.endswith("; red flags raised: zero gradients.")
@@ -644,8 +689,17 @@ class TestQuotes:
     def test_of_several_evaluations_the_lowest_counts(self, runs, tmp_path):
         config = replace(config_of(0.1, "none", 0), trials=config_of(0.1, "none", 0).trials[:1])
         weak = write(tmp_path / "weak", config, 0, {"clean": 2, "apgd": 2})
-        (text,) = quotes(groups_of(read_evaluations([runs[0] / "evaluation" / "a", weak])))
-        assert "at most 75.00 %" in text and "for other images alone, one seed)" in text
+        (quote,) = quotes(groups_of(read_evaluations([runs[0] / "evaluation" / "a", weak])))
+        text = quote.sentence
+        assert quote.value == "75.00 %" and "at most 75.00 %" in text and "for other images alone, one seed)" in text
+
+    def test_the_budget_is_told_with_its_cost(self, runs, tmp_path):
+        shutil.copytree(runs[0] / "evaluation" / "a", tmp_path / "a")
+        edit(tmp_path / "a", lambda content: content["evaluation"].update(budget="quick"))
+        edit(tmp_path / "a", lambda content: [one.update(gradient_queries=20) for one in content["trials"].values()])
+        (quote,) = quotes(groups_of(read_evaluations([tmp_path / "a"])))
+        trials = "AutoAttack, pgd (2 trials)"
+        assert quote.facts["Attacks"] == f"{trials}; budget quick: at most 40 gradients per image"
 
 
 class TestAdaptive:
