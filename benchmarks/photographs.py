@@ -22,6 +22,7 @@ STUDY = Study(
         ("PGD-AT, random states", "PGD-AT"),
         ("PGD-AT, explicit twin", "PGD-AT"),
     ],
+    details=True,
 )
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from deq_jax import evaluate, train
 from deq_jax._cli import add_set_option, command_line, console
 from deq_jax.reporting import Estimate, Group, Pair, groups_of, read_evaluations
 from deq_jax.storage import environment, write_json
+from deq_jax.training import read_metrics
 
 Row = dict[str, Any]
 
@@ -42,10 +42,12 @@ class Study(NamedTuple):
     Attributes:
       trainings: in the order of the table.
       pairs: the accuracies of the second are subtracted from those of the first.
+      details: whether there are tables of the states of DEQs and of the validation after each epoch.
     """
 
     trainings: dict[str, Training]
     pairs: list[tuple[str, str]]
+    details: bool = False
 
 
 def run(study: Study, about: str, argv: list[str] | None = None) -> None:
@@ -84,19 +86,19 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
                 evaluate.main([*where, "--budget", options.budget, *images, *training.evaluation])
                 name_of_it = "-".join(["test", options.budget, *(["images", str(options.images)] if images else [])])
                 folders[name].append(workdir / "evaluation" / name_of_it)
-        numbers = numbers_of(folders, study.pairs, options.budget)
+        numbers = numbers_of(study, folders, options.budget)
         write_json(options.out / "tables.json", numbers)
         console.print(tables(numbers), markup=False)
         if options.page:
             write_page(options.page, numbers, tables(numbers))
 
 
-def numbers_of(folders: dict[str, list[Path]], pairs: list[tuple[str, str]], budget: str) -> dict[str, Any]:
+def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dict[str, Any]:
     """What the page says, as JSON data: accuracies in percent, differences in points, each with its interval.
 
     Args:
+      study: what was compared.
       folders: of the evaluations of each training, one per seed.
-      pairs: names of trainings to compare.
       budget: of the evaluations.
     """
     groups = {name: groups_of(read_evaluations(found))[0] for name, found in folders.items()}
@@ -104,11 +106,12 @@ def numbers_of(folders: dict[str, list[Path]], pairs: list[tuple[str, str]], bud
     return {
         "budget": budget,
         "images": one.images,
-        "versions": environment()["versions"] | {"python": platform.python_version()},
+        "versions": environment()["versions"],
         "processors": os.cpu_count(),
         "rows": [_row(name, group) for name, group in groups.items()],
-        "differences": [_difference(a, b, groups) for a, b in pairs if a in groups and b in groups],
-        "states": [row for name, group in groups.items() for row in _states(name, group)],
+        "differences": [_difference(a, b, groups) for a, b in study.pairs if a in groups and b in groups],
+        "states": [row for name, group in groups.items() for row in _states(name, group)] if study.details else [],
+        "curves": [_curve(name, found[0].parents[1]) for name, found in folders.items()] if study.details else [],
     }
 
 
@@ -151,12 +154,18 @@ def _states(name: str, group: Group) -> list[Row]:
     ]
 
 
+def _curve(name: str, workdir: Path) -> Row:
+    """Accuracies after each epoch of the run of the first seed, on held-out images."""
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["split"] == "validation"]
+    return {"training": name} | {key: [line[key] for line in lines] for key in ("accuracy", "adversarial_accuracy")}
+
+
 def _json(estimate: Estimate | None) -> dict[str, Any] | None:
     return None if estimate is None else {"value": estimate.value, "interval": estimate.interval}
 
 
 def tables(numbers: dict[str, Any]) -> str:
-    """The tables of trainings, of differences and, where there are some, of states, as Markdown."""
+    """The tables of trainings, of differences and, where there are some, of states and epochs, as Markdown."""
     rows = ["| training | clean | **worst case** | of each seed | residual | flags |", "|---|---|---|---|---|---|"]
     for row in numbers["rows"]:
         seeds = ", ".join(f"{100 * value:.1f}" for value in row["of_seeds"])
@@ -176,6 +185,13 @@ def tables(numbers: dict[str, Any]) -> str:
         others = [row["clean entropy"], row["attacked entropy"], row["clean residual"]]
         cells = [*accuracies, *("" if value is None else f"{value:.2f}" for value in others)]
         rows.append(f"| {row['training']} | {row['state']} | {' | '.join(cells)} |")
+    if numbers["curves"]:
+        epochs = range(1, 1 + max(len(row["accuracy"]) for row in numbers["curves"]))
+        rows += ["", "| clean / under attack, after epoch | " + " | ".join(map(str, epochs)) + " |"]
+        rows.append("|---" * (1 + len(epochs)) + "|")
+    for row in numbers["curves"]:
+        both = zip(row["accuracy"], row["adversarial_accuracy"], strict=True)
+        rows.append(f"| {row['training']} | " + " | ".join(f"{100 * a:.1f} / {100 * b:.1f}" for a, b in both) + " |")
     return "\n".join(rows)
 
 

@@ -52,10 +52,12 @@ STATE = {
     "attacked entropy": 1.34,
     "clean residual": 0.25,
 }
+CURVE = {"training": "PGD-AT", "accuracy": [0.4, 0.55], "adversarial_accuracy": [0.2, 0.281]}
 
 
 def test_a_training_a_difference_and_a_state_are_rows():
-    text = tables({"rows": [ROW], "differences": [PAIR], "states": [STATE]})
+    text = tables({"rows": [ROW], "differences": [PAIR], "states": [STATE], "curves": [CURVE]})
+    assert "| PGD-AT | 40.0 / 20.0 | 55.0 / 28.1 |" in text
     assert "| PGD-AT | z_3 | 55.0 | 28.0 | 1.20 | 1.34 | 0.25 |" in text
     assert "| PGD-AT | 99.4 [98.0, 99.9] | 76.7 | 75.0, 78.3 | 0.054 | no plateau 1/2 |" in text
     assert "| a, minus b | −0.6 [−1.6, +0.5] | +7.5 [+4.2, +10.8] |" in text
