@@ -12,7 +12,7 @@ from deq_jax import evaluate, train
 from deq_jax._cli import add_set_option, command_line, console
 from deq_jax.reporting import Estimate, Group, Pair, groups_of, read_evaluations
 from deq_jax.storage import environment, write_json
-from deq_jax.training import read_metrics
+from deq_jax.training import Workdir, read_metrics
 
 Row = dict[str, Any]
 
@@ -156,7 +156,7 @@ def _states(name: str, group: Group) -> list[Row]:
 
 def _curve(name: str, workdir: Path) -> Row:
     """Accuracies after each epoch of the run of the first seed, on held-out images."""
-    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read_metrics(Workdir(workdir).metrics) if line["split"] == "validation"]
     return {"training": name} | {key: [line[key] for line in lines] for key in ("accuracy", "adversarial_accuracy")}
 
 
