@@ -8,15 +8,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
+from rich.text import Text
 
-from deq_jax.core.errors import InputError, WriteError
+from deq_jax.core.errors import InputError, WriteError, escaped
 from deq_jax.parallel.processes import connect, is_primary
 
+
+class PlainConsole(Console):
+    """A console that shows texts as they are: names in files have no markup, and do not steer the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text, for `print` and the cells of tables."""
+        return super().render_str(escaped(text), **options)
+
+
 # Into a file or a pipe tables are written whole, at their own width.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+console = PlainConsole(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 
 
 def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
@@ -60,10 +71,10 @@ def command_line() -> Iterator[None]:
 
 def note(text: str) -> None:
     """Prints a line that the user should know of."""
-    console.print(f"note: {text}", markup=False)
+    console.print(f"note: {text}")
 
 
 def fail(message: str, code: int) -> None:
     """Exits with one line on stderr."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + escaped(" ".join(message.split())), file=sys.stderr)
     raise SystemExit(code)

@@ -31,8 +31,8 @@ class Display:
         """Moves the bar to `done` of `total`, with `text` beside it; elsewhere prints `line`."""
         self._bar.update(self._task, completed=done, total=total, description=text)
         if not console.is_terminal:
-            console.print(line, markup=False)
+            console.print(line)
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar."""
-        console.print(text, markup=False)
+        console.print(text)

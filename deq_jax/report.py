@@ -6,13 +6,14 @@ python -m deq_jax.report runs/a-0 runs/a-1 runs/a-2 --out report
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from deq_jax._cli import command_line, console
 from deq_jax.reporting.archive import read_evaluations, unfinished
 from deq_jax.reporting.page import report_files
-from deq_jax.storage.files import make_folder
+from deq_jax.storage.files import make_folder, write_whole
 
 DESCRIPTION = """\
 Put the finished evaluations of one or several training runs on one HTML page.
@@ -43,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = report_files(evaluations, missing)
         out = make_folder(options.out)
         for name, content in files.items():
-            (out / name).write_bytes(content)
+            write_whole(out / name, _writer(content))
         if missing:
             console.print(f"not evaluated: {', '.join(map(str, missing))}")
         console.print(f"report: {out / 'index.html'}")
+
+
+def _writer(content: bytes) -> Callable[[BinaryIO], int]:
+    return lambda file: file.write(content)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -177,7 +177,8 @@ def check_threat(where: str, threat: Any) -> None:
 
 def _check_radius(name: str, epsilon: Any) -> None:
     is_number = isinstance(epsilon, Real | jax.Array) and not isinstance(epsilon, bool)
-    require(is_number and (is_traced(epsilon) or epsilon >= 0), f"{name}: epsilon must be >= 0, got {epsilon!r}")
+    fits = is_number and (is_traced(epsilon) or 0 <= epsilon < math.inf)
+    require(fits, f"{name}: epsilon must be >= 0 and finite, got {epsilon!r}")
 
 
 def _flat(x: Array) -> Array:

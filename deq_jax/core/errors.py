@@ -96,6 +96,11 @@ def described(value: Any) -> str:
     return f"{kind} of {parts}" if parts else kind
 
 
+def escaped(text: str) -> str:
+    """The text with escapes in place of characters that steer a terminal, new lines excepted."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of its message, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deq_jax.core.errors import InputError, described, require
+from deq_jax.core.errors import InputError, first_line, require
 from deq_jax.data.datasets import Images, Splits, check_share, checked_images, chosen_path, hold_out_share
 from deq_jax.data.folders import ImageFolder
 
 PIXELS = 3 * 32 * 32
+LARGEST = 2**28  # bytes of a file; those of CIFAR-100 have 154 million
 HARMLESS = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -152,7 +153,8 @@ class Cifar:
             value = _DataOnly(io.BytesIO(content), encoding="bytes").load()
         except Exception as error:  # a damaged pickle raises nearly anything
             raise InputError(f"{self.path}: {name} cannot be read as plain data ({error})") from None
-        require(isinstance(value, dict), f"{self.path}: {name}: expected a dict, found {described(value)}")
+        if not isinstance(value, dict):
+            raise InputError(f"{self.path}: {name}: expected a dict, found a {type(value).__name__}")
         return {_text(key): [_text(item) for item in v] if isinstance(v, list) else v for key, v in value.items()}
 
     def _files(self) -> dict[str, bytes]:
@@ -163,8 +165,10 @@ class Cifar:
             for name, content in _folder(path) if path.is_dir() else _archive(path):
                 require(name not in files, f"{path}: holds {name} twice; name one of its folders")
                 files[name] = content
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from None
+        except InputError:
+            raise
+        except Exception as error:  # tarfile, zlib and lzma each have their own
+            raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
         return files
 
 
@@ -179,6 +183,9 @@ def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
         for member in archive:
             name, opened = Path(member.name).name, archive.extractfile(member) if member.isfile() else None
             if name in WANTED and opened is not None:
+                require(
+                    member.size <= LARGEST, f"{path}: {name} has {member.size} bytes, more than a file of CIFAR has"
+                )
                 yield name, opened.read()
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from deq_jax.core.box import clip_to_box
 from deq_jax.core.errors import InputError, described, first_line, require
+from deq_jax.storage.files import read_npz
 
 SPLIT_SEED = 0
 
@@ -158,22 +159,12 @@ class Npz:
         return checked_images(x, arrays[f"y_{part}"], where)
 
     def _read(self) -> dict[str, np.ndarray]:
-        names = ["x_train", "y_train", "x_test", "y_test"]
-        try:
-            with open(chosen_path("Npz", self.path), "rb") as opened:  # numpy leaves a damaged file open
-                file = np.load(opened, allow_pickle=False)
-                missing = [name for name in names if name not in getattr(file, "files", ())]
-                require(
-                    not missing,
-                    f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}",
-                )
-                return {name: file[name] for name in names}
-        except FileNotFoundError:
-            raise InputError(f"{self.path}: no such npz file") from None
-        except InputError:
-            raise
-        except Exception as error:  # numpy, zipfile and zlib each have their own
-            raise InputError(f"{self.path}: cannot be read as an npz file ({error})") from None
+        names, path = ["x_train", "y_train", "x_test", "y_test"], chosen_path("Npz", self.path)
+        require(path.exists(), f"{self.path}: no such npz file")
+        arrays = read_npz(path, only=names)
+        missing = [name for name in names if name not in arrays]
+        require(not missing, f"{self.path}: expected arrays {', '.join(names)}; missing {', '.join(missing)}")
+        return arrays
 
 
 @dataclass(frozen=True)

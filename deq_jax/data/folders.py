@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, first_line, require
 from deq_jax.data.datasets import Splits, check_share, checked_images, chosen_path, hold_out_share, mixed
 from deq_jax.storage.files import read_npz, write_npz
 
@@ -29,8 +29,8 @@ class ImageFolder:
 
     The test images lie in ``test``, ``val``, ``validation`` or ``valid``. Without such folders the classes lie in
     `path` itself, and a share of their images becomes the test set, always the same one. Classes are numbered by
-    name; the images of all classes are mixed, always in the same way. All formats that Pillow reads will do. Hidden files and files of other kinds are passed over, links are
-    followed.
+    name; the images of all classes are mixed, always in the same way. All formats of pixels that Pillow reads will do.
+    Hidden files and files of other kinds are passed over, and links are followed.
 
     Attributes:
       path: the folder; "" in a config that leaves it to ``--set dataset.path=PLACE``.
@@ -111,10 +111,11 @@ class ImageFolder:
         cache, digest = Path(self.cache).expanduser(), self._digest(files)
         if cache.exists():
             arrays = read_npz(cache)
-            require(
-                "digest" in arrays, f"{cache}: is not a cache of ImageFolder, and stays as it is; choose another name"
-            )
+            names = {f"{kind}_{part}" for kind in "xy" for part in files}
+            is_other = f"{cache}: is not a cache of ImageFolder, and stays as it is; choose another name"
+            require("digest" in arrays, is_other)
             if str(arrays.pop("digest")) == digest:
+                require(arrays.keys() == names, is_other)
                 return arrays
         arrays = self._read(files)
         try:
@@ -129,7 +130,7 @@ class ImageFolder:
         for part, found in files.items():
             for path, label in found:
                 status = _status(path)
-                total.update(f"{part} {path} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+                total.update(os.fsencode(f"{part} {path} {label} {status.st_size} {status.st_mtime_ns}\n"))
         return total.hexdigest()
 
     def _read(self, files: dict[str, list[tuple[Path, int]]]) -> dict[str, np.ndarray]:
@@ -147,11 +148,14 @@ class ImageFolder:
 
     def _decode(self, path: Path) -> np.ndarray:
         try:
-            with Image.open(path) as image:
+            require(path.is_file(), f"{path}: cannot be read as an image (it is no file)")
+            with Image.open(path, formats=_formats()) as image:
                 image.load()
                 return self._converted(image, path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: cannot be read as an image ({error})") from None
+        except InputError:
+            raise
+        except Exception as error:  # each format of Pillow has its own
+            raise InputError(f"{path}: cannot be read as an image ({first_line(error)})") from None
 
     def _converted(self, image: Image.Image, path: Path) -> np.ndarray:
         if self.colours is not None:
@@ -198,6 +202,12 @@ def _files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
         require(bool(images), f"{folder / name}: the class has no images")
         found += [(path, label) for path in images]
     return found
+
+
+def _formats() -> list[str]:
+    """The formats of Pillow that hold pixels. EPS and WMF hold programs, which Pillow has other software run."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in ("EPS", "WMF")]
 
 
 def _visible(folder: Path) -> Iterator[Path]:

@@ -29,7 +29,7 @@ from deq_jax.evaluation.plan import EarlyState, EvalConfig
 from deq_jax.evaluation.probes import several_answers, timed_answers
 from deq_jax.evaluation.red_flags import ZERO_GRADIENTS, is_white_box, red_flags
 from deq_jax.evaluation.results import Attempt, Cost, Probe, Worst, WorstCase
-from deq_jax.evaluation.rows import from_columns, is_correct, replaced
+from deq_jax.evaluation.rows import Row, from_columns, is_correct, replaced, to_columns
 from deq_jax.evaluation.stages import CLEAN, Stage, Stages
 from deq_jax.evaluation.store import Arrays, Store
 from deq_jax.evaluation.transfers import Transfer, check_radius, is_within
@@ -152,7 +152,10 @@ class Batches:
             if not (compiled or self.store.has(stage.name, number)):
                 self.report(watch.begins())
                 compiled = True
-            parts.append(self.store.batch(stage.name, number, partial(self._run, stage, own)))
+            found = self.store.batch(stage.name, number, partial(self._run, stage, own))
+            other = f"trial {stage.name}, batch {number}: the kept file is of other images or incomplete; delete it"
+            require(self._fits(stage, own, found), other)
+            parts.append(found)
             correct[own] &= is_correct(from_columns(parts[-1]), self.images.y[own]).deployed
             watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(parts[-1]["seconds"])))
             self.report(watch.now())
@@ -162,6 +165,18 @@ class Batches:
         """Results of a stage that measures nothing; they are neither kept nor reported."""
         parts = [self._run(stage, own) for own in self._split(rows)]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _fits(self, stage: Stage, rows: np.ndarray, found: Arrays) -> bool:
+        """Whether these are results of the stage for these images."""
+        names = {*Row._fields, *stage.also, "number", "seconds"}
+        if not (names <= found.keys() and np.array_equal(found["number"], rows)):
+            return False
+        columns = {found[name].shape for name in Row._fields}
+        lengths = {values.shape[:1] for name, values in found.items() if name != "seconds"}
+        images = found["x_adv"].shape[1:] if "x_adv" in found else self.images.x.shape[1:]
+        numeric = all(values.dtype.kind in "biuf" for values in found.values())
+        alike = len(columns) == 1 and {len(shape) for shape in columns} == {2} and lengths == {(len(rows),)}
+        return numeric and alike and images == self.images.x.shape[1:]
 
     def _split(self, rows: np.ndarray) -> list[np.ndarray]:
         return [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
@@ -231,6 +246,8 @@ def _attempt(
     x_adv = x.copy()
     x_adv[rows] = found["x_adv"]
     inside[rows] = is_within(x_adv[rows], x[rows], stages.config.threat)
+    states = "a kept file has other states than the one of the clean images; delete it"
+    require(found["label"].shape[1:] == to_columns(clean)["label"].shape[1:], f"trial {stage.name}: {states}")
     measured, seconds = replaced(clean, rows, from_columns(found)), float(np.sum(found["seconds"]))
     return Attempt(partial(batches.store.x_adv, stage.name, x), measured, left.copy(), inside, seconds), x_adv
 
@@ -253,8 +270,8 @@ def _answers(stages: Stages, batches: Batches) -> tuple[Probe, Cost]:
     query = stages.predictor, stages.variables, stages.x, config.draws is not None
     timed = partial(timed_answers, *query, batch_size=config.batch_size, seed=config.seed)
     batches.report(Moment("checks", 1.0, "checks: the deployed predictor is asked in several ways, and timed", True))
-    probe = store.answers("probe", partial(several_answers, *query))
-    return Probe(**probe), Cost(**store.answers("cost", timed))
+    probe = store.answers("probe", Probe._fields, partial(several_answers, *query))
+    return Probe(**probe), Cost(**store.answers("cost", Cost._fields, timed))
 
 
 def _predictor(
@@ -281,5 +298,5 @@ def _predictor(
     def accuracies() -> dict[str, np.ndarray]:
         return {"accuracy": np.array(choose(source, variables, validation, early.attack, report=tell))}
 
-    accuracy = store.answers("early_state", accuracies)["accuracy"]
+    accuracy = store.answers("early_state", ["accuracy"], accuracies)["accuracy"]
     return deployed(source, IntermediateState(1 + int(np.argmax(accuracy)))), accuracy.tolist()

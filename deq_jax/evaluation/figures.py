@@ -8,11 +8,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from deq_jax.core.errors import escaped
 from deq_jax.evaluation.rows import Outcomes, correctness, named
 
 CLEAN, ATTACKED = "#2a6f97", "#c8553d"
 
 SHORT = {"deployed": "dep.", "ensemble": "ens."}
+
+
+def literal(text: str) -> str:
+    """The text as a label of a figure that shows it as it is: not as a formula, and with escapes as `escaped` has."""
+    return escaped(text).replace("$", r"\$")
 
 
 def plot_states(outcomes: Outcomes, path: Path) -> None:
@@ -65,7 +71,7 @@ def plot_accuracies(accuracies: dict[str, dict[str, float]], path: Path) -> None
     for (row, column), value in np.ndenumerate(values):
         axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7)
     axis.set_xticks(range(len(names)), [SHORT.get(name, name) for name in names])
-    axis.set_yticks(range(len(values)), list(accuracies), fontsize=8)
+    axis.set_yticks(range(len(values)), list(map(literal, accuracies)), fontsize=8)
     axis.set_title("accuracy (%) of each predictor on each trial's images", fontsize=9)
     figure.savefig(path, dpi=130)
 

@@ -14,10 +14,10 @@ from deq_jax.data.datasets import Images
 from deq_jax.defences.states import deployed
 from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.plan import REFERENCE, EarlyState, EvalConfig
-from deq_jax.evaluation.transfers import Transfer
+from deq_jax.evaluation.transfers import Transfer, read_manifest
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.processes import agreed, in_primary, is_primary
-from deq_jax.storage.files import read_json, write_json
+from deq_jax.storage.files import write_json
 from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import first_difference
 from deq_jax.surrogates.base import Direct, judged
@@ -40,7 +40,9 @@ def check_reference(config: EvalConfig, variables: str) -> None:
     """Refuses reference images that were made against another predictor than the undefended one."""
     for trial in config.trials:
         made = trial.attack.manifest if isinstance(trial.attack, Transfer) and trial.suite == REFERENCE else None
-        undefended = made is None or (made["config"]["predictor"] is None and made["variables"] == variables)
+        undefended = made is None or (
+            made["config"].get("predictor", "") is None and made.get("variables") == variables
+        )
         expected = "expected images made against the undefended predictor of this run and checkpoint"
         require(undefended, f"trial {trial.name}: {expected}, but its evaluation attacked another one")
 
@@ -55,7 +57,7 @@ def claimed(out: Path | None, manifest: dict[str, Any]) -> Iterator[None]:
     with in_primary(sole_writer(out)):
         with agreed():
             if path.exists():
-                old = {"settings": manifest["settings"], **read_json(path)}  # older ones do not tell
+                old = {"settings": manifest["settings"], **read_manifest(path)}  # older ones do not tell
                 difference = first_difference(old, manifest)
                 advice = "choose another folder (--out)"
                 require(difference is None, f"{out} holds another evaluation: {difference}; {advice}")

@@ -26,6 +26,8 @@ from deq_jax.surrogates.base import Direct, Surrogate, check_surrogate
 
 RESERVED = ("clean", "union")  # names of other rows
 
+MOST_AT_ONCE = 2**20  # images: far more than a device holds
+
 UNDEFENDED = "none"  # name of the classifier as trained
 
 REFERENCE = "reference"  # name of the suite of images that were made against it
@@ -208,6 +210,8 @@ class EvalConfig:
         check_threat("EvalConfig", self.threat)
         check_are_trials("EvalConfig", self.trials)
         require_count("EvalConfig: batch_size", self.batch_size)
+        fits = self.batch_size <= MOST_AT_ONCE
+        require(fits, f"EvalConfig: batch_size must be at most {MOST_AT_ONCE}, got {self.batch_size}")
         require_count("EvalConfig: seed", self.seed, 0)
         for name in ("draws", "max_images"):
             require_count(f"EvalConfig: {name}", getattr(self, name), optional=True)

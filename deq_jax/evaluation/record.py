@@ -13,7 +13,7 @@ import numpy as np
 
 from deq_jax.evaluation.classes import ClassAccuracy, class_accuracies
 from deq_jax.evaluation.plan import UNDEFENDED, Trial
-from deq_jax.evaluation.recorded import RecordedPlan, RecordedRun, parsed
+from deq_jax.evaluation.recorded import RecordedPlan, RecordedRun, checked, parsed
 from deq_jax.evaluation.red_flags import red_flags
 from deq_jax.evaluation.results import Flag, WorstCase
 from deq_jax.evaluation.rows import Means, RowMeans, Spread, spread, summary
@@ -245,24 +245,26 @@ class EvaluationRecord:
         if schema not in range(SCHEMA + 1):
             raise ValueError(f"schema {schema!r}, expected at most {SCHEMA}")
         radius, plan = tree.get("spectral_radius", {}), RecordedPlan.of(tree["evaluation"])
-        early = tree.get("early_state")
+        early, images = tree.get("early_state"), int(tree["images"])
+        if images < 1:
+            raise ValueError(f"{images} images")
         return cls(
-            images=int(tree["images"]),
+            images=images,
             rows={name: _row(row) for name, row in tree["rows"].items()},
             accuracy={name: {who: float(part) for who, part in row.items()} for name, row in tree["accuracy"].items()},
             cumulative=plan.skip_broken,
             trials={name: _trial_of(trial) for name, trial in tree.get("trials", {}).items()},
-            defence=tree.get("defence", UNDEFENDED if plan.predictor is None else brief(plan.predictor)),
+            defence=str(tree.get("defence", UNDEFENDED if plan.predictor is None else brief(plan.predictor))),
             cost=PredictionCost(**{name: _number(value) for name, value in tree.get("cost", {}).items()}),
             spectral_radius=_spread(radius),
-            unsettled=radius.get("unsettled"),
+            unsettled=None if radius.get("unsettled") is None else int(radius["unsettled"]),
             adjoint_residual=_spread(tree.get("adjoint_residual", {})),
             warnings=tuple(map(str, tree.get("warnings", ()))),
-            red_flags=tuple(Flag(**flag) for flag in tree["red_flags"]),
+            red_flags=tuple(checked(Flag, flag) for flag in tree["red_flags"]),
             early_state=None if early is None else tuple(map(float, early)),
             evaluation=tree["evaluation"],
             provenance=_provenance(tree) if "workdir" in tree else None,
-            classes=tuple(ClassAccuracy(**one) for one in tree.get("classes", ())),
+            classes=tuple(checked(ClassAccuracy, one) for one in tree.get("classes", ())),
         )
 
 
@@ -296,7 +298,7 @@ def _trial(result: WorstCase, trial: Trial) -> TrialRecord:
 
 def _trial_of(tree: Any) -> TrialRecord:
     known = {field.name: tree[field.name] for field in dataclasses.fields(TrialRecord) if field.name in tree}
-    return TrialRecord(**known | {"attacked": int(tree["attacked"])})
+    return checked(TrialRecord, known | {"attacked": int(tree["attacked"])})
 
 
 def _known(tree: dict[str, Any], name: str) -> dict[str, Any]:
@@ -317,8 +319,9 @@ def _spread(tree: Any) -> Spread:
 
 
 def _provenance(tree: Any) -> Provenance:
-    required = tree["workdir"], tree["checkpoint"], tree["split"], dict(tree["versions"]), tree["config"]
-    found = Provenance(*required, tree.get("environment"))
+    parts = {name: tree[name] for name in ("workdir", "checkpoint", "split", "config")}
+    versions = {name: str(version) for name, version in tree["versions"].items()}
+    found = checked(Provenance, parts | {"versions": versions, "environment": tree.get("environment")})
     _ = found.run  # raises where the config is of something else
     return found
 

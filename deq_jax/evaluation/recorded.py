@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from deq_jax.core.errors import InputError
 from deq_jax.evaluation.folder import EvaluationFolder
@@ -18,7 +20,10 @@ T = TypeVar("T")
 
 SCHEDULE = ("epochs", "batch_size", "pretrain_steps", "optimizer", "augmentation")
 
-DAMAGED = (KeyError, TypeError, ValueError, AttributeError)  # of a parser that meets something else
+KINDS = {"str": str, "bool": bool, "int": int, "float": int | float, "None": type(None)}  # JSON may write 1.0 as 1
+
+# Of a parser that meets something else.
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class RecordedTrial:
     def of(cls, tree: Any) -> RecordedTrial:
         """The trial that `to_tree` wrote."""
         text = canonical(_without_paths(tree))
-        return cls(tree["name"], tree["suite"], tree["attack"], tree["surrogate"], bool(tree["from_worst"]), text)
+        parts = {name: tree[name] for name in ("name", "suite", "attack", "surrogate", "from_worst")}
+        return checked(cls, parts | {"text": text})
 
     def __str__(self) -> str:
         suite = f" [{self.suite}]" if self.suite else ""
@@ -77,16 +83,18 @@ class RecordedPlan:
     @classmethod
     def of(cls, tree: Any) -> RecordedPlan:
         """The `EvalConfig` that `to_tree` wrote, in this version or an older one."""
-        threat, diagnostics = tree["threat"], tree["diagnostics"] or {}
+        threat, diagnostics, epsilon = tree["threat"], tree["diagnostics"] or {}, float(tree["threat"]["epsilon"])
+        if not 0 <= epsilon < math.inf:
+            raise ValueError(f"a radius of {epsilon}")
         return cls(
             threat=threat,
             norm=short_name(threat),
-            epsilon=float(threat["epsilon"]),
+            epsilon=epsilon,
             trials=tuple(map(RecordedTrial.of, tree["trials"])),
             checks={role: RecordedTrial.of(trial) for role, trial in diagnostics.items() if role != "class"},
             predictor=tree["predictor"],
             draws=None if tree["draws"] is None else int(tree["draws"]),
-            budget=tree.get("budget"),
+            budget=None if tree.get("budget") is None else str(tree["budget"]),
             batch_size=int(tree["batch_size"]),
             seed=int(tree["seed"]),
             skip_broken=bool(tree["skip_broken"]),
@@ -123,6 +131,15 @@ class RecordedRun:
         text = canonical({name: value for name, value in tree.items() if name != "seed"})
         dataset, classifier = dict(tree["dataset"]), dict(tree["classifier"])
         return cls(int(tree["seed"]), dataset, tree["objective"], classifier, schedule, text)
+
+
+def checked(kind: type[T], tree: Mapping[str, Any]) -> T:
+    """The dataclass with these fields; raises `TypeError` where one is missing, unknown or of another type."""
+    for field in dataclasses.fields(cast(Any, kind)):
+        kinds = tuple(KINDS[name] for name in str(field.type).split(" | ") if name in KINDS)
+        if field.name in tree and kinds and not isinstance(tree[field.name], kinds):
+            raise TypeError(f"{field.name} is {tree[field.name]!r}, expected {field.type}")
+    return kind(**tree)
 
 
 def parsed(path: Path, parser: Callable[[Any], T]) -> T:

@@ -37,11 +37,13 @@ class Stage:
       name: name of the trial, or "clean".
       run: batch -> arrays [B, ...]; they include the ones of `to_columns`, unless only gradients are asked for.
       queries: gradients per image, at most; None if that is not known.
+      also: names of arrays that are there beside the ones of `to_columns`.
     """
 
     name: str
     run: Callable[[EvaluationBatch], Arrays]
     queries: int | None = None
+    also: tuple[str, ...] = ("x_adv",)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Stages:
             return {"measured": measured, **found, **({} if adjoint is None else {"adjoint_residual": adjoint})}
 
         run = partial(replicate_and_split(on_device, joint=False), self.variables)
-        return Stage(CLEAN, lambda batch: _as_arrays(run(batch)))
+        return Stage(CLEAN, lambda batch: _as_arrays(run(batch)), also=("zero_gradient", "spectral_radius"))
 
     def of(self, trial: Trial, start: np.ndarray | None) -> Stage:
         """Attacks images, or measures transferred ones.

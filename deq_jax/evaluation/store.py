@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from deq_jax.core.errors import require
 from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.transfers import read_trial, with_batches
 from deq_jax.parallel.processes import agreed, from_primary, is_primary
@@ -37,9 +38,12 @@ class Store:
         """Results of a batch of a trial; computed where nothing is kept."""
         return self._get(self._folder.batch(trial, number), compute)
 
-    def answers(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
-        """Answers of the deployed predictor that are asked for once; computed where nothing is kept."""
-        return self._get(self._folder.answers(name), compute)
+    def answers(self, name: str, parts: Collection[str], compute: Callable[[], Arrays]) -> Arrays:
+        """Answers of the deployed predictor that are asked for once, in these parts; computed where nothing is kept."""
+        file = self._folder.answers(name)
+        found = self._get(file, compute)
+        require(found.keys() == set(parts), f"{file}: expected {', '.join(parts)}, found {', '.join(found)}; delete it")
+        return found
 
     def x_adv(self, trial: str, x: np.ndarray) -> np.ndarray:
         """The images [N, H, W, C] that a trial has made, and x where it attacked none."""

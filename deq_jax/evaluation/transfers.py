@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Transfer:
     def manifest(self) -> dict[str, Any] | None:
         """Manifest of the trial's evaluation, as JSON data; None for a file."""
         path = Path(self.path)
-        return read_json(EvaluationFolder.of_trial(path).manifest) if path.is_dir() else None
+        return read_manifest(EvaluationFolder.of_trial(path).manifest) if path.is_dir() else None
 
     def load(self, images: Images, x: np.ndarray, threat: Threat) -> np.ndarray:
         """The images [N, H, W, C], float32.
@@ -66,6 +66,14 @@ class Transfer:
         return found
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an evaluation, as JSON data; raises `InputError` where it is none."""
+    found = read_json(path)
+    known = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    require(known, f"{path}: not the manifest of an evaluation: expected names and values, with a config")
+    return cast(dict[str, Any], found)
+
+
 def _read_images(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     arrays = read_npz(path)
     require("x_adv" in arrays, f"{path}: expected an array x_adv, found {', '.join(arrays) or 'none'}")
@@ -81,11 +89,18 @@ def with_batches(x: np.ndarray, batches: Sequence[tuple[Any, dict[str, np.ndarra
     """The images x [N, H, W, C], where a trial's batches have others in their place; each has a name for errors."""
     x_adv = x.copy()
     for file, arrays in batches:
-        known = {"x_adv", "number"} <= set(arrays) and arrays["number"].max(initial=0) < len(x)
-        known = known and arrays["x_adv"].shape[1:] == x.shape[1:]
+        known = {"x_adv", "number"} <= set(arrays) and are_numbers(arrays["number"], len(x))
+        known = known and arrays["x_adv"].shape == (len(arrays["number"]), *x.shape[1:])
+        known = known and np.issubdtype(arrays["x_adv"].dtype, np.floating)
         require(known, f"{file}: expected x_adv of images of shape {x.shape[1:]}, numbered below {len(x)}")
         x_adv[arrays["number"]] = arrays["x_adv"]
     return x_adv
+
+
+def are_numbers(number: np.ndarray, count: int) -> bool:
+    """Whether an array [B] holds numbers of so many images."""
+    is_list = number.ndim == 1 and np.issubdtype(number.dtype, np.integer)
+    return is_list and bool(np.all((number >= 0) & (number < count)))
 
 
 def _read_folder(path: Path, x: np.ndarray) -> tuple[np.ndarray, None]:

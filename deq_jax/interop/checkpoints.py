@@ -123,7 +123,7 @@ def _channels(arrays: dict[str, np.ndarray]) -> int | None:
 def _stored_channels(checkpoint: Checkpoint) -> int | None:
     try:
         return int(checkpoint.state["params"]["encoder"]["stem_conv0"]["kernel"].shape[2])
-    except (TypeError, KeyError, IndexError):
+    except (TypeError, KeyError, IndexError, AttributeError):
         return None  # of another network: the comparison with its shapes will tell
 
 
@@ -158,7 +158,7 @@ def mdeq_shapes(config: TrainConfig, channels: int | None = None) -> Variables:
     ):
         raise InputError("the config's classifier is not an MDEQ: expected Equilibrium(*mdeq(...), dynamics)")
     side = 2 ** (len(encoder.channels) - 1)  # the coarsest branch is one pixel
-    images = jnp.zeros((1, side, side, own if channels is None else channels))
+    images = jax.ShapeDtypeStruct((1, side, side, own if channels is None else channels), jnp.float32)
     try:
         shapes: Variables = jax.eval_shape(classifier.init, prng_key(0), images)
     except InputError:

@@ -178,11 +178,13 @@ def _torch_names(variables: Variables) -> dict[tuple[str, ...], str]:
 
 
 def _to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(_torch_view(path, array))
+
+
+def _torch_view(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     if path[-1] == "g":
         return array.reshape(-1, 1, 1, 1)
-    if array.ndim == 4:
-        return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
-    return np.ascontiguousarray(array.T)
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
 def _from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
@@ -194,7 +196,7 @@ def _from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
 
 
 def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_torch(path, np.broadcast_to(np.zeros(()), shape)).shape
+    return _torch_view(path, np.broadcast_to(np.zeros(()), shape)).shape
 
 
 def _listing(kind: str, names: Iterable[str]) -> str:

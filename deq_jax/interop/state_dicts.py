@@ -118,9 +118,10 @@ def _network(path: Path, entries: Entries, expected: frozenset[str]) -> StateDic
 def _prefixes(arrays: Mapping[str, Any], expected: frozenset[str]) -> Counter[str]:
     """How many expected names are there under each prefix; a prefix ends with a dot or is empty."""
     counts: Counter[str] = Counter()
+    deepest = max((name.count(".") for name in expected), default=0)
     for name in arrays:
         parts = name.split(".")
-        for i in range(len(parts)):
+        for i in range(max(0, len(parts) - 1 - deepest), len(parts)):
             if ".".join(parts[i:]) in expected:
                 counts["".join(f"{part}." for part in parts[:i])] += 1
     return counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, first_line, require
 from deq_jax.core.gradients import Phantom
 from deq_jax.core.solvers import Broyden
 from deq_jax.models.base import Variables
@@ -59,11 +60,15 @@ def pretrained(name: str) -> Pretrained:
       True
     """
     require(name in BUILDERS, f"pretrained: no network is called {name!r}; there is {', '.join(BUILDERS)}")
-    path, about = FOLDER / f"{name}.npz", json.loads((FOLDER / f"{name}.json").read_text())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != about["sha256"]:
-        raise InputError(f"{path}: damaged, its SHA-256 is {digest}, expected {about['sha256']}; install deq_jax again")
-    with np.load(path) as arrays:
+    path, about_path = FOLDER / f"{name}.npz", FOLDER / f"{name}.json"
+    try:
+        about, content = json.loads(about_path.read_text()), path.read_bytes()
+        expected = about["sha256"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{about_path}: damaged ({first_line(error)}); install deq_jax again") from None
+    digest = hashlib.sha256(content).hexdigest()
+    require(digest == expected, f"{path}: damaged, its SHA-256 is {digest}, expected {expected}; install deq_jax again")
+    with np.load(io.BytesIO(content)) as arrays:
         found = traverse_util.unflatten_dict(dict(arrays), sep="/")
     parts = found["params"]  # all of them have parameters; not all have batch statistics
     variables = {collection: {part: tree.get(part, {}) for part in parts} for collection, tree in found.items()}

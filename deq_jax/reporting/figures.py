@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from deq_jax.evaluation.figures import literal
 from deq_jax.reporting.archive import CONDITIONS
 from deq_jax.reporting.comparisons import Curve
 from deq_jax.reporting.groups import Group, clean, robust
@@ -105,7 +106,7 @@ def _plot(axis: Axes, x: Iterable[float], means: Sequence[Estimate | None], **lo
 
 def _wrapped(label: str) -> str:
     """Wraps a label to the width of a figure."""
-    return textwrap.fill(label, 54)
+    return literal(textwrap.fill(label, 54))
 
 
 def _figure(labels: Iterable[str]) -> tuple[Figure, Axes]:

@@ -10,6 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from deq_jax.reporting.archive import Evaluation
 from deq_jax.reporting.report import Report
 
+ESCAPES = "backslashreplace"  # what UTF-8 lacks, of a file's name
+
 
 def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()) -> dict[str, bytes]:
     """The page, as index.html, and the PNG and CSV files of its figures and tables: name -> content.
@@ -24,9 +26,9 @@ def report_files(evaluations: Sequence[Evaluation], missing: Sequence[Path] = ()
       ['index.html']
     """
     report = Report.of(evaluations, missing)
-    files = {f"{table.name}.csv": table.csv().encode() for table in report.tables}
+    files = {f"{table.name}.csv": table.csv().encode(errors=ESCAPES) for table in report.tables}
     files |= {f"{picture.name}.png": picture.png for picture in report.pictures}
-    return files | {"index.html": render(report).encode()}
+    return files | {"index.html": render(report).encode(errors=ESCAPES)}
 
 
 def render(report: Report) -> str:

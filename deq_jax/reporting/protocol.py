@@ -55,6 +55,6 @@ def _dynamics_lines(dynamics: Json) -> dict[str, str]:
         heads = [f"{name} {brief(value)}" for name, value in known.items() if value is not None]
         lines["solver"] = f"{', '.join(heads)}: {brief(solver)}" if heads else brief(solver)
     if isinstance(gradient, dict):
-        steps = f"K = {brief(gradient['steps'])}: " if short_name(gradient) == "Phantom" else ""
+        steps = f"K = {brief(gradient.get('steps'))}: " if short_name(gradient) == "Phantom" else ""
         lines["gradient"] = steps + brief(gradient)
     return lines

@@ -34,6 +34,8 @@ from deq_jax.reporting.protocol import protocol_text
 from deq_jax.reporting.tables import Table
 from deq_jax.reporting.wording import DEFENCE, TRAINING, Quote, Words, quotes, sentences, worst_case
 
+LONGEST = 120  # name of a file
+
 
 @dataclass(frozen=True)
 class Section:
@@ -216,7 +218,8 @@ class Report:
 
 
 def _name(kind: str, place: int, *names: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([kind, str(place), *names])).strip("-")
+    """A file's name without an ending; the place makes it one of its own."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([kind, str(place), *names]))[:LONGEST].strip("-")
 
 
 def _section(group: Group, table: Table, is_open: bool = False) -> Section:

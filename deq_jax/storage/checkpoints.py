@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from deq_jax.core.errors import InputError, first_line, require
 from deq_jax.core.types import PyTree
-from deq_jax.storage.files import write_json, writing
+from deq_jax.storage.files import parsed_json, write_json, writing
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every save, and also raises what it reports
 
@@ -126,7 +125,8 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Steps of all checkpoints, the newest last."""
-        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit())
+        names = (path.name for path in self.folder.glob("[0-9]*"))
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{,8}", name))
 
     def _remove(self, step: int) -> None:
         """Takes a checkpoint away; at no moment half of it is there under its name."""
@@ -197,7 +197,7 @@ class Checkpoint:
             require(path in found, f"{where}: has no {path}")
             require(path in expected, f"{where}: {path} was not expected")
             for name in ("shape", "dtype"):
-                old, new = getattr(found[path], name), getattr(expected[path], name)
+                old, new = getattr(found[path], name, None), getattr(expected[path], name)
                 require(old == new, f"{where}: {path} has {name} {old}, expected {new}")
         return jax.tree.unflatten(jax.tree.structure(template), [found[path] for path in expected])
 
@@ -232,13 +232,10 @@ def _check_digests(folder: Path) -> bool:
     if not (folder / DIGESTS).exists():
         return False
     try:
-        for name, expected in json.loads((folder / DIGESTS).read_text()).items():
+        for name, expected in parsed_json((folder / DIGESTS).read_text(), DIGESTS).items():
             require((folder / name).is_file(), f"{name} is missing")
             require(_sha256(folder / name) == expected, f"{name} is not as it was written")
-    except (
-        AttributeError,
-        ValueError,
-    ) as error:  # the file of digests itself is damaged, or what it tells (InputError)
+    except (AttributeError, ValueError) as error:  # the file of digests itself, or what it tells (InputError)
         raise DamagedError(f"checkpoint {folder} is damaged ({error})") from None
     return True
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import os
 import sys
+import traceback
 import typing
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +15,9 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 
-from deq_jax.core.errors import InputError, require
+from deq_jax.core.errors import InputError, first_line, require
 
 Config = TypeVar("Config")
-
-MISTAKES = (ImportError, TypeError, NameError, AttributeError)  # of whoever wrote a config file
 
 
 def load_config(
@@ -51,8 +51,8 @@ def load_config(
         config = module.get_config(*arguments)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except MISTAKES as error:  # an unknown or a missing field
-        raise InputError(f"{path}: get_config() failed: {error}") from None
+    except (Exception, SystemExit) as error:  # such as an unknown or a missing field
+        raise InputError(f"{path}: {_line(path, error)}get_config() failed: {_brief(error)}") from None
     if not isinstance(config, kind):
         raise InputError(f"{path}: get_config() must return a {kind.__name__}, got {type(config).__name__}")
     return config
@@ -70,13 +70,29 @@ def _run_module(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise InputError(f"{error.filename}: line {error.lineno}: {error.msg}") from None
-    except (InputError, *MISTAKES) as error:
-        raise InputError(f"{path}: {error}{_advice(error)}") from None
+        where = f"{error.filename}: line {error.lineno}" if error.filename else str(path)
+        raise InputError(f"{where}: {error.msg}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path}: {_line(path, error)}{_brief(error)}{_advice(error)}") from None
     return module
 
 
-def _advice(error: Exception) -> str:
+def _line(path: Path, error: BaseException) -> str:
+    """The last line of the file that ran before the error."""
+    frames, file = traceback.walk_tb(error.__traceback__), str(path.absolute())
+    lines = [line for frame, line in frames if os.path.abspath(frame.f_code.co_filename) == file]
+    return f"line {lines[-1]}: " if lines else ""
+
+
+def _brief(error: BaseException) -> str:
+    """Its message, and its name where Python does not say the mistake in words."""
+    spoken = isinstance(error, ImportError | TypeError | NameError | AttributeError)
+    return str(error) if spoken else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _advice(error: BaseException) -> str:
     """Advice on a name of the clone's folder configs/ that cannot be imported."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ImportError) or package != "configs":
@@ -137,7 +153,7 @@ def _instead(name: str, current: Any) -> str:
 def _parse(text: str, types: tuple[type, ...], current: Any) -> Any:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: nested absurdly deep
         value = text
     if float in types and type(value) is int and int not in types:
         value = float(value)

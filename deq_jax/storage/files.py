@@ -13,8 +13,12 @@ from typing import Any, BinaryIO, cast
 import jax
 import numpy as np
 
-from deq_jax.core.errors import InputError, WriteError
+from deq_jax.core.errors import InputError, WriteError, first_line, require
 from deq_jax.core.types import PyTree
+
+DEPTH = 50  # of JSON data, so that whatever walks through it ends
+
+TOO_DEEP = f"not as this package writes JSON: more than {DEPTH} levels"
 
 
 def make_folder(folder: Path) -> Path:
@@ -61,7 +65,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises `InputError` where there is none or it is damaged.
+    """Reads a JSON file; raises `InputError` where there is none, or it is damaged or nested absurdly deep.
 
     Examples:
       >>> from pathlib import Path
@@ -71,14 +75,36 @@ def read_json(path: Path) -> Any:
           ...
       deq_jax.core.errors.InputError: runs/none/config.json: no such file
     """
+    return parsed_json(read_text(path), str(path))
+
+
+def parsed_json(text: str, where: str) -> Any:
+    """The data of a JSON text; raises `InputError`, beginning with `where`, as `read_json` does."""
     try:
-        return json.loads(path.read_text())
+        tree = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{where}: {TOO_DEEP}") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+    require(_is_shallow(tree, DEPTH), f"{where}: {TOO_DEEP}")
+    return tree
+
+
+def _is_shallow(tree: Any, levels: int) -> bool:
+    below = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return levels > 0 and all(_is_shallow(part, levels - 1) for part in below)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises `InputError` where there is none, or it holds something else."""
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text ({error})") from None
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -146,11 +172,12 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
-def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
+def read_npz(path: Path, *, only: Collection[str] | None = None, skip: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The arrays of an npz file, by name.
 
     Args:
       path: the file.
+      only: names of arrays that are read, where they are there; None for all.
       skip: names of arrays that are not read.
 
     Raises:
@@ -169,8 +196,13 @@ def read_npz(path: Path, *, skip: Collection[str] = ()) -> dict[str, np.ndarray]
     try:
         with path.open("rb") as file:  # numpy leaves a damaged file open
             arrays = np.load(file, allow_pickle=False)
-            return {name: arrays[name] for name in getattr(arrays, "files", ()) if name not in skip}
+            there = getattr(arrays, "files", ())
+            names = [name for name in there if name not in skip and (only is None or name in only)]
+            found = {name: arrays[name] for name in names}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # numpy, zipfile and zlib each have their own
-        raise InputError(f"{path}: cannot be read as an npz file ({error})") from None
+        raise InputError(f"{path}: cannot be read as an npz file ({first_line(error)})") from None
+    for name, array in found.items():  # numpy returns other files as bytes
+        require(isinstance(array, np.ndarray), f"{path}: cannot be read as an npz file ({name} is no array)")
+    return found

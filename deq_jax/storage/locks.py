@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from deq_jax.core.errors import require
-from deq_jax.storage.files import make_folder, writing
+from deq_jax.storage.files import make_folder, parsed_json, writing
 
 LOCK = "lock.json"  # host, process and start of the writer; deleted when it ends
 
@@ -80,8 +80,9 @@ def _locked(path: Path) -> Iterator[IO[str]]:
     """The file, open and locked; raises `InputError` if another process writes to its folder."""
     is_current = False
     while not is_current:
+        require(not path.is_symlink(), f"{path} is a link, so its target would be written over; delete it")
         with writing(path):
-            file = path.open("a+")
+            file = path.open("a+", errors="replace")
         with file:
             state = _try_to_lock(file)
             # Otherwise its former holder has deleted it meanwhile, and what is locked is a file without a name.
@@ -106,7 +107,7 @@ def _check_holder(file: IO[str], path: Path, is_locked: bool | None) -> None:
     file.seek(0)
     text = file.read()
     try:
-        holder: dict[str, Any] = json.loads(text)
+        holder: dict[str, Any] = parsed_json(text, str(path))
         who = "process {process} on {host}, since {started}".format(**holder)
     except (ValueError, KeyError, TypeError):
         holder, who = {}, "another process"

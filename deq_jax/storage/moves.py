@@ -60,6 +60,8 @@ def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
     Args:
       tree: as `trees.to_tree` wrote it in this version or an older one.
     """
+    if not isinstance(tree.get("class", ""), str):
+        return tree
     for key in {"class", "name"} & tree.keys():
         tree = tree | {key: _renamed(tree[key])}
     fields = FIELDS.get(tree.get("class", ""), {})
@@ -70,11 +72,16 @@ def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
         others = {name: value for name, value in tree.items() if name != "epsilon"}
         return {"class": tree["class"], "threat": ball} | others
     if tree.get("class") == "deq_jax.training.TrainConfig" and "penalty_schedule" not in tree:
-        schedule = {"probability": 0.02, "epochs": 90} | _schedule(tree["classifier"].get("jacobian") or {})
+        schedule = {"probability": 0.02, "epochs": 90} | _schedule(_part(_part(tree, "classifier"), "jacobian"))
         return tree | {"penalty_schedule": {"class": "deq_jax.training.PenaltySchedule"} | schedule}
     if tree.get("class") == "deq_jax.models.JacobianRegularization":
         return {name: value for name, value in tree.items() if name not in _schedule(tree)}
     return tree
+
+
+def _part(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    part = tree.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _schedule(penalty: dict[str, Any]) -> dict[str, Any]:
@@ -83,8 +90,10 @@ def _schedule(penalty: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name
     if name in NAMES:
         return NAMES[name]
-    module, _, attribute = str(name).rpartition(".")
+    module, _, attribute = name.rpartition(".")
     room = ROOMS.get(module.removeprefix("deq_jax."))
     return name if room is None or not module.startswith("deq_jax.") else f"deq_jax.{room}.{attribute}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeAlias
 
-from deq_jax.core.errors import InputError, described, require
+from deq_jax.core.errors import InputError, described, first_line, require
 from deq_jax.storage.configs import fields_of, is_scalar
 from deq_jax.storage.moves import upgraded
 
@@ -49,6 +49,8 @@ def to_tree(node: Any, path: str = "") -> Any:
 def from_tree(tree: Any) -> Any:
     """The object that `to_tree` wrote. Only dataclasses are called; lists become tuples.
 
+    The modules of its names are imported, but none of Python's own.
+
     Raises:
       InputError: if a name cannot be imported or does not fit.
 
@@ -63,15 +65,19 @@ def from_tree(tree: Any) -> Any:
         return tree
     tree = upgraded(tree)
     if set(tree) == {"name"}:
-        return _import_name(tree["name"])
+        named = _import_name(tree["name"])
+        require(isinstance(named, FunctionType | type), f"config: {tree['name']} is not a function or class")
+        return named
     kind = _import_name(tree.get("class", ""))
     is_dataclass = inspect.isclass(kind) and dataclasses.is_dataclass(kind)
     require(is_dataclass, f"config: {tree.get('class')} is not a config class; expected a frozen dataclass")
     fields = {name: from_tree(value) for name, value in tree.items() if name != "class"}
     try:
         return kind(**fields)
-    except TypeError as error:
-        raise InputError(f"config: {tree['class']} of this version takes other fields ({error})") from None
+    except InputError:
+        raise
+    except Exception as error:  # a class of someone's own, or of Flax, may raise any
+        raise InputError(f"config: {tree['class']} of this version takes other fields ({first_line(error)})") from None
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
@@ -125,8 +131,13 @@ def public_name(thing: Any) -> str:
 
 def _import_name(name: str) -> Any:
     module, _, attribute = str(name).rpartition(".")
+    standard = module.partition(".")[0] in sys.stdlib_module_names  # some of these act when they are imported
+    require(not standard, f"config: {name} is not a config class or function: Python's own modules have none")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
         message = f"config: cannot import {name!r}; run from the folder in which training was started"
+        raise InputError(message) from None
+    except (Exception, SystemExit) as error:
+        message = f"config: cannot import {name!r}: its module fails ({type(error).__name__}: {first_line(error)})"
         raise InputError(message) from None

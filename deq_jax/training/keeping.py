@@ -15,7 +15,7 @@ from deq_jax.storage.files import write_json
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
 from deq_jax.training.step import TrainState
-from deq_jax.training.workdir import Workdir, check_same_config, environments_of
+from deq_jax.training.workdir import Workdir, check_meta, check_same_config, environments_of
 
 Meta = dict[str, Any]  # JSON data beside the state: config, best_accuracy, interval, origin
 
@@ -91,6 +91,9 @@ class Disk(Memory):
     def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
         latest = self.latest_checkpoints
         found = None if latest.latest_step() is None else latest.read(self._say_damaged)
+        read_metrics(self.workdir.metrics)  # that they can be read is known before anything is written
+        if found is not None:
+            check_meta(found)
         self.environments, self.changed = environments_of(self.workdir.path, 0 if found is None else found.step)
         return None if found is None else (found.shaped_like(state), found.meta)
 

@@ -32,6 +32,8 @@ from deq_jax.training.step import Batch, TrainState, initial_state, learning_rat
 from deq_jax.training.validation import validation_line
 from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
 
+MOST_STEPS = 2**31 - 1  # that the state counts
+
 MOST_MINUTES = 10_000_000  # that a timer takes: nineteen years
 
 
@@ -182,6 +184,9 @@ class _Training:
         parts = f"accumulate = {config.accumulate} parts"
         require(per_device % config.accumulate == 0, f"the {per_device} images of a device do not divide into {parts}")
         self.total_steps = config.epochs * self.steps_per_epoch
+        require(
+            self.total_steps <= MOST_STEPS, f"epochs {config.epochs} are {self.total_steps} steps, too many to count"
+        )
         self.optimizer = optimizer_of(config, self.total_steps)
         self.state = initial_state(config, self.optimizer, self.data)
 

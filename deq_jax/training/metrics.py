@@ -13,7 +13,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from deq_jax.storage.files import write_whole, writing
+from deq_jax.core.errors import InputError, described, require
+from deq_jax.storage.files import parsed_json, read_text, write_whole, writing
 
 
 def line_of(step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +95,9 @@ class Events:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; an incomplete last one, of a run killed while writing it, is skipped.
 
+    Raises:
+      InputError: another line is not one of metrics, or the file cannot be read.
+
     Examples:
       >>> import tempfile
       >>> from pathlib import Path
@@ -105,9 +109,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
       [{'step': 10, 'split': 'train', 'loss': 2.5}]
     """
     lines: list[dict[str, Any]] = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    texts = read_text(path).split("\n") if path.exists() else []
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = parsed_json(text, f"{path}: line {number}")
+        except InputError:
+            if number == len(texts):
+                break
+            raise
+        fits = isinstance(line, dict) and isinstance(line.get("step"), int)
+        require(fits, f"{path}: line {number}: expected metrics with their step, found {described(line)}")
+        lines.append(line)
     return lines

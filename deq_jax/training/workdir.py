@@ -16,7 +16,7 @@ from deq_jax.data.datasets import Splits, load_splits
 from deq_jax.evaluation.folder import EVALUATIONS, EvaluationFolder
 from deq_jax.models.base import Variables
 from deq_jax.parallel.processes import gather_texts
-from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.checkpoints import Checkpoint, Checkpoints
 from deq_jax.storage.environment import decisive_settings, resumed_environments
 from deq_jax.storage.files import digest, read_json
 from deq_jax.storage.trees import first_difference, from_tree, to_tree
@@ -77,7 +77,11 @@ class Workdir:
     def config(self) -> TrainConfig:
         """The config of the run; raises `InputError` if there is none that can be read."""
         require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")
-        config = from_tree(read_json(self.config_file))
+        tree = read_json(self.config_file)
+        try:
+            config = from_tree(tree)
+        except InputError as error:
+            raise InputError(f"{self.config_file}: {error}") from None
         if not isinstance(config, TrainConfig):
             raise InputError(f"{self.config_file}: expected a TrainConfig, found {described(config)}")
         return config
@@ -182,9 +186,29 @@ def environments_of(workdir: Path, step: int) -> tuple[list[dict[str, Any]], lis
     """The environments of the run in `workdir` that continues at `step`; see `resumed_environments`."""
     path = Workdir(workdir).environment
     records = read_json(path) if path.exists() else []
-    is_record = isinstance(records, list) and all(isinstance(record, dict) and "step" in record for record in records)
-    require(is_record, f"{path}: expected a list of environments, each with its step")
+    fits = isinstance(records, list) and all(_is_environment(record) for record in records)
+    require(fits, f"{path}: expected a list of environments, each with its step")
     return resumed_environments(records, step)
+
+
+def _is_environment(record: Any) -> bool:
+    """Whether it is a step and parts of an `environment`."""
+    kinds = {name: type(part) for name, part in record.items()} if isinstance(record, dict) else {}
+    return kinds.pop("step", None) is int and set(kinds.values()) <= {dict}
+
+
+def check_meta(found: Checkpoint) -> None:
+    """Raises `InputError` if a checkpoint's data beside the state are not those of a training run."""
+    meta: Any = found.meta
+    try:
+        sums = meta.get("interval", {}).values()
+        numbers = [meta.get("best_accuracy", 0.0), meta.get("not_better", 0), *(one for pair in sums for one in pair)]
+        origin = meta.get("origin")
+        fits = {type(one) for one in numbers} <= {int, float} and {len(pair) for pair in sums} <= {2}
+        fits = fits and (origin is None or origin.keys() == set(Origin._fields))
+    except (AttributeError, TypeError):  # something else than names and values
+        fits = False
+    require(fits, f"checkpoint {found.path}: not of a training run, by its data beside the state")
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def test_radii_in_another_unit():
         Linf(float("nan"))
     for threat in (Linf, L2):
         for epsilon in ("0.1", None, True, (0.1,)):
-            with pytest.raises(InputError, match=rf"{threat.__name__}: epsilon must be >= 0, got "):
+            with pytest.raises(InputError, match=rf"{threat.__name__}: epsilon must be >= 0 and finite, got "):
                 threat(epsilon)
         assert threat(np.float32(0.5)).epsilon == threat(jnp.float32(0.5)).epsilon == 0.5
     assert diagnostics(Linf(0.3)).far.attack.threat == Linf(1.0)

@@ -121,7 +121,9 @@ MISTAKES = [
     training("set-without-value", "--set seed", "--set seed: expected NAME=VALUE"),
     training("set-wrong-type", "--set epochs=many", "--set epochs=many", "expected int", "now 20", "got 'many'"),
     training("set-object", "--set classifier.cell=3", "classifier.cell is an object"),
-    training("negative-epsilon", "--set validation_attack.threat.epsilon=-0.1", "Linf: epsilon must be >= 0, got -0.1"),
+    training(
+        "negative-epsilon", "--set validation_attack.threat.epsilon=-0.1", "epsilon must be >= 0 and finite, got -0.1"
+    ),
     training("no-solver-steps", "--set classifier.dynamics.solver.steps=0", "Broyden", "steps", "got 0"),
     training("no-epochs", "--set epochs=0", "TrainConfig: epochs must be a positive integer, got 0"),
     # what does not fit together

@@ -110,7 +110,7 @@ MISTAKES = {
     "empty": (binary_ten, replace("test_batch.bin", b""), "test_batch.bin is damaged: 0 bytes"),
     "damaged pickle": (python_ten, replace("test_batch", b"\x80\x02}q"), "test_batch cannot be read as plain data"),
     "hostile pickle": (python_ten, replace("test_batch", pickled(Hostile())), "test_batch cannot be .* not plain data"),
-    "no dict": (python_ten, replace("test_batch", pickled([1])), "test_batch: expected a dict, found a list of 1"),
+    "no dict": (python_ten, replace("test_batch", pickled([1])), "test_batch: expected a dict, found a list"),
     "no data": (python_ten, replace("test_batch", pickled({b"labels": [1]})), "expected data of shape"),
     "no labels": (python_ten, replace("test_batch", pickled({b"data": RECORDS})), "expected labels, a list"),
     "two kinds": (python_ten, python_hundred, "holds more than one version of CIFAR; name one of them"),

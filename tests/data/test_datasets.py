@@ -154,7 +154,11 @@ def npz(folder, **changes):
     return str(folder / "images.npz"), arrays
 
 
-MESSAGES = {"npy": "expected arrays .*; missing x_train", "absent": r"images\.npz: no such npz file"}
+MESSAGES = {
+    "npy": "expected arrays .*; missing x_train",
+    "folder": r"cannot be read \(Is a directory\)",
+    "absent": r"images\.npz: no such npz file",
+}
 
 
 class TestNpz:

@@ -235,7 +235,7 @@ def test_a_config_that_needs_the_clone_tells_where_to_run(text, tmp_path, monkey
     with pytest.raises(InputError) as raised:
         load_config("on_its_own.py", TrainConfig)
     advice = "configs/ is not installed with deq_jax: run in the folder of its clone, or add that to PYTHONPATH"
-    assert str(raised.value) == f"on_its_own.py: No module named 'configs'; {advice}"
+    assert str(raised.value) == f"on_its_own.py: line 1: No module named 'configs'; {advice}"
 
 
 def test_a_folder_named_configs_of_ones_own_hides_the_clones(tmp_path, monkeypatch):
