@@ -19,6 +19,7 @@ from rich.progress import TaskProgressColumn
 
 from deq_jax._cli import add_process_options, add_set_option, command_line, console, join, note
 from deq_jax._progress import Display
+from deq_jax._verify import verify_folder
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf
 from deq_jax.core.errors import require
@@ -52,6 +53,7 @@ examples:
   python -m deq_jax.evaluate --workdir runs/a --budget standard
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_auto_attack.py
   python -m deq_jax.evaluate --workdir runs/a --config configs/eval_white_box.py --readout early
+  python -m deq_jax.evaluate --verify runs/a/evaluation/test-quick
 To resume, run the same command again.
 """
 
@@ -93,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with command_line():
         join(options)
+        if options.verify:
+            verify_folder(Path(options.verify), options.workdir and Path(options.workdir), options.seed)
+            return
         workdir, choose = Path(options.workdir), partial(choose_config, options)
         default = Workdir(workdir).evaluation(f"{options.split}-{name_of(options)}").path
         out = Path(options.out or default)
@@ -171,7 +176,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of a training run")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of a training run")
+    parser.add_argument(
+        "--verify",
+        metavar="FOLDER",
+        help="recompute a finished evaluation from its files, and classify a random part of its images again; exit "
+        "code 0 if it is what they give, 65 if not. With --workdir if the run has moved, --seed to repeat a choice",
+    )
     attacks = parser.add_mutually_exclusive_group()
     attacks.add_argument("--config", metavar="FILE", help="Python file with get_config(train_config) -> EvalConfig")
     attacks.add_argument(
@@ -226,7 +237,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "followed by --readout, --epsilon and --images if they are given",
     )
     add_process_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.workdir is None and options.verify is None:
+        parser.error("the following arguments are required: --workdir")
+    return options
 
 
 def _attack(text: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from deq_jax.storage.files import read_npz, write_npz
 
 MODES = {"rgb": "RGB", "grey": "L"}
 TEST_NAMES = ("test", "val", "validation", "valid")
+MOST_PIXELS = 2**26  # of an image; a small file may promise more than the memory holds
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it reports what it also raises
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images that are refused
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,8 @@ class ImageFolder:
         try:
             require(path.is_file(), f"{path}: cannot be read as an image (it is no file)")
             with Image.open(path, formats=_formats()) as image:
+                pixels = image.width * image.height
+                require(pixels <= MOST_PIXELS, f"{path}: has {pixels} pixels, more than {MOST_PIXELS}")
                 image.load()
                 return self._converted(image, path)
         except InputError:

@@ -39,11 +39,13 @@ from deq_jax.evaluation.rows import (
 from deq_jax.evaluation.sanity import plain_warnings
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.verdicts import exact_interval
+from deq_jax.evaluation.verification import Check, verify
 from deq_jax.evaluation.wording import headline
 
 __all__ = [
     "BUDGETS",
     "Attempt",
+    "Check",
     "ClassAccuracy",
     "Cost",
     "Diagnostics",
@@ -85,6 +87,7 @@ __all__ = [
     "read_record",
     "red_flags",
     "summary",
+    "verify",
     "white_box_trials",
     "with_surrogates",
     "with_transfers",

@@ -103,13 +103,26 @@ def worst_case(
     check_reference(config, digest(variables))
     known = {**(about or {}), "config": to_tree(config), **digests, **versions, "settings": decisive_settings()}
     with claimed(out, {"class": "evaluation", **known}):
-        store = Store(out)
-        predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
-        stages = Stages(config, classifier, predictor, variables, images, x)
-        names = (CLEAN, *(trial.name for trial in config.all_trials))
-        batches = Batches(images, config.batch_size, store, names, report)
-        found = _attacked(stages, batches, early_state)
-    return replace(found, red_flags=tuple(red_flags(found)) if found.attempts else ())
+        return folded(config, classifier, variables, images, Store(out), validation, report)[0]
+
+
+def folded(
+    config: EvalConfig,
+    classifier: Classifier,
+    variables: Variables,
+    images: Images,
+    store: Store,
+    validation: Images | None = None,
+    report: Report = lambda moment: None,
+) -> tuple[WorstCase, Stages]:
+    """The worst case over all trials, and their programs; see `worst_case`. What the store keeps is not computed."""
+    x = np.asarray(to_unit(jnp.asarray(images.x)))
+    predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
+    stages = Stages(config, classifier, predictor, variables, images, x)
+    names = (CLEAN, *(trial.name for trial in config.all_trials))
+    batches = Batches(images, config.batch_size, store, names, report)
+    found = _attacked(stages, batches, early_state)
+    return replace(found, red_flags=tuple(red_flags(found)) if found.attempts else ()), stages
 
 
 @dataclass(frozen=True)

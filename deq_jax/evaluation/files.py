@@ -55,18 +55,25 @@ def write_evaluation(out: Path, record: EvaluationRecord, result: WorstCase, x: 
       True
     """
     folder, outcomes = EvaluationFolder(out), result.outcomes
+    with writing(out):
+        if outcomes.attacked is not None:
+            plot_images(outcomes, x, folder.figure("images"))
+            plot_accuracies(record.accuracy, folder.figure("trials"))
+        plot_states(outcomes, folder.figure("states"))
+        write_npz(folder.arrays, arrays_of(result))
+        write_json(folder.record, record.to_json())
+
+
+def arrays_of(result: WorstCase) -> dict[str, np.ndarray]:
+    """The measurements of each image, as evaluation.npz has them."""
+    outcomes = result.outcomes
     correct = {name: row.deployed for name, row in result.robust().items()}
     arrays = {"y": outcomes.y, "rows": np.array(list(correct)), "correct": np.stack(list(correct.values()))}
     arrays["spectral_radius"] = result.spectral_radius
     further = {"radius_settled": result.radius_settled, "adjoint_residual": result.adjoint_residual}
     arrays |= {name: values for name, values in further.items() if values is not None}
     arrays |= {f"clean_{name}": value for name, value in to_columns(outcomes.clean).items()}
-    with writing(out):
-        if outcomes.attacked is not None:
-            arrays |= {f"attacked_{name}": value for name, value in to_columns(outcomes.attacked).items()}
-            arrays["x_adv"] = outcomes.x_adv
-            plot_images(outcomes, x, folder.figure("images"))
-            plot_accuracies(record.accuracy, folder.figure("trials"))
-        plot_states(outcomes, folder.figure("states"))
-        write_npz(folder.arrays, arrays)
-        write_json(folder.record, record.to_json())
+    if outcomes.attacked is not None:
+        arrays |= {f"attacked_{name}": value for name, value in to_columns(outcomes.attacked).items()}
+        arrays["x_adv"] = outcomes.x_adv
+    return arrays

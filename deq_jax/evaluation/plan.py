@@ -26,6 +26,8 @@ from deq_jax.surrogates.base import Direct, Surrogate, check_surrogate
 
 RESERVED = ("clean", "union")  # names of other rows
 
+LONGEST_NAME = 200  # of a trial, whose folder has it
+
 MOST_AT_ONCE = 2**20  # images: far more than a device holds
 
 UNDEFENDED = "none"  # name of the classifier as trained
@@ -66,9 +68,13 @@ class Trial:
         check_surrogate("Trial: surrogate", self.surrogate)
         can_start = not self.from_worst or _takes_start(self.attack)
         require(can_start, f"Trial: from_worst is for attacks that take a start, got {self.attack!r}")
-        valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", self.name) and self.name not in RESERVED
-        rule = f"letters, digits and . _ + -, and not one of {', '.join(RESERVED)}"
-        require(bool(valid), f"Trial: a name consists of {rule}, got {self.name!r}")
+        _check_name(self.name)
+
+
+def _check_name(name: str) -> None:
+    valid = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) and name not in RESERVED and len(name) <= LONGEST_NAME
+    rule = f"at most {LONGEST_NAME} letters, digits and . _ + -, and is not one of {', '.join(RESERVED)}"
+    require(bool(valid), f"Trial: a name consists of {rule}, got {name!r}")
 
 
 def _takes_start(attack: Attack | Transfer) -> bool:
@@ -318,6 +324,8 @@ def _transferred(suite: str, folder: Path, threat: Threat) -> list[Trial]:
     difference = first_difference(plan.threat, to_tree(threat))
     require(difference is None, f"{folder}: its images are of another threat model: {difference}, expected the same")
     trials = [*plan.trials, *(trial for role, trial in plan.checks.items() if role != "far")]
+    for trial in trials:
+        _check_name(trial.name)
     folders = {trial.name: own.trial(trial.name) for trial in trials}
     return [
         Trial(f"{suite}.{name}", Transfer(str(path)), suite=suite) for name, path in folders.items() if path.is_dir()

@@ -15,7 +15,7 @@ from deq_jax.attacks.oracles import Attack
 from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.losses import cross_entropy
 from deq_jax.core.types import Array
-from deq_jax.data.batches import EvaluationBatch, to_unit
+from deq_jax.data.batches import EvaluationBatch, evaluation_batches, to_unit
 from deq_jax.data.datasets import Images
 from deq_jax.evaluation.measure import adjoint_residuals, attack_batch, measure, spectral_radii
 from deq_jax.evaluation.plan import EvalConfig, Trial
@@ -109,14 +109,25 @@ class Stages:
         gradient = oracle.grad(cross_entropy, x, batch.y, keys.fold(Purpose.QUERY))[2]
         return jnp.all((gradient == 0) | jnp.isnan(gradient), axis=(1, 2, 3))
 
-    def _transferred(self, transfer: Transfer) -> Callable[[EvaluationBatch], Arrays]:
+    def classified(self, x: np.ndarray, number: np.ndarray, size: int) -> np.ndarray:
+        """Labels [n] that the deployed predictor gives to versions x [n, H, W, C] of images, so many at a time."""
+        run, labels = self._measured(), []
+        for batch in evaluation_batches(Images(x, self.images.y[number]), size):
+            found = run(batch._replace(number=number[batch.number].astype(np.int32)))
+            labels.append(found["label"][~batch.is_padding, -1])
+        return np.concatenate(labels)
+
+    def _measured(self) -> Callable[[EvaluationBatch], Arrays]:
         def on_device(variables: Variables, batch: EvaluationBatch) -> dict[str, Any]:
             keys = self._draw_from(Keys(prng_key(self.config.seed), batch.number))
             return {"x_adv": batch.x, "measured": measure(self.predictor, variables, batch.x, batch.y, keys)}
 
-        run = replicate_and_split(on_device, joint=False)
-        images = cache(partial(transfer.load, self.images, self.x, self.config.threat))
-        return lambda batch: _as_arrays(run(self.variables, batch._replace(x=images()[batch.number])))
+        run = partial(replicate_and_split(on_device, joint=False), self.variables)
+        return lambda batch: _as_arrays(run(batch))
+
+    def _transferred(self, transfer: Transfer) -> Callable[[EvaluationBatch], Arrays]:
+        run, images = self._measured(), cache(partial(transfer.load, self.images, self.x, self.config.threat))
+        return lambda batch: run(batch._replace(x=images()[batch.number]))
 
     def _attacked(self, trial: Trial, start: np.ndarray | None) -> Callable[[EvaluationBatch], Arrays]:
         attack = cast(Attack, trial.attack)

@@ -24,9 +24,11 @@ class Store:
     Attributes:
       path: folder that holds each group as a file, written whole by the primary process. All processes see the same
         folder. None keeps the groups in memory, each process its own.
+      is_whole: nothing is computed: a group that is not kept is an `InputError`.
     """
 
     path: Path | None
+    is_whole: bool = False
     _kept: dict[Path, Arrays] = field(default_factory=dict, repr=False)
 
     def has(self, trial: str, number: int) -> bool:
@@ -63,6 +65,7 @@ class Store:
             return self._kept[file]
         if from_primary(np.array(file.exists())):
             return read_npz(file)
+        require(not self.is_whole, f"{file}: missing")
         arrays = compute()
         with agreed():
             if is_primary():

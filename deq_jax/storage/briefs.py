@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from deq_jax.storage.trees import Json
 
 
@@ -40,7 +38,7 @@ def number(value: float) -> str:
       >>> number(0.1), number(8 / 255)
       ('0.1', '8/255')
     """
-    text, numerator = f"{value:g}", round(255 * value) if math.isfinite(value) else 0
+    text, numerator = f"{value:g}", round(255 * value) if 0 < value < 1 else 0
     is_fraction = len(text) > 6 and 0 < numerator <= 32 and abs(255 * value - numerator) < 1e-9
     return f"{numerator}/255" if is_fraction else text
 
