@@ -21,6 +21,9 @@ class InputError(ValueError):
       Broyden: steps must be a positive integer, got 0
     """
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))  # a config of Flax takes several
+
 
 class WriteError(OSError):
     """A file cannot be written, as on a full disk: one line with the file and the reason.

@@ -96,6 +96,17 @@ def verify(
 
         checks = verify(workdir.evaluation("test-quick"), run.config.classifier, run.variables, run.data.test)
         print(all(check.holds for check in checks))
+
+    Examples:
+      >>> from pathlib import Path
+      >>> from deq_jax.data import Digits
+      >>> from deq_jax.evaluation import EvaluationFolder, verify
+      >>> from deq_jax.models import pretrained
+      >>> model = pretrained("digits_pgd_at")
+      >>> verify(EvaluationFolder(Path("runs/none")), model.classifier, model.variables, Digits().load().test)
+      Traceback (most recent call last):
+          ...
+      deq_jax.core.errors.InputError: runs/none/evaluation.json: no such file
     """
     record, manifest = read_record(folder.record), read_manifest(folder.manifest)
     config = from_tree(manifest["config"])

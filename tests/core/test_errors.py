@@ -1,5 +1,7 @@
 """Each role of the layer, played by something else: one line says where, what was expected, and what was given."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -83,3 +85,10 @@ def test_values_are_described_in_one_line():
     assert described((jnp.zeros((2, 1)), {"a": 1}, None)) == "a tuple of float32 (2, 1), a dict with keys a, None"
     assert described(0.1) == "0.1"
     require_role("here", cell, ("__call__",), "a function")
+
+
+def test_a_message_is_one_line_whatever_it_names():
+    assert str(InputError("expected a radius, got Dense(\n    # attributes\n    features = 3\n)")) == (
+        "expected a radius, got Dense( # attributes features = 3 )"
+    )
+    assert str(pickle.loads(pickle.dumps(InputError("a\nb")))) == "a b"
