@@ -315,7 +315,10 @@ def _means(tree: Any) -> Means:
 
 
 def _spread(tree: Any) -> Spread:
-    return Spread(_number(tree.get("mean")), _number(tree.get("largest")))
+    found = Spread(_number(tree.get("mean")), _number(tree.get("largest")))
+    if (found.mean is None) != (found.largest is None):
+        raise ValueError(f"{found}")
+    return found
 
 
 def _provenance(tree: Any) -> Provenance:

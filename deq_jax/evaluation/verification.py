@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from deq_jax.core.box import BOX_TOLERANCE
@@ -211,7 +212,8 @@ def _classified_again(result: WorstCase, stages: Stages, rng: np.random.Generato
             margin.append(row.margin[own])
             trial += [name] * len(own)
     numbers, labels, margins = (np.concatenate(part) for part in (number, label, margin))
-    given = stages.classified(np.concatenate(x), numbers, result.config.batch_size)
+    devices, at_once = jax.device_count(), min(result.config.batch_size, len(numbers))
+    given = stages.classified(np.concatenate(x), numbers, -(-at_once // devices) * devices)
     wrong = np.flatnonzero((given != labels) & ~(np.abs(margins) < ROUNDING))
     what = f"{len(places)} of {total} images, chosen at random, are classified as they were"
     if len(wrong) == 0:

@@ -5,7 +5,6 @@ Files of PyTorch itself need torch, `.safetensors` needs safetensors; both are o
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from deq_jax.core.errors import InputError, require
-from deq_jax.storage.files import write_npz
+from deq_jax.storage.files import write_npz, write_whole
 
 Function = TypeVar("Function")
 
@@ -171,9 +170,8 @@ def _read_safetensors(path: Path) -> Entries:
 
 
 def _write_safetensors(path: Path, arrays: Arrays) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _import_safetensors(path).save_file(arrays, temporary)
-    temporary.replace(path)
+    content = _import_safetensors(path).save(arrays)
+    write_whole(path, lambda file: file.write(content))
 
 
 def _import_safetensors(path: Path) -> Any:

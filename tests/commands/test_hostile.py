@@ -557,6 +557,11 @@ ATTEMPTS = {
         REPORT,
         "evaluation.json: not an evaluation",
     ),
+    "report-spread": (
+        edited(f"{EVALUATION}/evaluation.json", lambda tree: tree["spectral_radius"].update(mean=0.5, largest=None)),
+        REPORT,
+        "evaluation.json: not an evaluation",
+    ),
     "report-no-images": (
         edited(f"{EVALUATION}/evaluation.json", lambda tree: tree.update(images=0)),
         REPORT,

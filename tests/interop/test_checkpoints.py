@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from deq_jax import InputError, TrainConfig, convert, evaluate, train
+from deq_jax.core import WriteError
 from deq_jax.interop import (
     export_checkpoint,
     import_checkpoint,
@@ -532,6 +534,18 @@ def test_converted_networks_are_evaluated_and_trained_on(place, tmp_path, capfd)
     # Adam's first two steps move no entry by more than the learning rate each: it started from these weights.
     moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"]))
     assert 0 < max(moved) <= 2.1e-3
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+def test_a_file_that_cannot_be_written_is_not_there_in_part(ending, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pytest.importorskip("safetensors.numpy")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(WriteError, match=rf"a\.{ending}: cannot be written \(No space left on device\)"):
+        write_state_dict(tmp_path / f"a.{ending}", {"weight": np.ones(3)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_safetensors(place, tmp_path):
