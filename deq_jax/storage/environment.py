@@ -67,26 +67,32 @@ def decisive_settings() -> dict[str, Any]:
     return {name: getattr(jax.config, name) for name in DECISIVE}
 
 
-def resumed_environments(records: list[dict[str, Any]], step: int) -> tuple[list[dict[str, Any]], list[str]]:
+def resumed_environments(
+    records: list[dict[str, Any]], step: int, images: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The environments of a run that continues at `step` in this process.
 
     Args:
       records: records of the run so far, each an `environment` and its first ``step`` (from 0).
       step: first step to be taken; later records are dropped.
+      images: digest of the images and labels of the run; None if it is not to be recorded.
 
     Returns:
       The records with this process's environment, if it is another one; and what differs from the last one.
 
     Raises:
-      InputError: one of the settings differs that a run must keep.
+      InputError: one of the settings differs that a run must keep, or its images.
     """
-    kept, now = [record for record in records if record["step"] < step], environment()
+    kept = [record for record in records if record["step"] < step]
+    now = environment() | ({} if images is None else {"data": {"images": images}})
     if not kept:
         return [{"step": step, **now}], []
     found = _differences(kept[-1], now)
     for name in DECISIVE:
         advice = f"set {name.upper()} as before, or choose another --workdir"
         require(name not in found, f"the workdir holds a run under another setting of JAX: {found.get(name)}; {advice}")
+    advice = "take the images of before, or choose another --workdir"
+    require("images" not in found, f"the workdir holds a run on other images: {found.get('images')}; {advice}")
     return kept + [{"step": step, **now}] * bool(found), list(found.values())
 
 

@@ -34,9 +34,10 @@ class Memory:
     def check(self, config: TrainConfig) -> None:
         """Raises `InputError` if another config's run is kept here."""
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
+    def restore(self, state: TrainState, images: str) -> tuple[TrainState, Meta] | None:
         """The latest state, shaped like the given one, and its meta data; None for a new run.
 
+        Raises `InputError` for a run on images of another digest.
         `changed` then tells how the environment differs from the one of earlier steps.
         """
 
@@ -88,13 +89,14 @@ class Disk(Memory):
     def check(self, config: TrainConfig) -> None:
         check_same_config(config, self.workdir.path)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, Meta] | None:
+    def restore(self, state: TrainState, images: str) -> tuple[TrainState, Meta] | None:
         latest = self.latest_checkpoints
         found = None if latest.latest_step() is None else latest.read(self._say_damaged)
         read_metrics(self.workdir.metrics)  # that they can be read is known before anything is written
         if found is not None:
             check_meta(found)
-        self.environments, self.changed = environments_of(self.workdir.path, 0 if found is None else found.step)
+        step = 0 if found is None else found.step
+        self.environments, self.changed = environments_of(self.workdir.path, step, images)
         return None if found is None else (found.shaped_like(state), found.meta)
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:

@@ -22,6 +22,7 @@ from deq_jax.evaluation.measure import evaluator
 from deq_jax.evaluation.predictor import Predictor
 from deq_jax.parallel.devices import AXIS, check_batch_size, replicate, replicate_and_split
 from deq_jax.parallel.processes import StopRequest, agreed, from_primary, in_primary, is_primary
+from deq_jax.storage.files import digest
 from deq_jax.storage.locks import sole_writer
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import Phase, TrainConfig
@@ -78,10 +79,10 @@ def fit(
     Both give the same numbers as ``python -m deq_jax.train``. In memory no file is written, and an interrupted
     run is lost.
 
-    The workdir gets ``config.json``, ``environment.json`` (settings and versions), ``metrics.jsonl``, TensorBoard
-    events under ``tensorboard/``, and checkpoints under ``checkpoints/latest`` and ``checkpoints/best`` (by accuracy
-    under the config's validation attack on held-out training images). With a `WeightAverage` the best one has the
-    averaged parameters, and the latest one both.
+    The workdir gets ``config.json``, ``environment.json`` (settings, versions, and a digest of the images),
+    ``metrics.jsonl``, TensorBoard events under ``tensorboard/``, and checkpoints under ``checkpoints/latest`` and
+    ``checkpoints/best`` (by accuracy under the config's validation attack on held-out training images). With a
+    `WeightAverage` the best one has the averaged parameters, and the latest one both.
 
     A line of training metrics has means over the steps since the last one, and the largest value of `residual_max`;
     an interval in which a run was stopped and resumed is whole. `learning_rate` is the rate of the last step, where the
@@ -192,7 +193,7 @@ class _Training:
 
     def _restore(self, init_from: Path | None, init_checkpoint: str) -> None:
         """The state that the workdir holds, or the variables that a new run starts from; nothing is written."""
-        restored = self.kept.restore(self.state)
+        restored = self.kept.restore(self.state, digest(self.data._asdict()))
         if restored is not None:
             self.state, meta = restored
             self.saved = int(self.state.step)

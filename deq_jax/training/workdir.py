@@ -182,13 +182,13 @@ def check_same_config(config: TrainConfig, workdir: Path) -> None:
         require(difference is None, message)
 
 
-def environments_of(workdir: Path, step: int) -> tuple[list[dict[str, Any]], list[str]]:
+def environments_of(workdir: Path, step: int, images: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """The environments of the run in `workdir` that continues at `step`; see `resumed_environments`."""
     path = Workdir(workdir).environment
     records = read_json(path) if path.exists() else []
     fits = isinstance(records, list) and all(_is_environment(record) for record in records)
     require(fits, f"{path}: expected a list of environments, each with its step")
-    return resumed_environments(records, step)
+    return resumed_environments(records, step, images)
 
 
 def _is_environment(record: Any) -> bool:

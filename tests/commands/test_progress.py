@@ -4,10 +4,10 @@ import io
 from math import comb
 
 import pytest
-from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from deq_jax import _progress as progress
+from deq_jax._cli import PlainConsole
 from deq_jax._progress import Display
 from deq_jax.evaluation import plain_warnings
 from deq_jax.storage import duration
@@ -15,7 +15,7 @@ from deq_jax.storage import duration
 
 def shown(monkeypatch, **kind):
     file = io.StringIO()
-    console = Console(file=file, width=120, highlight=False, color_system=None, **kind)
+    console = PlainConsole(file=file, width=120, markup=False, highlight=False, color_system=None, **kind)
     monkeypatch.setattr(progress, "console", console)
     with Display(MofNCompleteColumn()) as display:
         display.say("compiling [this]")

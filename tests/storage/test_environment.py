@@ -108,6 +108,14 @@ def test_what_an_older_version_did_not_record_is_no_difference():
     assert resumed_environments([record], 5) == ([record], [])
 
 
+def test_the_images_of_a_run_are_recorded_and_kept():
+    records, _ = resumed_environments([], 0, images="abc")
+    assert records[0]["data"] == {"images": "abc"}
+    assert resumed_environments(records, 5, images="abc") == (records, [])
+    with pytest.raises(InputError, match="a run on other images: images was abc, now def; take the images of before"):
+        resumed_environments(records, 5, images="def")
+
+
 def test_decisive_settings_are_those_of_the_process():
     with jax.default_matmul_precision("float32"):
         assert decisive_settings()["jax_default_matmul_precision"] == "float32"

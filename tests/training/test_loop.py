@@ -178,7 +178,8 @@ def test_what_a_training_leaves(uninterrupted):
     timed = [line for line in lines if line["split"] == "train"]
     assert [line["step"] for line in timed if "compile_seconds" in line] == [1, 3]  # both phases
     np.testing.assert_allclose([line["seconds_per_step"] * line["images_per_second"] for line in timed], 64)
-    assert json.loads((workdir / "environment.json").read_text()) == [{"step": 0, **environment()}]
+    images = {"images": digest(tiny.get_config().dataset.load()._asdict())}
+    assert json.loads((workdir / "environment.json").read_text()) == [{"step": 0, **environment(), "data": images}]
     loaded = load_run(workdir, best=False)
     config, variables, step = loaded.config, loaded.variables, loaded.step
     assert config == tiny.get_config() and step == 17

@@ -85,7 +85,7 @@ def kept(tmp_path):
     """The workdir of a run with checkpoints after steps 1 and 2, the second of which is the best."""
     (tmp_path / "run").mkdir()
     disk = Disk(tmp_path / "run", print)
-    assert disk.restore(state_after(0)) is None
+    assert disk.restore(state_after(0), "abc") is None
     disk.open(state_after(0), meta_of(-1.0), is_new=True, has_ended=False)
     for step in (1, 2):
         disk.save_best(step, state_after(step), meta_of(step / 10))
@@ -98,7 +98,7 @@ def resumed(workdir, *, has_ended=False):
     """The step from which a run goes on, its highest accuracy, what is said, and how it keeps what follows."""
     said: list[str] = []
     disk = Disk(workdir.path, said.append)
-    found = disk.restore(state_after(0))
+    found = disk.restore(state_after(0), "abc")
     assert found is not None
     state, meta = found
     disk.open(state, meta, is_new=False, has_ended=has_ended)
