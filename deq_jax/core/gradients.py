@@ -37,6 +37,8 @@ class Phantom:
 
     References: Geng et al. 2021, eq. 9 (unrolling-based phantom gradient).
 
+    Differs from the reference: a trained model is evaluated with the same number of steps.
+
     Examples:
       >>> from deq_jax import Broyden, Dynamics, Phantom
       >>> Dynamics(Broyden(8), gradient=Phantom(steps=5, damping=0.5)).gradient.applications

@@ -114,6 +114,8 @@ def spectral_radius(cell: Cell, params: Params, u: PyTree, z: PyTree, v: PyTree,
 
     References: Arnoldi 1951; Saad 2011, section 6.2.
 
+    Differs from the reference: it goes beyond power iteration, and tells whether the estimate has settled.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from deq_jax.core import spectral_radius

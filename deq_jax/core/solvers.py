@@ -128,6 +128,8 @@ class Anderson(_Settings):
     ``jaxopt.AndersonAcceleration``, except that it accelerates from the first two points on, where jaxopt's own
     start makes `history_size` plain steps first.
 
+    Differs from the reference: the ridge is relative, so that the iterates do not depend on the scale of the problem.
+
     Examples:
       >>> from deq_jax import Anderson, Dynamics
       >>> Dynamics(Anderson(steps=10, history_size=4)).solver.history_size
