@@ -48,13 +48,13 @@ DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
 OBSERVED = ("digits_standard",)  # as trained only
 TRAININGS = (*OBSERVED, *DEQS)
-RADII = (0.5, 2.0)  # times that of the training
+RADII = (0.5, 2.0)  # times the radius of the training run
 Choose = Callable[[TrainConfig], EvalConfig]
 Adapt = Callable[[Choose], Choose]
 
 
 class Planned(NamedTuple):
-    """An evaluation: of which training, its name, what it consists of, and whose images are transferred, by suite."""
+    """An evaluation: its run's folder, its name, its config, and the evaluations that give images, by suite."""
 
     workdir: Path
     name: str
@@ -177,7 +177,7 @@ def at(factor: float, choose: Choose) -> Choose:
 
 
 def first(images: int, config: EvalConfig) -> EvalConfig:
-    """The evaluation on the first images, all of which every trial attacks, in one batch."""
+    """The evaluation on the first images, in one batch; every trial attacks all of them."""
     return replace(config, max_images=images, batch_size=images, skip_broken=False)
 
 

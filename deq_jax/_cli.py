@@ -36,7 +36,7 @@ def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """The options by which several processes find each other; see `join`."""
+    """Adds the options that connect several processes."""
     several = parser.add_argument_group("several processes", "detected automatically on TPU pods and in SLURM steps")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument(

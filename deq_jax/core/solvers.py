@@ -124,9 +124,8 @@ class Anderson(_Settings):
       absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
         since the iterates then depend on the scale of the problem.
 
-    References: Walker & Ni 2011. With the absolute ridge the iterates equal those of
-    ``jaxopt.AndersonAcceleration``, except that it accelerates from the first two points on, where jaxopt's own
-    start makes `history_size` plain steps first.
+    References: Walker & Ni 2011. With the absolute ridge the iterates equal the
+    iterates of ``jaxopt.AndersonAcceleration``, with one exception: jaxopt makes `history_size` plain steps first.
 
     Differs from the reference: the ridge is relative, so that the iterates do not depend on the scale of the problem.
 

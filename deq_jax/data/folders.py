@@ -118,7 +118,7 @@ class ImageFolder:
         if cache.exists():
             arrays = read_npz(cache)
             names = {f"{kind}_{part}" for kind in "xy" for part in files}
-            is_other = f"{cache}: is not a cache of ImageFolder, and stays as it is; choose another name"
+            is_other = f"{cache}: is not a cache of ImageFolder, and is not changed; choose another name"
             require("digest" in arrays, is_other)
             if str(arrays.pop("digest")) == digest:
                 require(arrays.keys() == names, is_other)
@@ -219,7 +219,7 @@ def _formats() -> list[str]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files below that are not hidden, those of each folder once; links are followed."""
+    """All files below that are not hidden, each folder's once; links are followed."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in seen:  # a link to a folder above

@@ -96,7 +96,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
 
 
 def _further_trials(predictor: Classifier, threat: Threat) -> tuple[Trial, ...]:
-    """What the full budget adds."""
+    """The trials that the full budget adds."""
     minimal = tuple(trial for trial in auto_attack_trials(threat) if trial.name == "fab-t")
     if not isinstance(predictor, Equilibrium) or predictor.dynamics.solver is None:
         return minimal
@@ -106,8 +106,9 @@ def _further_trials(predictor: Classifier, threat: Threat) -> tuple[Trial, ...]:
 def white_box_trials(classifier: Equilibrium, threat: Threat) -> tuple[Trial, ...]:
     """PGD-10 by all gradients that know about the dynamics of a DEQ.
 
-    Those of every intermediate state, unrolled for 1, 5 and 9 steps, plain or damped; of the mean over the states; of
-    the simultaneous adjoint after each step, which needs Broyden's method; and the exact one of the equilibrium.
+    The gradients of every intermediate state, unrolled for 1, 5 and 9 steps, plain or damped; of the mean over the
+    states; of the simultaneous adjoint after each step, which needs Broyden's method; and the exact one of the
+    equilibrium.
 
     Args:
       classifier: the deployed predictor.

@@ -54,7 +54,7 @@ def worst_case(
     about: dict[str, Any] | None = None,
     report: Report = lambda moment: None,
 ) -> WorstCase:
-    """Attacks the deployed predictor with all trials, or resumes what `out` holds of the same evaluation.
+    """Attacks the deployed predictor with all trials, or resumes the same evaluation in `out`.
 
     Args:
       config: the evaluation.

@@ -227,7 +227,7 @@ class EvalConfig:
         _check_names(self)
         suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
         whole = not (self.skip_broken and suites)
-        wanted = "expected skip_broken=False, without which its row would count what other trials broke"
+        wanted = "expected skip_broken=False, without which its row would count images that other trials broke"
         require(whole, f"EvalConfig: suite {', '.join(sorted(suites))} of transferred images: {wanted}")
         _check_threats(self)
 

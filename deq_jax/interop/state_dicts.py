@@ -235,7 +235,7 @@ def _way_out(path: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to load the file unsafely."""
+    """The reason of the failure, without torch's advice to load the file unsafely."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return f"it names {refused[1]}"

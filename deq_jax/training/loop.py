@@ -47,7 +47,7 @@ class Run:
       predictor: the classifier with the variables of the best checkpoint, by accuracy under the config's validation
         attack on held-out training images.
       state: training state after the last step.
-      metrics: the lines of metrics.jsonl; with several processes and a workdir, those of process 0 alone.
+      metrics: the lines of metrics.jsonl; with several processes and a workdir, only on process 0.
 
     Examples:
       >>> from dataclasses import fields
@@ -97,7 +97,7 @@ def fit(
       init_checkpoint: checkpoint of `init_from`: best or latest.
       minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
       report: called with every line of metrics as it is written.
-      say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
+      say: called with a sentence about events beside the steps: compilation, where the run starts, another
         environment than before.
 
     With several processes (`parallel.connect`) all call this alike. Process 0 alone reads and writes
