@@ -24,7 +24,7 @@ def fast_in_loops(function: Callable[..., Answer]) -> Callable[..., Answer]:
     """The same function of arrays; its convolutions are as fast inside a loop as outside.
 
     It is traced, and the axes of its convolutions are brought into XLA's order where they are in another. On GPU and
-    TPU they stay as they are. So does a part that is written for each platform already, with `lax.platform_dependent`.
+    TPU they do not change. So does a part that is written for each platform already, with `lax.platform_dependent`.
     The derivatives are the function's own.
     """
 

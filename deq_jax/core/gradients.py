@@ -176,7 +176,7 @@ class Backprop:
     differentiably.
 
     Attributes:
-      then: the estimator that gives the value. `Phantom` and `Unrolled` are differentiated as they are computed,
+      then: the estimator that gives the value. `Phantom` and `Unrolled` are differentiated as computed,
         `Implicit` and `Neumann` as the one application of the cell that they make, `AtState` as the state itself.
 
     Examples:

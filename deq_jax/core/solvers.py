@@ -218,7 +218,7 @@ class Broyden(_Settings):
         ``history_size + 1`` states.
       history_dtype: dtype of the kept steps, e.g. ``jax.numpy.bfloat16``; None: as the states.
 
-    References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
+    References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal the iterates of
     ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where
     jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
 

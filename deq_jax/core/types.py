@@ -166,7 +166,7 @@ class Solver(Protocol):
 
         Args:
           f, u: as in `init`.
-          memory: what `init` or `update` returned.
+          memory: the result of `init` or `update`.
           active: [B] bool; a sample that is not active has converged and must stay where it is.
         """
         ...

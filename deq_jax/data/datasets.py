@@ -235,7 +235,7 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
     """
     try:
         names = getattr(dataset, "class_names", ())
-    except InputError:  # of images whose file of names is missing
+    except InputError:  # the file of names is missing
         return ()
     fits = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
     where = f"{type(dataset).__name__}.class_names"

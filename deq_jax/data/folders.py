@@ -44,7 +44,7 @@ class ImageFolder:
       test: share of all images that becomes the test set, where the folder has none.
       size: images are scaled and cropped in the middle to ``size`` x ``size`` pixels; None: they must be of one size.
       colours: "rgb" or "grey" converts every image; None: they must be all colour or all grey.
-      cache: npz file that keeps the images as they were read. It is made again when a file, or the way of reading,
+      cache: npz file that keeps the images that were read. It is made again when a file, or the way of reading,
         has changed.
 
     Raises:

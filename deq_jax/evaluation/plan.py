@@ -301,7 +301,7 @@ def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> Ev
         against the undefended predictor of the same run.
 
     Raises:
-      InputError: there is no finished evaluation, or it is of another threat model.
+      InputError: without a finished evaluation, or for one of another threat model.
 
     Examples:
       >>> from deq_jax.attacks import Linf

@@ -96,7 +96,7 @@ def fit(
         differ in all but their shapes. Recorded in ``origin.json`` and not read again.
       init_checkpoint: checkpoint of `init_from`: best or latest.
       minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
-      report: called with every line of metrics as it is written.
+      report: called with every line of metrics, once it is written.
       say: called with a sentence about events beside the steps: compilation, where the run starts, another
         environment than before.
 
