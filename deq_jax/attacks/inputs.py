@@ -295,7 +295,7 @@ def _check_labels(labels: AnyArray, size: int, pairs: bool) -> None:
     if labels.ndim == 2 and not is_traced(labels):
         same = np.flatnonzero(labels[:, 0] == labels[:, 1])
         found = f"found {tuple(labels[same[0]].tolist())} for image {same[0]}" if len(same) else ""
-        require(len(same) == 0, f"attack: label and class aimed at must differ in each pair, {found}")
+        require(len(same) == 0, f"attack: in a pair (label, class aimed at) the two must differ, {found}")
 
 
 def _is_outside(x: Array) -> Array:

@@ -186,3 +186,9 @@ def test_the_page_on_errors_has_every_exit_code_that_the_help_of_train_names():
     listed = {code for codes in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in codes.split(", ")}
     named = train.EPILOG.partition("Exit codes: ")[2].partition(".\n")[0]
     assert {"0", "75"} <= set(re.findall(r"\b\d+\b", named)) <= listed
+
+
+def test_every_decision_has_its_reason_and_the_test_that_guards_it():
+    decisions = re.split(r"^## (.+)$", (ROOT / "docs/design.md").read_text(), flags=re.MULTILINE)[1:]
+    for heading, text in zip(decisions[::2], decisions[1::2], strict=True):
+        assert "\n*Reason.* " in text and re.search(r"^\*Guard.\*\s`tests/", text, re.MULTILINE), heading
