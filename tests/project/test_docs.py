@@ -157,8 +157,10 @@ def differences():
     """Names of classes and functions, and in which way each differs from the reference, as their docstrings say."""
     for path in ROOT.glob("deq_jax/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            text = ast.get_docstring(node) or "" if isinstance(node, ast.ClassDef | ast.FunctionDef) else ""
-            for sentence in re.findall(r"Differs from the reference: (.*?)\.\n(?:\n|\Z)", text + "\n", re.DOTALL):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            text = (ast.get_docstring(node) or "") + "\n"
+            for sentence in re.findall(r"Differs from the reference: (.*?)\.\n(?:\n|\Z)", text, re.DOTALL):
                 yield node.name, " ".join(sentence.split())
 
 
