@@ -7,10 +7,10 @@ the report OUT/report/index.html. Interrupt it at any time: the same command res
 share the work: one with `--trainings digits_standard digits_pgd_at digits_pgd_at_random`, one with the others; the
 whole command then makes the report of all.
 
-To save time, FAB is dropped, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and
-damping 0.5 only, the longest PGD has 200 steps, and Square has --queries. For the first --extras seeds, the plain
-adversarially trained models are also evaluated by the full configs (Square with 5,000 queries) and at other radii,
-undefended and with entropy reduction, and with the controls of entropy reduction.
+To save time, FAB is dropped, and targeted attacks aim at three classes. Intermediate states are unrolled with K = 5 and
+damping 0.5 only. The longest PGD has 200 steps, and Square has --queries. For the first --extras seeds, the plain
+adversarially trained models have further evaluations, undefended and with entropy reduction: by the full configs
+(Square with 5,000 queries), at other radii, and with the controls of entropy reduction.
 """
 
 from __future__ import annotations

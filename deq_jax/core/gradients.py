@@ -1,8 +1,8 @@
 """How gradients pass through an equilibrium.
 
-A gradient estimator takes the solved state, held constant, and returns a state of the same value, or a few steps
-further on, that carries gradients to the cell's parameters and to the injection:
-``gradient(cell, params, u, z) -> state``. `Phantom` differentiates a few damped steps, `Unrolled` plain ones;
+A gradient estimator takes the solved state as a constant: ``gradient(cell, params, u, z) -> state``. It returns a state
+of the same value, or one a few steps further on. This state carries gradients to the cell's parameters and to the
+injection. `Phantom` differentiates a few damped steps, `Unrolled` plain ones;
 `Implicit` and `Neumann` are in `adjoints`. Only with `Backprop` does `deq` also differentiate the solver.
 
 Derivatives of any order are right in reverse mode: ``jax.grad(jax.grad(f))``, ``jax.jacrev(jax.jacrev(f))`` for a

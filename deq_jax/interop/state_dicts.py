@@ -48,9 +48,9 @@ class StateDict(NamedTuple):
 def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     """The arrays of the network that has the expected names, under these names.
 
-    The network may be the whole file, or an entry of a file of PyTorch at whatever place (``state_dict``, ``ema``), and
-    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): the
-    entry and prefix with all expected names are taken, or else with most of them. Weights normalised by a
+    The network may be the whole file, or an entry of a file of PyTorch at any depth (``state_dict``, ``ema``). All its
+    names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``). The entry and
+    prefix with all expected names are taken, or else with most of them. Weights normalised by a
     parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
 
     Args:

@@ -109,8 +109,8 @@ def fit(
         print(run.predictor.accuracy(*run.data.test))
 
     Raises:
-      InputError: for data, a device count, a workdir or an `init_from` that do not fit, for a run that was begun
-        under settings of JAX that make other numbers, and for a workdir to which another process writes.
+      InputError: data, the device count, the workdir or `init_from` do not fit; the run was begun under settings of
+        JAX that make other numbers; or another process writes to the workdir.
       WriteError: the workdir can no longer be written to; the checkpoints in it are whole.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, or after `minutes`, with the state saved.
