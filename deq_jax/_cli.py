@@ -19,7 +19,7 @@ from deq_jax.parallel.processes import connect, is_primary
 
 
 class PlainConsole(Console):
-    """A console that shows texts as they are: names in files have no markup, and do not steer the terminal."""
+    """A console that shows texts literally: names in files have no markup, and do not steer the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text, for `print` and the cells of tables."""

@@ -25,7 +25,7 @@ MODES = {"rgb": "RGB", "grey": "L"}
 TEST_NAMES = ("test", "val", "validation", "valid")
 MOST_PIXELS = 2**26  # of an image; a small file may promise more than the memory holds
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it reports what it also raises
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also raises each error that it reports
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images that are refused
 
 

@@ -26,7 +26,7 @@ from deq_jax.surrogates.base import Direct, Surrogate, check_surrogate
 
 RESERVED = ("clean", "union")  # names of other rows
 
-LONGEST_NAME = 200  # of a trial, whose folder has it
+LONGEST_NAME = 200  # characters of a trial's name, which is also the name of its folder
 
 MOST_AT_ONCE = 2**20  # images: far more than a device holds
 

@@ -22,7 +22,7 @@ SCHEDULE = ("epochs", "batch_size", "pretrain_steps", "optimizer", "augmentation
 
 KINDS = {"str": str, "bool": bool, "int": int, "float": int | float, "None": type(None)}  # JSON may write 1.0 as 1
 
-# Of a parser that meets something else.
+# Errors of a parser that meets something else.
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 

@@ -198,7 +198,7 @@ def _is_environment(record: Any) -> bool:
 
 
 def check_meta(found: Checkpoint) -> None:
-    """Raises `InputError` if a checkpoint's data beside the state are not those of a training run."""
+    """Raises `InputError` if a checkpoint's data beside the state do not come from a training run."""
     meta: Any = found.meta
     try:
         sums = meta.get("interval", {}).values()
