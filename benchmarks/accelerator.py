@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 class Work(NamedTuple):
-    """A training step whose cost is measured: a config, its attack, and how its dynamics are computed."""
+    """A training step to measure: a config, its attack, and how its dynamics are computed."""
 
     config: str
     attack: str
@@ -116,7 +116,7 @@ def parity() -> list[Row]:
 
 
 def outcomes(device: jax.Device, precision: str) -> dict[str, np.ndarray]:
-    """Flat arrays of what is compared, computed on a device: a small MDEQ of two branches, and images of 16x16."""
+    """Flat arrays to compare, computed on a device: a small MDEQ of two branches, and images of 16x16."""
     dynamics = Dynamics(Broyden(4), gradient=Phantom(steps=2, damping=0.5))
     deq = Equilibrium(*mdeq(10, (16, 32), (8, 16), 64, expansion=2), dynamics=dynamics)
     exact = deq.with_dynamics(gradient=Implicit(Broyden(4)))
@@ -203,7 +203,7 @@ def _relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def tables(found: Row) -> str:
-    """Both tables, as Markdown: what differs from the CPU, beside the bound; and the cost of each step."""
+    """Both tables, as Markdown: the differences from the CPU, beside the bound; and the cost of each step."""
     names = ["logits", "phantom gradient", "implicit gradient"]
     lines = [f"| precision | {' | '.join(names)} | bound |", "|---|---|---|---|---|"]
     for row in found["parity"]:

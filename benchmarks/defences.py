@@ -7,10 +7,10 @@ the report OUT/report/index.html. Interrupt it at any time: the same command res
 share the work: one with `--trainings digits_standard digits_pgd_at digits_pgd_at_random`, one with the others; the
 whole command then makes the report of all.
 
-To save time, FAB is dropped, targeted attacks aim at three classes, intermediate states are unrolled with K = 5 and
-damping 0.5 only, the longest PGD has 200 steps, and Square has --queries. For the first --extras seeds, the plain
-adversarially trained models are also evaluated by the full configs (Square with 5,000 queries) and at other radii,
-undefended and with entropy reduction, and with the controls of entropy reduction.
+To save time, FAB is dropped, and targeted attacks aim at three classes. Intermediate states are unrolled with K = 5 and
+damping 0.5 only. The longest PGD has 200 steps, and Square has --queries. For the first --extras seeds, the plain
+adversarially trained models have further evaluations, undefended and with entropy reduction: by the full configs
+(Square with 5,000 queries), at other radii, and with the controls of entropy reduction.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ DEQS = ("digits_pgd_at", "digits_pgd_at_random", "digits_trades", "digits_trades
 CNNS = {"digits_pgd_at": "digits_cnn_pgd_at", "digits_trades": "digits_cnn_trades"}
 OBSERVED = ("digits_standard",)  # as trained only
 TRAININGS = (*OBSERVED, *DEQS)
-RADII = (0.5, 2.0)  # times that of the training
+RADII = (0.5, 2.0)  # times the radius of the training run
 Choose = Callable[[TrainConfig], EvalConfig]
 Adapt = Callable[[Choose], Choose]
 
 
 class Planned(NamedTuple):
-    """An evaluation: of which training, its name, what it consists of, and whose images are transferred, by suite."""
+    """An evaluation: its run's folder, its name, its config, and the evaluations that give images, by suite."""
 
     workdir: Path
     name: str
@@ -177,7 +177,7 @@ def at(factor: float, choose: Choose) -> Choose:
 
 
 def first(images: int, config: EvalConfig) -> EvalConfig:
-    """The evaluation on the first images, all of which every trial attacks, in one batch."""
+    """The evaluation on the first images, in one batch; every trial attacks all of them."""
     return replace(config, max_images=images, batch_size=images, skip_broken=False)
 
 

@@ -1,13 +1,13 @@
-"""What input entropy reduction costs at inference, beside the ratio of cell evaluations.
+"""The cost of input entropy reduction at inference, beside the ratio of cell evaluations.
 
     python benchmarks/entropy.py --out runs/bench/entropy.json
 
 An application of the cell counts as one evaluation, and so does a vector-Jacobian product of it with respect to the
 input: undefended T + 1 by the solver and K + 1 by the phantom steps; defended T + 1 by the solver, and in each block
 two for every update of the input and one for the corrected memory. Encoder and decoder count for nothing, though an
-update runs them forwards and backwards; what of the cell does not depend on the injection is computed once for all
-updates of a block. Beside it, the undefended prediction over its encoder and as many bare cells: what solver and
-decoder add. Seconds are medians of alternating runs.
+update runs them forwards and backwards. The parts of the cell that do not depend on the injection are computed once for
+all updates of a block. Beside it, the undefended prediction over its encoder and as many bare cells: the share of
+solver and decoder. Seconds are medians of alternating runs.
 """
 
 from __future__ import annotations

@@ -67,12 +67,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the tests said to a fault."""
+    """The tests' answer to a fault."""
 
     fault: Fault
     outcome: str  # "caught", "survived", "endless" or "crashed"
     by: str  # the first test that failed
-    text: str  # the line as it was
+    text: str  # the line before
 
 
 def faults_in(path: Path) -> Iterator[Fault]:
@@ -160,7 +160,7 @@ def _in_turns(groups: list[list[Fault]]) -> list[Fault]:
 
 
 def tried(fault: Fault, tests: Path, cache: Path) -> Outcome:
-    """Makes the fault in a copy of the project and runs the room's fast tests, those of the file first."""
+    """Makes the fault in a copy of the project and runs the room's fast tests, the file's own first."""
     line = (ROOT / fault.file).read_text().splitlines()[fault.line - 1].strip()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "project")

@@ -3,7 +3,7 @@
     python benchmarks/kernels.py --out runs/bench/kernels.json
 
 Solvers: seconds of `solve` with 8 steps, all states kept, over seconds of 9 applications of the bare cell: the small
-one (32 channels, 16x16, expansion 2, batch 32) and that of MDEQ-LARGE (32x32 images, batch 8). Convolutions: XLA's
+one (32 channels, 16x16, expansion 2, batch 32) and the cell of MDEQ-LARGE (32x32 images, batch 8). Convolutions: XLA's
 own gradients over this project's, in `lax.scan`, batch 8. Medians of alternating runs, with the smallest and
 largest ratio of a pair.
 """

@@ -18,11 +18,11 @@ Row = dict[str, Any]
 
 
 class Training(NamedTuple):
-    """A training of a study.
+    """A training config of a study.
 
     Attributes:
       config: name of its config in configs/.
-      changes: of its fields, as for --set.
+      changes: changed fields, as for --set.
       evaluation: further arguments of its evaluation.
     """
 
@@ -32,16 +32,16 @@ class Training(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """The first part of a workdir's name: that of the config, and what differs."""
+        """The first part of a workdir's name: the name of the config, and its changes."""
         return "-".join([self.config, *(change.rpartition(".")[2].replace("=", "-") for change in self.changes)])
 
 
 class Study(NamedTuple):
-    """Trainings by name, and the pairs of them that are compared.
+    """Training configs by name, and the pairs of them that are compared.
 
     Attributes:
       trainings: in the order of the table.
-      pairs: the accuracies of the second are subtracted from those of the first.
+      pairs: the accuracies of the second are subtracted from the accuracies of the first.
       details: whether there are tables of the states of DEQs and of the validation after each epoch.
     """
 
@@ -54,9 +54,9 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
     """The command line of a study: runs the missing parts and makes the tables.
 
     Args:
-      study: what is trained and compared.
+      study: the configs to train and to compare.
       about: docstring of the command.
-      argv: arguments; None for those of the process.
+      argv: arguments; None for the arguments of the process.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(study.trainings)
@@ -94,12 +94,12 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
 
 
 def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dict[str, Any]:
-    """What the page says, as JSON data: accuracies in percent, differences in points, each with its interval.
+    """The content of the page, as JSON data: accuracies in percent, differences in points, each with its interval.
 
     Args:
-      study: what was compared.
-      folders: of the evaluations of each training, one per seed.
-      budget: of the evaluations.
+      study: the configs that are compared.
+      folders: folders of the evaluations of each config, one per seed.
+      budget: budget of the evaluations.
     """
     groups = {name: groups_of(read_evaluations(found))[0] for name, found in folders.items()}
     one = next(iter(groups.values())).evaluations[0].record
@@ -165,7 +165,7 @@ def _json(estimate: Estimate | None) -> dict[str, Any] | None:
 
 
 def tables(numbers: dict[str, Any]) -> str:
-    """The tables of trainings, of differences and, where there are some, of states and epochs, as Markdown."""
+    """The tables of training configs, of differences and, where there are some, of states and epochs, as Markdown."""
     rows = ["| training | clean | **worst case** | of each seed | residual | flags |", "|---|---|---|---|---|---|"]
     for row in numbers["rows"]:
         seeds = ", ".join(f"{100 * value:.1f}" for value in row["of_seeds"])

@@ -46,7 +46,7 @@ def recipe(dataset: str, modules: Mdeq) -> TrainConfig:
 
 
 def small_recipe(dataset: Dataset, num_classes: int) -> TrainConfig:
-    """PGD adversarial training of the small MDEQ on 32x32 images: a short attack, whose radius grows at first."""
+    """PGD adversarial training of the small MDEQ on 32x32 images: a short attack. Its radius grows at first."""
     dynamics = Dynamics(Broyden(6), gradient=Phantom(steps=3, damping=0.5))
     return TrainConfig(
         classifier=Equilibrium(*mdeq_small(num_classes), dynamics=dynamics),

@@ -129,5 +129,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, without what this file imports for itself."""
+    """The public names, without this file's own imports."""
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

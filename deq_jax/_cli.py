@@ -19,7 +19,7 @@ from deq_jax.parallel.processes import connect, is_primary
 
 
 class PlainConsole(Console):
-    """A console that shows texts as they are: names in files have no markup, and do not steer the terminal."""
+    """A console that shows texts literally: names in files have no markup, and do not steer the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text, for `print` and the cells of tables."""
@@ -36,7 +36,7 @@ def add_set_option(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
-    """The options by which several processes find each other; see `join`."""
+    """Adds the options that connect several processes."""
     several = parser.add_argument_group("several processes", "detected automatically on TPU pods and in SLURM steps")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument(

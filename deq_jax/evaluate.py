@@ -181,7 +181,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--verify",
         metavar="FOLDER",
         help="recompute a finished evaluation from its files, and classify a random part of its images again; exit "
-        "code 0 if it is what they give, 65 if not. With --workdir if the run has moved, --seed to repeat a choice",
+        "code 0 if it agrees with them, 65 if not. With --workdir if the run has moved, --seed to repeat a choice",
     )
     attacks = parser.add_mutually_exclusive_group()
     attacks.add_argument("--config", metavar="FILE", help="Python file with get_config(train_config) -> EvalConfig")

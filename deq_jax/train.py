@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def ending(number: int, step: int, *, minutes: float | None) -> tuple[str, int]:
-    """What is said of a run that a signal stopped after this step, and the exit code."""
+    """The line on a run that a signal stopped after this step, and the exit code."""
     rest = f"after step {step}, state saved; the same command resumes"
     if number == signal.SIGALRM:
         return f"{minutes:g} minutes are over, stopped {rest}", os.EX_TEMPFAIL

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Writes the weights and what was measured of them."""
+    """Writes the weights and their measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, help="of the run")
     parser.add_argument("--evaluation", required=True, help="name of its evaluation")

@@ -1,4 +1,4 @@
-"""What a user does first, with the package as it is installed: `make wheel-test` runs this outside of the checkout.
+"""A user's first steps, with the installed package: `make wheel-test` runs this outside of the checkout.
 
 python -I scripts/smoke.py
 """

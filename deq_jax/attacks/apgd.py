@@ -65,8 +65,8 @@ class APGD:
     """Auto-PGD.
 
     ``z = P(x_k + step_size steepest(grad))``, ``x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}))``.
-    The step size starts at 2 epsilon. At a checkpoint it is halved, and the ascent resumes at its highest
-    point, if the loss rose in fewer than 75 % of the steps since the last checkpoint, or if neither the step
+    The step size starts at 2 epsilon. There are checkpoints. Two cases halve the step size and let the ascent resume
+    at its highest point: the loss rose in fewer than 75 % of the steps since the last checkpoint, or neither the step
     size nor the highest loss has changed since then.
 
     Attributes:

@@ -138,7 +138,7 @@ class AutoAttack:
       draws: number of draws of a random predictor, averaged in every query (EOT).
 
     Raises:
-      InputError: there is no attack, or a number is not positive.
+      InputError: without an attack, or with a number that is not positive.
 
     References: Croce & Hein 2020a.
 

@@ -24,9 +24,9 @@ from deq_jax.core.types import Array
 class FAB:
     """Walks along the decision boundary towards the image.
 
-    Each step linearises the boundary at the iterate, goes from the iterate and from the image to that
-    hyperplane (within the box), overshoots, and takes a mean of the two, biased towards the iterate.
-    A misclassified iterate is pulled back to the image.
+    Each step linearises the boundary at the iterate. It goes to that hyperplane (within the box) from the iterate and
+    from the image, overshoots, and takes a mean of the two, biased towards the iterate. A misclassified iterate is
+    pulled back to the image.
 
     With pairs (label, class aimed at) in place of labels the boundary is the one between the two, one gradient
     query a step; with labels it is the nearest of all K - 1, at K - 1 queries a step.

@@ -110,7 +110,7 @@ class Guard:
     @classmethod
     def of(cls, oracle: Oracle, x: Array, labels: AnyArray | None = None) -> Guard:
         """The guard of an attack on the images x, which it takes into the working precision."""
-        expected = "an Oracle, such as oracle_of(logits) or that of a Predictor, predictor.oracle()"
+        expected = "an Oracle, such as oracle_of(logits) or predictor.oracle() of a Predictor"
         require_role("attack: oracle", oracle, ("logits", "grad"), expected)
         return cls(oracle, x.astype(working_type(x)), x.dtype, labels)
 
@@ -185,7 +185,7 @@ def check_inputs(
       x, labels, pairs, reference: see `carry_out`.
 
     Raises:
-      InputError: says what was expected and what was given.
+      InputError: with the expected and the given value.
 
     Examples:
       >>> import numpy as np
@@ -295,7 +295,7 @@ def _check_labels(labels: AnyArray, size: int, pairs: bool) -> None:
     if labels.ndim == 2 and not is_traced(labels):
         same = np.flatnonzero(labels[:, 0] == labels[:, 1])
         found = f"found {tuple(labels[same[0]].tolist())} for image {same[0]}" if len(same) else ""
-        require(len(same) == 0, f"attack: of a pair (label, class aimed at) the two must differ, {found}")
+        require(len(same) == 0, f"attack: in a pair (label, class aimed at) the two must differ, {found}")
 
 
 def _is_outside(x: Array) -> Array:

@@ -188,7 +188,7 @@ class Attack(Protocol):
     aimed at) [B, 2] or reference logits [B, K]. The key is a PRNG key, a seed, or `Keys`.
 
     The start is images [B, H, W, C] within the ball, from which the attack begins in place of its own (random) start.
-    An attack of several restarts uses it for the first; attacks made of attacks hand it to each. What comes back is
+    An attack of several restarts uses it for the first; attacks made of attacks hand it to each. The result is
     never worse than the start: misclassified if that was, else of no lower loss. (Exceptions: `PGD` without `best_of`
     returns its last iterate, and `Noise` takes no start.)
 

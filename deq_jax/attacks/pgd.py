@@ -80,6 +80,8 @@ class PGD:
         among equals the one of highest loss, x itself if none was better; costs one more query per restart, and one at
         x. Otherwise the last iterate of the one restart, as in adversarial training.
 
+    Differs from the reference: a random start is clipped to [0, 1].
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from deq_jax.attacks import PGD, Linf, oracle_of

@@ -19,10 +19,10 @@ KEPT = 64  # executables
 class Compiled:
     """A function of arrays, compiled for each combination of shapes that it is called with.
 
-    `jax.jit` knows a function by its identity: a new lambda is compiled anew, and arrays that a function closes over
-    are read once and for all, so that a model that was trained further would be attacked with its old parameters. Here
-    the function is traced when it is first called, which is cheap, and its program is looked up among the programs of
-    all functions. Arrays that it closes over become arguments of that program, so other values reuse the executable.
+    `jax.jit` knows a function by its identity, so a new lambda is compiled anew. It reads arrays that a function closes
+    over once and for all, so a model that was trained further would be attacked with its old parameters. Here the
+    function is traced when it is first called, which is cheap, and its program is looked up among the programs of all
+    functions. Arrays that it closes over become arguments of that program, so other values reuse the executable.
 
     Attributes:
       function: ``(*args) -> arrays``, pure, of pytrees of arrays.

@@ -35,7 +35,8 @@ class SPSA:
       loss: maximised, ``(logits, labels) -> [B]``, such as `cross_entropy`, `dlr` or `margin`, all in `deq_jax.core`.
 
     References: Uesato et al. 2018, algorithm 1.
-    Differs from the reference: steepest ascent where it has Adam, so that no scale of the loss matters.
+
+    Differs from the reference: it takes steps of steepest ascent, so that the scale of the loss does not matter.
 
     Examples:
       >>> from deq_jax.attacks import SPSA, Linf

@@ -71,7 +71,7 @@ class Targeted:
     def attempt(
         self, number: int | Array, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None = None
     ) -> Array:
-        """What the attempt with this number, from 0, finds on its own, within a call of another attack."""
+        """The result of the attempt with this number, from 0, on its own, within a call of another attack."""
         wrong = _wrong_classes(oracle.logits(x, keys.fold(Purpose.QUERY)), labels)
         return self._aim(wrong[:, number], oracle, x, labels, keys.fold(1 + number), start)
 

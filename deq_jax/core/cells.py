@@ -15,7 +15,7 @@ from deq_jax.core.types import Array, Cell, FlatCell, Params, PyTree
 
 
 def apply(cell: Cell, params: Params, z: PyTree, u: PyTree) -> PyTree:
-    """f(z; u) in the dtypes of z, whatever the cell computes in. An empty batch is its own f(z; u).
+    """f(z; u) in the dtypes of z, in whichever dtype the cell computes. An empty batch is returned unchanged.
 
     Args:
       cell: ``(params, z, u) -> z``.

@@ -21,11 +21,11 @@ Answer = TypeVar("Answer")
 
 
 def fast_in_loops(function: Callable[..., Answer]) -> Callable[..., Answer]:
-    """The same function of arrays, whose convolutions are as fast inside a loop as outside.
+    """The same function of arrays; its convolutions are as fast inside a loop as outside.
 
     It is traced, and the axes of its convolutions are brought into XLA's order where they are in another. On GPU and
-    TPU they stay as they are. So does a part that is written for each platform already, with `lax.platform_dependent`.
-    The derivatives are those of the function.
+    TPU they do not change. So does a part that is written for each platform already, with `lax.platform_dependent`.
+    The derivatives are the function's own.
     """
 
     @wraps(function)
@@ -101,7 +101,7 @@ def _order(dimensions: int) -> lax.ConvDimensionNumbers:
 
 
 def _permutation(given: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """The transposition of an array whose axes lie at `given`, so that they lie at `wanted`."""
+    """Transposes an array from axes at `given` to axes at `wanted`."""
     return [given[wanted.index(position)] for position in range(len(given))]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """An error that the user can fix: one line that says what was wrong, what was expected, and where.
+    """An error that the user can fix: one line with the place, the expected and the given value.
 
     The command lines print it without a traceback and exit with 2.
 
@@ -28,7 +28,7 @@ class InputError(ValueError):
 class WriteError(OSError):
     """A file cannot be written, as on a full disk: one line with the file and the reason.
 
-    What was there before is as it was. The command lines print the line without a traceback and exit with 74.
+    Earlier files are whole. The command lines print the line without a traceback and exit with 74.
 
     Examples:
       >>> from deq_jax.core import WriteError
@@ -42,7 +42,7 @@ def require(condition: bool, message: str) -> None:
 
     Args:
       condition: a Python bool, not a traced array.
-      message: one line: what was expected, what was given, and where.
+      message: one line: the place, the expected and the given value.
 
     Examples:
       >>> from deq_jax.core import require
@@ -60,7 +60,7 @@ def require_count(what: str, value: Any, least: int = 1, *, optional: bool = Fal
 
     Args:
       what: the place, such as ``PGD: steps``.
-      value: what was given.
+      value: the given value.
       least: the smallest number that will do.
       optional: whether None will do as well.
     """
@@ -75,9 +75,9 @@ def require_role(what: str, value: Any, traits: Iterable[str], expected: str) ->
 
     Args:
       what: the place, such as ``PGD: threat``.
-      value: what was given.
+      value: the given value.
       traits: names of methods and fields; ``__call__`` for a function.
-      expected: what was expected, with an example.
+      expected: the expected value in words, with an example.
     """
     fits = not isinstance(value, type) and all(hasattr(value, trait) for trait in traits)
     require(fits, f"{what}: expected {expected}, got {described(value)}")

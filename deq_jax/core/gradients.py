@@ -1,8 +1,8 @@
 """How gradients pass through an equilibrium.
 
-A gradient estimator takes the solved state, held constant, and returns a state of the same value, or a few steps
-further on, that carries gradients to the cell's parameters and to the injection:
-``gradient(cell, params, u, z) -> state``. `Phantom` differentiates a few damped steps, `Unrolled` plain ones;
+A gradient estimator takes the solved state as a constant: ``gradient(cell, params, u, z) -> state``. It returns a state
+of the same value, or one a few steps further on. This state carries gradients to the cell's parameters and to the
+injection. `Phantom` differentiates a few damped steps, `Unrolled` plain ones;
 `Implicit` and `Neumann` are in `adjoints`. Only with `Backprop` does `deq` also differentiate the solver.
 
 Derivatives of any order are right in reverse mode: ``jax.grad(jax.grad(f))``, ``jax.jacrev(jax.jacrev(f))`` for a
@@ -36,6 +36,8 @@ class Phantom:
       damping: weight of f(z), in (0, 1].
 
     References: Geng et al. 2021, eq. 9 (unrolling-based phantom gradient).
+
+    Differs from the reference: a trained model is evaluated with the same number of steps.
 
     Examples:
       >>> from deq_jax import Broyden, Dynamics, Phantom
@@ -174,7 +176,7 @@ class Backprop:
     differentiably.
 
     Attributes:
-      then: the estimator that gives the value. `Phantom` and `Unrolled` are differentiated as they are computed,
+      then: the estimator that gives the value. `Phantom` and `Unrolled` are differentiated as computed,
         `Implicit` and `Neumann` as the one application of the cell that they make, `AtState` as the state itself.
 
     Examples:

@@ -132,7 +132,7 @@ class RandomIntermediateState:
 class EnsembleState:
     """The mean of the states z_1 .. z_T (Yang et al. 2022, section 5).
 
-    Differs from the reference, which averages these and the unrolled final state.
+    Differs from the reference: only these states are averaged.
 
     Examples:
       >>> import numpy as np

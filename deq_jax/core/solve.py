@@ -50,8 +50,8 @@ def solve(
       InputError: z0 or u is not such a batch, or the cell does not return such a state; see `cells.apply`. Or the
         solver is not one.
 
-    Differs from the reference: convergence, choice of the lowest residual and the low-rank updates are
-    each sample's own (the reference stops and chooses by the norm of the whole batch).
+    Differs from the reference: convergence, the choice of the lowest residual and the low-rank updates are each
+    sample's own, and a diverging iteration is not cut short.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -124,9 +124,10 @@ class Anderson(_Settings):
       absolute_ridge: add the ridge itself to the diagonal, as the papers' code does; for comparison with it only,
         since the iterates then depend on the scale of the problem.
 
-    References: Walker & Ni 2011. With the absolute ridge the iterates equal those of
-    ``jaxopt.AndersonAcceleration``, except that it accelerates from the first two points on, where jaxopt's own
-    start makes `history_size` plain steps first.
+    References: Walker & Ni 2011. With the absolute ridge the iterates equal the
+    iterates of ``jaxopt.AndersonAcceleration``, with one exception: jaxopt makes `history_size` plain steps first.
+
+    Differs from the reference: the ridge is relative, so that the iterates do not depend on the scale of the problem.
 
     Examples:
       >>> from deq_jax import Anderson, Dynamics
@@ -204,8 +205,8 @@ class Broyden(_Settings):
     """Broyden's good method on g(z) = f(z) - z, inverse form, full steps, from B = -I.
 
     With full steps ``s_{n+1} = -B_n g(z_n)`` the rank-one correction of the inverse Jacobian is a factor,
-    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``, so only the steps need to be kept, and a product with
-    B costs one inner product and one addition for each of them.
+    ``B_n = (I + s_{n+1} s_n^T / ||s_n||^2) B_{n-1}``. So only the steps need to be kept. A product with B costs one
+    inner product and one addition for each of them.
 
     Attributes:
       steps: T, number of iterates.
@@ -217,9 +218,9 @@ class Broyden(_Settings):
         ``history_size + 1`` states.
       history_dtype: dtype of the kept steps, e.g. ``jax.numpy.bfloat16``; None: as the states.
 
-    References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal those of
-    ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, except that a pair with a vanishing denominator is left out where
-    jaxopt divides by it, and that a shorter history forgets factors where jaxopt forgets terms.
+    References: Broyden 1965; Kelley 1995, section 7.3; Bai et al. 2020, appendix A. Iterates equal the iterates of
+    ``jaxopt.Broyden(gamma=-1, stepsize=1.0)``, with two exceptions: a pair with a vanishing denominator is left out
+    (jaxopt divides by it), and a shorter history forgets factors (jaxopt forgets terms).
 
     Examples:
       >>> from deq_jax import Broyden, Dynamics

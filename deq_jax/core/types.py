@@ -1,6 +1,6 @@
 """Aliases, roles and the few records that every layer shares.
 
-A deep equilibrium model (DEQ) is a cell ``f(z; u)`` whose equilibrium ``z* = f(z*; u)`` is the
+A deep equilibrium model (DEQ) is a cell ``f(z; u)``. Its equilibrium ``z* = f(z*; u)`` is the
 representation of an input with injection ``u``. Running one is three independent choices, each an
 object with value equality: a `Solver` (which trajectory), a `Readout` (which state of it) and a
 `Gradient` (how that state is differentiated).
@@ -166,7 +166,7 @@ class Solver(Protocol):
 
         Args:
           f, u: as in `init`.
-          memory: what `init` or `update` returned.
+          memory: the result of `init` or `update`.
           active: [B] bool; a sample that is not active has converged and must stay where it is.
         """
         ...

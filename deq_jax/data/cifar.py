@@ -17,7 +17,7 @@ from deq_jax.data.datasets import Images, Splits, check_share, checked_images, c
 from deq_jax.data.folders import ImageFolder
 
 PIXELS = 3 * 32 * 32
-LARGEST = 2**28  # bytes of a file; those of CIFAR-100 have 154 million
+LARGEST = 2**28  # bytes of a file; a file of CIFAR-100 has 154 million
 HARMLESS = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),

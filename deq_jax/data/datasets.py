@@ -235,7 +235,7 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
     """
     try:
         names = getattr(dataset, "class_names", ())
-    except InputError:  # of images whose file of names is missing
+    except InputError:  # the file of names is missing
         return ()
     fits = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
     where = f"{type(dataset).__name__}.class_names"
@@ -244,7 +244,7 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
 
 
 def load_splits(dataset: Dataset) -> Splits:
-    """What a dataset loads, in the forms of `Images`; raises `InputError` where a split is in no such form."""
+    """The splits of a dataset, in the forms of `Images`; raises `InputError` where a split is in no such form."""
     splits, name = dataset.load(), type(dataset).__name__
     fits = isinstance(splits, tuple) and len(splits) == 3 and all(len(part) == 2 for part in splits)
     require(fits, f"{name}.load: expected Splits(train, validation, test) of Images, got {described(splits)}")

@@ -25,7 +25,7 @@ MODES = {"rgb": "RGB", "grey": "L"}
 TEST_NAMES = ("test", "val", "validation", "valid")
 MOST_PIXELS = 2**26  # of an image; a small file may promise more than the memory holds
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it reports what it also raises
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it also raises each error that it reports
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of images that are refused
 
 
@@ -44,7 +44,7 @@ class ImageFolder:
       test: share of all images that becomes the test set, where the folder has none.
       size: images are scaled and cropped in the middle to ``size`` x ``size`` pixels; None: they must be of one size.
       colours: "rgb" or "grey" converts every image; None: they must be all colour or all grey.
-      cache: npz file that keeps the images as they were read. It is made again when a file, or the way of reading,
+      cache: npz file that keeps the images that were read. It is made again when a file, or the way of reading,
         has changed.
 
     Raises:
@@ -118,7 +118,7 @@ class ImageFolder:
         if cache.exists():
             arrays = read_npz(cache)
             names = {f"{kind}_{part}" for kind in "xy" for part in files}
-            is_other = f"{cache}: is not a cache of ImageFolder, and stays as it is; choose another name"
+            is_other = f"{cache}: is not a cache of ImageFolder, and is not changed; choose another name"
             require("digest" in arrays, is_other)
             if str(arrays.pop("digest")) == digest:
                 require(arrays.keys() == names, is_other)
@@ -219,7 +219,7 @@ def _formats() -> list[str]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files below that are not hidden, those of each folder once; links are followed."""
+    """All files below that are not hidden, each folder's once; links are followed."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in seen:  # a link to a folder above

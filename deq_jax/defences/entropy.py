@@ -69,8 +69,8 @@ class EntropyGradient:
       ascent: -1 lowers the entropy; 1 raises it, a control.
       steepest: gradient -> direction.
 
-    Differs from the reference: the sum over the images takes the place of their mean, so that an image's update
-    does not depend on its batch (the sign is the same).
+    Differs from the reference: the entropies are summed over the images, so that an image's update does not depend on
+    its batch. The sign is the same.
 
     Examples:
       >>> from deq_jax.defences import EntropyGradient
@@ -143,7 +143,7 @@ class EntropyReduced:
 
     References: Yang et al. 2023, section 4.2.
 
-    Differs from the reference: the solver's memory is kept (see `carries`).
+    Differs from the reference: the solver's memory is kept from block to block.
 
     Examples:
       >>> from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium

@@ -76,7 +76,7 @@ def assess(
       True
     """
     chosen = None
-    expected = "a Predictor, such as that of a run, run.predictor, or Predictor(classifier, variables)"
+    expected = "a Predictor, such as run.predictor of a run, or Predictor(classifier, variables)"
     require_role("assess: predictor", predictor, ("classifier", "variables"), expected)
     is_pair = isinstance(images, tuple | list) and len(images) == 2
     pairs = "expected a pair of images and labels, such as run.data.test"

@@ -51,7 +51,7 @@ BUDGETS = tuple(_SIZES)
 
 
 def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick") -> tuple[Trial, ...]:
-    """The attacks that suit a predictor, each from the gradients that find most on it.
+    """The attacks that suit a predictor, each with the gradients that break most of its images.
 
     Gradients follow the actual computation: through the solver's steps of a DEQ, through and around the updates of
     input entropy reduction, and plainly through any other classifier. Untargeted and targeted APGD come first, then
@@ -60,10 +60,9 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
     Args:
       predictor: the deployed predictor, a classifier without its variables.
       threat: norm and radius of the attacks.
-      budget: "quick" (30 gradients per image untargeted, 3 x 20 targeted, 20 from the worst image, for each source of
-        gradients, and 200 queries), "standard" (100, 9 x 50, 50 and 2,000) or "full" (100, 9 x 100, 100 and 5,000; also
-        FAB-T, and for a DEQ `white_box_trials`). Images that are broken are not attacked again, so most
-        cost less.
+      budget: "quick": for each source of gradients 30 gradients per image untargeted, 3 x 20 targeted and 20 from the
+        worst image; 200 queries of Square. "standard": 100, 9 x 50, 50 and 2,000. "full": 100, 9 x 100, 100 and 5,000;
+        also FAB-T, and for a DEQ `white_box_trials`. Broken images are not attacked again, so most cost less.
 
     Raises:
       InputError: the budget is unknown, or the predictor is not a classifier.
@@ -96,7 +95,7 @@ def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick")
 
 
 def _further_trials(predictor: Classifier, threat: Threat) -> tuple[Trial, ...]:
-    """What the full budget adds."""
+    """The trials that the full budget adds."""
     minimal = tuple(trial for trial in auto_attack_trials(threat) if trial.name == "fab-t")
     if not isinstance(predictor, Equilibrium) or predictor.dynamics.solver is None:
         return minimal
@@ -106,8 +105,9 @@ def _further_trials(predictor: Classifier, threat: Threat) -> tuple[Trial, ...]:
 def white_box_trials(classifier: Equilibrium, threat: Threat) -> tuple[Trial, ...]:
     """PGD-10 by all gradients that know about the dynamics of a DEQ.
 
-    Those of every intermediate state, unrolled for 1, 5 and 9 steps, plain or damped; of the mean over the states; of
-    the simultaneous adjoint after each step, which needs Broyden's method; and the exact one of the equilibrium.
+    The gradients of every intermediate state, unrolled for 1, 5 and 9 steps, plain or damped; of the mean over the
+    states; of the simultaneous adjoint after each step, which needs Broyden's method; and the exact one of the
+    equilibrium.
 
     Args:
       classifier: the deployed predictor.

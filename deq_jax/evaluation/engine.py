@@ -54,7 +54,7 @@ def worst_case(
     about: dict[str, Any] | None = None,
     report: Report = lambda moment: None,
 ) -> WorstCase:
-    """Attacks the deployed predictor with all trials, or resumes what `out` holds of the same evaluation.
+    """Attacks the deployed predictor with all trials, or resumes the same evaluation in `out`.
 
     Args:
       config: the evaluation.
@@ -115,7 +115,7 @@ def folded(
     validation: Images | None = None,
     report: Report = lambda moment: None,
 ) -> tuple[WorstCase, Stages]:
-    """The worst case over all trials, and their programs; see `worst_case`. What the store keeps is not computed."""
+    """The worst case over all trials, and their programs; see `worst_case`. Batches in the store are not computed."""
     x = np.asarray(to_unit(jnp.asarray(images.x)))
     predictor, early_state = _predictor(config, classifier, variables, validation, store, report)
     stages = Stages(config, classifier, predictor, variables, images, x)

@@ -17,7 +17,7 @@ SHORT = {"deployed": "dep.", "ensemble": "ens."}
 
 
 def literal(text: str) -> str:
-    """The text as a label of a figure that shows it as it is: not as a formula, and with escapes as `escaped` has."""
+    """The text as a label of a figure that shows it literally: not as a formula, and with escapes as `escaped` has."""
     return escaped(text).replace("$", r"\$")
 
 

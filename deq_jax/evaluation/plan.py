@@ -26,7 +26,7 @@ from deq_jax.surrogates.base import Direct, Surrogate, check_surrogate
 
 RESERVED = ("clean", "union")  # names of other rows
 
-LONGEST_NAME = 200  # of a trial, whose folder has it
+LONGEST_NAME = 200  # characters of a trial's name, which is also the name of its folder
 
 MOST_AT_ONCE = 2**20  # images: far more than a device holds
 
@@ -227,7 +227,7 @@ class EvalConfig:
         _check_names(self)
         suites = {trial.suite for trial in self.trials if trial.suite and isinstance(trial.attack, Transfer)}
         whole = not (self.skip_broken and suites)
-        wanted = "expected skip_broken=False, without which its row would count what other trials broke"
+        wanted = "expected skip_broken=False, without which its row would count images that other trials broke"
         require(whole, f"EvalConfig: suite {', '.join(sorted(suites))} of transferred images: {wanted}")
         _check_threats(self)
 
@@ -301,7 +301,7 @@ def with_transfers(config: EvalConfig, suites: Iterable[tuple[str, Path]]) -> Ev
         against the undefended predictor of the same run.
 
     Raises:
-      InputError: there is no finished evaluation, or it is of another threat model.
+      InputError: without a finished evaluation, or for one of another threat model.
 
     Examples:
       >>> from deq_jax.attacks import Linf

@@ -24,7 +24,7 @@ from deq_jax.surrogates.base import Direct, Surrogate, judged
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Predictor:
-    """A classifier and its variables; a pytree whose leaves are the variables.
+    """A classifier and its variables; a pytree with the variables as leaves.
 
     Images are [B, H, W, C], floating in [0, 1] or uint8. A random predictor draws from the keys, and is deterministic
     without them.

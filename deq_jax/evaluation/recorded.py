@@ -22,7 +22,7 @@ SCHEDULE = ("epochs", "batch_size", "pretrain_steps", "optimizer", "augmentation
 
 KINDS = {"str": str, "bool": bool, "int": int, "float": int | float, "None": type(None)}  # JSON may write 1.0 as 1
 
-# Of a parser that meets something else.
+# Errors of a parser that meets something else.
 DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
@@ -102,7 +102,7 @@ class RecordedPlan:
 
     @property
     def all_trials(self) -> tuple[RecordedTrial, ...]:
-        """Trials of the evaluation, then those of its diagnostics."""
+        """Trials of the evaluation, then trials of its diagnostics."""
         return (*self.trials, *self.checks.values())
 
 
@@ -113,7 +113,7 @@ class RecordedRun:
     Attributes:
       seed: random seed of the run.
       dataset, objective, classifier: config trees.
-      schedule: config trees of what determines the order and number of its steps.
+      schedule: config trees of the settings that determine the order and number of its steps.
       text: the config without its seed, as text.
     """
 

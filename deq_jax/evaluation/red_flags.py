@@ -102,7 +102,7 @@ def only_by(name: str, suspects: Sequence[np.ndarray], others: Sequence[np.ndarr
     if suspects and others:
         alone = np.logical_or.reduce(suspects) & ~np.logical_or.reduce(others)
     count = int(np.sum(alone)) if len(alone) else None
-    cure = "give trials a surrogate whose gradient is not masked, such as BPDA"
+    cure = "give trials a surrogate with a gradient that is not masked, such as BPDA"
     meaning = f"images that no white-box attack broke: the gradients are masked; {cure}"
     return Flag.of_count(name, count, len(alone), POINTS, meaning)
 
@@ -118,7 +118,7 @@ def not_finite(result: WorstCase) -> Flag:
     """The share of images at which some attack met logits that are not finite; such logits count as correct."""
     met = [~np.isfinite(attempt.measured.deployed.margin) & attempt.inside for attempt in result.attempts.values()]
     share = float(np.mean(np.logical_or.reduce(met))) if met else None
-    return Flag.of("logits not finite", share, 0.0, "attacked images whose logits are NaN or infinite count as correct")
+    return Flag.of("logits not finite", share, 0.0, "attacked images with NaN or infinite logits count as correct")
 
 
 def batch_dependence(probe: Probe) -> Flag:

@@ -40,7 +40,7 @@ def exact_interval(accuracy: ArrayLike, images: ArrayLike, level: float = 0.95) 
 
 
 def warnings_of(result: WorstCase) -> list[str]:
-    """A sentence for each sign that the model itself is at fault, whatever the attacks did. Usually none."""
+    """A sentence for each sign that the model itself is at fault, not the attacks. Usually none."""
     correct = named(is_correct(result.clean, result.y))
     residual = float(np.mean(result.clean.deployed.residual))
     known, accuracy = None if np.isnan(residual) else residual, float(np.mean(correct["deployed"]))

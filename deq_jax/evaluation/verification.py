@@ -40,9 +40,9 @@ class Check:
     """A check of a finished evaluation.
 
     Attributes:
-      name: what was compared.
-      holds: whether it is as it was written.
-      text: what was found.
+      name: name of the check.
+      holds: whether nothing has changed.
+      text: the finding.
 
     Examples:
       >>> from deq_jax.evaluation import Check
@@ -72,8 +72,8 @@ def verify(
 ) -> list[Check]:
     """Compares a finished evaluation with its files, and classifies a random part of its images again.
 
-    Nothing is written, and nothing is attacked. Stored images that a trial has made are taken as they are; what an
-    attack would find is not asked.
+    Nothing is written, and nothing is attacked. The stored images of a trial are taken as given; no attack is
+    repeated.
 
     Args:
       folder: the evaluation.
@@ -143,7 +143,7 @@ def _of(name: str, difference: str | None, text: str) -> Check:
 
 
 def _trials(result: WorstCase, files: int) -> Check:
-    """Whether all images of all trials are images; that they lie within the ball was checked as they were read."""
+    """Whether all images of all trials are images; reading them has checked that they lie within the ball."""
     for name, attempt in result.attempts.items():
         x = attempt.read()
         outside = np.flatnonzero(~((x >= -BOX_TOLERANCE) & (x <= 1 + BOX_TOLERANCE)).all(axis=(1, 2, 3)))

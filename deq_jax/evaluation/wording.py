@@ -9,7 +9,7 @@ from deq_jax.evaluation.results import Flag
 
 
 def headline(record: EvaluationRecord) -> str:
-    """The robust accuracy in one line, with what speaks against it; then a line for each raised flag and warning.
+    """The robust accuracy in one line, with all that speaks against it; then a line for each raised flag and warning.
 
     Args:
       record: the numbers of the evaluation.

@@ -1,7 +1,7 @@
 """PyTorch names of an MDEQ's variables, and the way to and from them.
 
-`from_torch` and `to_torch` only rename and transpose: one undoes the other bitwise, in any dtype. The names are
-those of the published MDEQ implementations (``state_dict`` of the classification network).
+`from_torch` and `to_torch` only rename and transpose: one undoes the other bitwise, in any dtype. The names come
+from the published MDEQ implementations (``state_dict`` of the classification network).
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class StateDict(NamedTuple):
 def read_state_dict(path: str | Path, expected: Collection[str]) -> StateDict:
     """The arrays of the network that has the expected names, under these names.
 
-    The network may be the whole file, or an entry of a file of PyTorch at whatever place (``state_dict``, ``ema``), and
-    all its names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``): the
-    entry and prefix with all expected names are taken, or else with most of them. Weights normalised by a
+    The network may be the whole file, or an entry of a file of PyTorch at any depth (``state_dict``, ``ema``). All its
+    names may have a prefix (``module.`` of DataParallel, ``_orig_mod.`` of compiled modules, ``model.``). The entry and
+    prefix with all expected names are taken, or else with most of them. Weights normalised by a
     parametrisation of PyTorch 2 have the names of PyTorch 1, ``weight_g`` and ``weight_v``.
 
     Args:
@@ -235,7 +235,7 @@ def _way_out(path: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to load the file unsafely."""
+    """The reason of the failure, without torch's advice to load the file unsafely."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     if refused:
         return f"it names {refused[1]}"

@@ -19,7 +19,7 @@ from deq_jax.models.convolution import conv_general_dilated
 
 NORM_EPSILON = 1e-5
 
-PARAM_DTYPE = jnp.float32  # whatever the default, which `jax_enable_x64` changes
+PARAM_DTYPE = jnp.float32  # under any default; `jax_enable_x64` changes it
 
 
 def conv_layer(

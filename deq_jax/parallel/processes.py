@@ -1,4 +1,4 @@
-"""Several processes: they find each other, agree on failures and stops, and let one of them write.
+"""Several processes: they connect, agree on failures and stops, and let one of them write.
 
 Every process runs the same program. The functions below are collective: if one process calls them, all must. With a
 single process none of them communicates.
@@ -174,7 +174,7 @@ class StopRequest:
     """SIGINT, SIGTERM and the end of a time, while it is entered, as a question with the same answer in all processes.
 
     With several processes a signal to any of them stops all of them, after the same step: the preemption service
-    of JAX, which has been listening to SIGTERM since `connect`, agrees on it. The clock is that of the primary.
+    of JAX, which has been listening to SIGTERM since `connect`, agrees on it. The clock of the primary counts.
 
     Args:
       seconds: time after which it asks to stop, by SIGALRM; None for no end.

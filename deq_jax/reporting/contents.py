@@ -217,7 +217,7 @@ def flags_table(name: str, group: Group) -> Table:
             lambda flag: Cell((_outcome(flag),), warning="!" if flag.raised else ""),
         ),
         Field(Column("images"), lambda flag: text_cell("" if flag.count is None else f"{flag.count} of {flag.images}")),
-        Field(Column("what it would mean", kind="text"), lambda flag: text_cell(flag.explanation)),
+        Field(Column("meaning", kind="text"), lambda flag: text_cell(flag.explanation)),
     ]
     sections = {f"training seed {one.seed}": list(one.record.red_flags) for one in group.evaluations}
     caption = "Signs that the attacks have failed; a flag is raised where the value exceeds the threshold beyond chance"

@@ -245,7 +245,7 @@ def _dynamics(groups: Sequence[Group]) -> list[Section]:
     shown = [
         (training, dict(zip(labels(alike), alike, strict=True))) for (training, _), alike in by_training(known).items()
     ]
-    shown += [("trainings without a defence", trainings) for trainings in undefended_trainings(known)]
+    shown += [("training configs without a defence", trainings) for trainings in undefended_trainings(known)]
     sections: list[Section] = []
     for title, labelled in shown:
         name = _name("dynamics", len(sections) + 1, title)

@@ -186,9 +186,9 @@ def _joined(table: np.ndarray, value: Any, low: Any, high: Any) -> Sides:
 def _seeds_half(table: np.ndarray) -> Any:
     """Half the length of the seeds' part, [...] of [..., S, N]; 0 for a single seed.
 
-    Its square is Student's t² MS / (S N), where MS is the larger one of the mean squares of seeds and of the remainder
-    after seeds and images (each with its degrees of freedom): the former exceeds the latter on average, and by less
-    where seeds happen to agree.
+    Its square is Student's t² MS / (S N). MS is the larger one of two mean squares, each with its degrees of freedom:
+    of seeds, and of the remainder after seeds and images. The former exceeds the latter on average, and by less where
+    seeds happen to agree.
     """
     seeds, images = table.shape[-2:]
     table = table - table[..., :1, :1]  # no rounding where all are equal

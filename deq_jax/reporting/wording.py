@@ -116,7 +116,7 @@ def _quote(group: Group, count: int) -> Quote:
 
 
 def _meanings(group: Group) -> dict[str, str]:
-    """What each raised flag means, by its name, with the number of seeds where there are several."""
+    """The meaning of each raised flag, by its name, with the number of seeds where there are several."""
     meant = {flag.name: flag.explanation for one in group.evaluations for flag in one.record.red_flags}
     seeds = len(group.evaluations)
     return {name if seeds == 1 else f"{name}, {n} of {seeds} seeds": meant[name] for name, n in group.raised.items()}

@@ -25,17 +25,17 @@ from deq_jax.core.errors import InputError, first_line, require
 from deq_jax.core.types import PyTree
 from deq_jax.storage.files import parsed_json, write_json, writing
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every save, and also raises what it reports
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports every save, and also raises every failure
 
 QUIET = 1.0  # seconds
 
 DIGESTS = "digests.json"  # SHA-256 of all other files of a checkpoint, by their path in it
 
-UNFINISHED = ".unfinished"  # what is being written or deleted; orbax appends endings of its own
+UNFINISHED = ".unfinished"  # a checkpoint that is being written or deleted; orbax appends endings of its own
 
 
 class DamagedError(InputError):
-    """A checkpoint is not as it was written."""
+    """A checkpoint has changed since it was written."""
 
 
 class Checkpoints:
@@ -133,7 +133,7 @@ class Checkpoints:
         (self.folder / str(step)).rename(self.folder / f"{UNFINISHED}-{step}")
 
     def _clear(self) -> None:
-        """Deletes what was taken away or not finished, also by a process that was killed."""
+        """Deletes checkpoints that were taken away or not finished, also by a process that was killed."""
         for path in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -234,8 +234,8 @@ def _check_digests(folder: Path) -> bool:
     try:
         for name, expected in parsed_json((folder / DIGESTS).read_text(), DIGESTS).items():
             require((folder / name).is_file(), f"{name} is missing")
-            require(_sha256(folder / name) == expected, f"{name} is not as it was written")
-    except (AttributeError, ValueError) as error:  # the file of digests itself, or what it tells (InputError)
+            require(_sha256(folder / name) == expected, f"{name} has changed")
+    except (AttributeError, ValueError) as error:  # the file of digests itself, or its content (InputError)
         raise DamagedError(f"checkpoint {folder} is damaged ({error})") from None
     return True
 

@@ -35,7 +35,7 @@ def environment() -> dict[str, dict[str, Any]]:
       ``settings`` of JAX (x64, precision of matrix products, random numbers), and the default float that follows from
       them; ``flags`` of XLA and CUDA, None where unset; ``platform``, kind and number of the devices, over all
       processes; ``versions`` of Python, of this package and of those that compute, None where one is not installed;
-      ``code``, the git revision of the package's checkout and whether its files are those of the revision, None for an
+      ``code``, the git revision of the package's checkout and whether its files are as committed, None for an
       installed package; ``command``, the arguments of this process.
 
     Examples:
@@ -78,7 +78,7 @@ def resumed_environments(
       images: digest of the images and labels of the run; None if it is not to be recorded.
 
     Returns:
-      The records with this process's environment, if it is another one; and what differs from the last one.
+      The records with this process's environment, if it is another one; and the differences from the last one.
 
     Raises:
       InputError: one of the settings differs that a run must keep, or its images.
@@ -117,7 +117,7 @@ def _version(package: str) -> str | None:
 
 @cache
 def _code() -> dict[str, Any]:
-    """The git revision of the checkout, and whether its files are those of the revision."""
+    """The git revision of the checkout, and whether its files are as committed."""
 
     def git(*arguments: str) -> str | None:
         try:

@@ -28,9 +28,9 @@ SILENCE = 600.0  # seconds without one, after which a writer on another host cou
 def sole_writer(folder: Path) -> Iterator[None]:
     """Within it, no other process writes to the folder, which is created, and deleted if it stays empty.
 
-    The lock of a process that has ended is free, however it ended. That of a process on another host is respected even
-    if it looks free, since some network file systems do not pass locks on, until it has shown no sign of life for ten
-    minutes.
+    The lock of a process that has ended is free, however it ended. Some network file systems do not pass locks on. So
+    the lock of a process on another host is respected even if it looks free, until it has shown no sign of life for
+    ten minutes.
 
     Raises:
       InputError: another process writes there, or nothing can be written.
@@ -85,7 +85,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
             file = path.open("a+", errors="replace")
         with file:
             state = _try_to_lock(file)
-            # Otherwise its former holder has deleted it meanwhile, and what is locked is a file without a name.
+            # Otherwise its former holder has deleted it meanwhile, and the lock is on a file without a name.
             is_current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
             if is_current:
                 _check_holder(file, path, state)

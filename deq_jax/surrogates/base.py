@@ -71,6 +71,9 @@ def judged(surrogate: Surrogate, classifier: Classifier, variables: Variables, d
     Raises:
       InputError: the surrogate is none, such as a gradient estimator, or does not fit the classifier.
 
+    Differs from the reference: success is measured on the deployed predictor, also where another one gave the
+    gradient.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from deq_jax import Explicit, Keys

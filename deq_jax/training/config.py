@@ -64,6 +64,8 @@ class TrainConfig:
       validation_images: how many of the held-out images are used; None for all.
       patience: the run ends after so many validations without a new best one; None for never.
 
+    Differs from the reference: the best checkpoint is chosen on held-out training images.
+
     Examples:
       >>> import deq_jax as dj
       >>> model = dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))

@@ -48,7 +48,7 @@ class Run:
       predictor: the classifier with the variables of the best checkpoint, by accuracy under the config's validation
         attack on held-out training images.
       state: training state after the last step.
-      metrics: the lines of metrics.jsonl; with several processes and a workdir, those of process 0 alone.
+      metrics: the lines of metrics.jsonl; with several processes and a workdir, only on process 0.
 
     Examples:
       >>> from dataclasses import fields
@@ -97,8 +97,8 @@ def fit(
         differ in all but their shapes. Recorded in ``origin.json`` and not read again.
       init_checkpoint: checkpoint of `init_from`: best or latest.
       minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
-      report: called with every line of metrics as it is written.
-      say: called with a sentence about what happens beside the steps: compilation, where the run starts, another
+      report: called with every line of metrics, once it is written.
+      say: called with a sentence about events beside the steps: compilation, where the run starts, another
         environment than before.
 
     With several processes (`parallel.connect`) all call this alike. Process 0 alone reads and writes
@@ -110,8 +110,8 @@ def fit(
         print(run.predictor.accuracy(*run.data.test))
 
     Raises:
-      InputError: for data, a device count, a workdir or an `init_from` that do not fit, for a run that was begun
-        under settings of JAX that make other numbers, and for a workdir to which another process writes.
+      InputError: data, the device count, the workdir or `init_from` do not fit; the run was begun under settings of
+        JAX that make other numbers; or another process writes to the workdir.
       WriteError: the workdir can no longer be written to; the checkpoints in it are whole.
       NonFiniteLoss: when the loss is not finite.
       Interrupted: after SIGINT or SIGTERM to any process, or after `minutes`, with the state saved.

@@ -63,7 +63,7 @@ class MetricsLog:
 
 
 class Events:
-    """A file of TensorBoard events, written at once. (`SummaryWriter` has a thread, whose failures nobody would see.)
+    """A file of TensorBoard events, written at once. (`SummaryWriter` has a thread. Nobody would see its failures.)
 
     Args:
       folder: gets the file.

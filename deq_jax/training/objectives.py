@@ -164,7 +164,8 @@ class Trades:
       label_smoothing: as in `Standard`, of the cross-entropy.
 
     References: Zhang et al. 2019, eq. 5.
-    Differs from the reference: the clean prediction is computed once per step, not at every attack step.
+
+    Differs from the reference: the clean prediction is computed once per training step.
 
     Examples:
       >>> from deq_jax import Trades

@@ -1,4 +1,4 @@
-"""What changes from step to step of a training run: penalised steps, and the radius of the attack."""
+"""Changes from step to step of a training run: penalised steps, and the radius of the attack."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def _check_training_mode(classifier: Classifier, variables: Variables, x: Array)
 
 @contextmanager
 def _fitting(what: str) -> Iterator[None]:
-    """One line in place of what JAX and Flax raise about a classifier."""
+    """One line in place of the errors that JAX and Flax raise about a classifier."""
     try:
         yield
     except InputError:

@@ -164,7 +164,7 @@ def check_origin(workdir: Path, origin: Origin | None, given: Path, name: str) -
 
 
 def check_same_everywhere(tree: Any) -> None:
-    """Raises `InputError`, in all processes, naming what differs, unless they all train the same config alike."""
+    """Raises `InputError`, in all processes, naming the difference, unless they all train the same config alike."""
     if jax.process_count() == 1:
         return
     texts = [json.loads(text) for text in gather_texts(json.dumps({**tree, **decisive_settings()}))]
@@ -198,7 +198,7 @@ def _is_environment(record: Any) -> bool:
 
 
 def check_meta(found: Checkpoint) -> None:
-    """Raises `InputError` if a checkpoint's data beside the state are not those of a training run."""
+    """Raises `InputError` if a checkpoint's data beside the state do not come from a training run."""
     meta: Any = found.meta
     try:
         sums = meta.get("interval", {}).values()

@@ -1,7 +1,9 @@
 """Red flags: each is raised by what it is for; masked gradients raise them, an honest model does not."""
 
 import io
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,7 @@ from deq_jax.evaluation.terminal import accuracy_table
 from deq_jax.surrogates import BPDA
 from tests.helpers.linear import DATA, Linear, trained
 
+ROOT = Path(__file__).parents[2]
 THREAT = Linf(0.1)
 ATTACK = PGD(THREAT, steps=10, step_size=0.025)
 TEST = Images(DATA.test.x[:64], DATA.test.y[:64])
@@ -353,3 +356,16 @@ def test_the_order_of_strength_and_the_plateau_are_taken_from_the_diagnostics(ho
         found[getattr(extra, role).name] = honest.attempts[getattr(extra, other).name]
     flags = raised(replace(honest, attempts=found))
     assert flags["order of strength"] and flags["no plateau"] and flags["no collapse at 8 epsilon"]
+
+
+WRITTEN = {0.0: "none allowed", 0.002: "0.2 points", 0.005: "0.5 points", 0.01: "1 % of"}
+
+
+def test_the_page_on_honest_evaluation_has_every_flag_with_its_threshold(masked):
+    page = (ROOT / "docs/concepts/honest-evaluation.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|.*\|.*\|$", page.partition("## Warnings")[0], re.MULTILINE)
+    listed, flags = dict(rows[1:]), red_flags(masked)  # without the head
+    assert list(listed) == [flag.name for flag in flags]
+    for flag in flags:
+        written = WRITTEN.get(flag.threshold, "guessing, 1 / classes")
+        assert listed[flag.name].startswith(written), flag

@@ -1,5 +1,6 @@
 """What the README (but for sizes) and the pages of docs/ show runs as written, and whatever they point at is there."""
 
+import ast
 import doctest
 import inspect
 import re
@@ -10,7 +11,7 @@ import pytest
 
 import deq_jax
 from configs import digits_pgd_at
-from deq_jax import TrainConfig
+from deq_jax import TrainConfig, train
 from deq_jax.evaluation import EvalConfig
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +151,46 @@ def test_examples_in_docstrings_have_their_section():
     for path in ROOT.glob("deq_jax/**/*.py"):
         for text in re.findall(r'"""(.*?)"""', path.read_text(), re.DOTALL):
             assert ">>> " not in text or re.search(r"^ +Examples:\n +>>> ", text, re.MULTILINE), f"{path}: {text}"
+
+
+def differences():
+    """Names of classes and functions, and in which way each differs from the reference, as their docstrings say."""
+    for path in ROOT.glob("deq_jax/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            text = (ast.get_docstring(node) or "") + "\n"
+            for sentence in re.findall(r"Differs from the reference: (.*?)\.\n(?:\n|\Z)", text, re.DOTALL):
+                yield node.name, " ".join(sentence.split())
+
+
+def test_the_page_on_the_reference_has_every_difference_that_a_docstring_names():
+    page = (ROOT / "docs/concepts/reference.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (.+?) \| .+ \|$", page.partition("## Why")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(differences())
+    sources = [path.read_text() for path in ROOT.glob("deq_jax/**/*.py")]
+    assert len(listed) == sum(text.count("Differs from") for text in sources)  # none is in another form
+
+
+def test_the_page_on_errors_has_every_public_error_and_quotes_lines_that_exist():
+    page = (ROOT / "docs/errors.md").read_text()
+    faces = [deq_jax, *(getattr(deq_jax, room) for room in ROOMS)]
+    things = {getattr(face, name) for face in faces for name in face.__all__}
+    errors = {thing.__name__ for thing in things if isinstance(thing, type) and issubclass(thing, Exception)}
+    assert errors == set(re.findall(r"^\| `deq_jax\.(?:\w+\.)?(\w+)`", page, re.MULTILINE))
+    sources = "".join(path.read_text() for path in ROOT.glob("deq_jax/**/*.py"))
+    quoted = re.findall(r"^\| `([^`]+)` \|", page.partition("## Frequent lines")[2], re.MULTILINE)
+    assert quoted and [line for line in quoted if line not in sources] == []
+
+
+def test_the_page_on_errors_has_every_exit_code_that_the_help_of_train_names():
+    page = (ROOT / "docs/errors.md").read_text()
+    listed = {code for codes in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in codes.split(", ")}
+    named = train.EPILOG.partition("Exit codes: ")[2].partition(".\n")[0]
+    assert {"0", "75"} <= set(re.findall(r"\b\d+\b", named)) <= listed
+
+
+def test_every_decision_has_its_reason_and_the_test_that_guards_it():
+    decisions = re.split(r"^## (.+)$", (ROOT / "docs/design.md").read_text(), flags=re.MULTILINE)[1:]
+    for heading, text in zip(decisions[::2], decisions[1::2], strict=True):
+        assert "\n*Reason.* " in text and re.search(r"^\*Guard.\*\s`tests/", text, re.MULTILINE), heading

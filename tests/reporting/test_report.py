@@ -470,7 +470,7 @@ class TestNumbers:
         assert page.tables["dynamics-1-tiny.csv"][4][5:] == ["–", "–"]  # the residual of the mean of the states
 
     def test_undefended_trainings_are_shown_side_by_side(self, page):
-        shown = [row for row in page.tables["dynamics-4-trainings-without-a-defence.csv"] if row[0] == "z_1"]
+        shown = [row for row in page.tables["dynamics-4-training-configs-without-a-defence.csv"] if row[0] == "z_1"]
         own = [page.tables[f"dynamics-{name}.csv"][1] for name in ("1-tiny", "2-longer")]
         assert own[0] != own[1]
         assert shown == own
@@ -545,7 +545,7 @@ class TestPage:
 
     def test_figures_are_those_of_the_png_files(self, page, out):
         shown = [base64.b64decode(picture["src"].partition(",")[2]) for picture in page.all("img")]
-        titles = ["1-tiny", "2-longer", "3-tiny", "4-trainings-without-a-defence"]
+        titles = ["1-tiny", "2-longer", "3-tiny", "4-training-configs-without-a-defence"]
         names = [f"dynamics-{title}-{what}" for title in titles for what in QUANTITIES]
         panels = ["1-tiny-none", "2-tiny-ensemble-state", "3-longer-none", "4-tiny-none"]
         names += ["radius-1-tiny", *(f"images-{name}" for name in panels)]

@@ -133,7 +133,7 @@ def cut(file):
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(flip, "is not as it was written"), (cut, "is not as it was written"), (lambda file: file.unlink(), "is missing")],
+    [(flip, "has changed"), (cut, "has changed"), (lambda file: file.unlink(), "is missing")],
     ids=["flipped", "cut", "removed"],
 )
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_read(damage, words, tmp_path):
@@ -212,7 +212,7 @@ def test_where_all_are_damaged_the_newest_is_named(tmp_path):
     said: list[str] = []
     for step in "12":
         flip(largest_file(tmp_path / step))
-    with pytest.raises(InputError, match=r"2 is damaged \(.* is not as it was written\); there is no earlier one"):
+    with pytest.raises(InputError, match=r"2 is damaged \(.* has changed\); there is no earlier one"):
         checkpoints.read(said.append)
     assert said == []
 

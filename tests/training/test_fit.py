@@ -121,7 +121,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_bits(tmp_pa
     said: list[str] = []
     again = dj.fit(config, tmp_path / "run", say=said.append)
     assert [text for text in said if "damaged" in text or "resuming" in text] == [
-        f"note: checkpoint {latest / '17'} is damaged (state/ocdbt.process_0/d/{file.name} is not as it was written); "
+        f"note: checkpoint {latest / '17'} is damaged (state/ocdbt.process_0/d/{file.name} has changed); "
         "step 16 is used; the damaged one is set aside",
         "resuming after step 16 of 17",
     ]
