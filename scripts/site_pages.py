@@ -1,9 +1,11 @@
 """A hook of mkdocs: the pages of the site that are not files of docs/.
 
-The README, CONTRIBUTING and CHANGELOG become pages, and each room of the package gets one, made from its face.
+The README, CONTRIBUTING and CHANGELOG become pages, each notebook gets one with its outputs, and each room of the
+package gets one, made from its face.
 """
 
 import importlib
+import json
 import logging
 import re
 from pathlib import Path
@@ -24,9 +26,31 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds these pages."""
     for name, page in TEXTS.items():
         files.append(File.generated(config, page, content=LINK.sub(moved, (ROOT / name).read_text())))
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook(path)))
     for name in FACES:
         files.append(File.generated(config, f"api/{name.split('.')[-1]}.md", content=reference(name)))
     return files
+
+
+def notebook(path: Path) -> str:
+    """A notebook with its outputs."""
+    parts = [f"*From `notebooks/{path.name}`, as it was run.*"]
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [shown for output in cell.get("outputs", []) if (shown := output_of(output))]
+    parts[:2] = reversed(parts[:2])  # the title is first
+    return "\n\n".join(parts) + "\n"
+
+
+def output_of(output: dict[str, Any]) -> str:
+    """A picture or a text that a cell has put out; nothing of what it wrote to stderr."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"![Output of the cell](data:image/png;base64,{''.join(data['image/png'].split())})"
+    text = "".join(data.get("text/plain", output.get("text", []))).rstrip()
+    return f"```text\n{text}\n```" if text and output.get("name") != "stderr" else ""
 
 
 def reference(name: str) -> str:
@@ -66,5 +90,7 @@ def moved(link: re.Match[str]) -> str:
     text, target = link.groups()
     if target.startswith(("http", "#")):
         return link.group(0)
+    if target.startswith("notebooks/"):
+        return f"[{text}]({target.removesuffix('.ipynb')}.md)"
     has_page = target in TEXTS or target.startswith("docs/")
     return f"[{text}]({TEXTS.get(target, target.removeprefix('docs/'))})" if has_page else text
