@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-from deq_jax.core.errors import require_role
+from flax import linen as nn
+
+from deq_jax.core.errors import require, require_role
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import Array, PyTree, Solution
 
@@ -37,13 +39,21 @@ class Prediction(NamedTuple):
 def check_classifier(where: str, classifier: Any) -> None:
     """Refuses anything but a classifier, such as a `Predictor`; `where` begins the message."""
     expected = "a classifier, such as an Equilibrium or the classifier of a Predictor, predictor.classifier"
+    advice = f"Explicit({type(classifier).__name__}(...)) makes a classifier of a Flax module"
+    require(not isinstance(classifier, nn.Module), f"{where}: expected {expected}; {advice}")
     require_role(where, classifier, ("__call__",), expected)
 
 
 class Classifier(Protocol):
-    """A trainable map from images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``."""
+    """A trainable map from images ``[B, H, W, C]`` in [0, 1] to logits ``[B, K]``.
 
-    def init(self, key: Array, x: Array) -> Variables: ...
+    Any hashable object with these two methods will do; only training calls `init`. `Explicit` makes one of a Flax
+    module.
+    """
+
+    def init(self, key: Array, x: Array) -> Variables:
+        """Variables ``{"params", "batch_stats"}`` for images like x."""
+        ...
 
     def __call__(
         self,
@@ -53,4 +63,6 @@ class Classifier(Protocol):
         train: bool = False,
         keys: Keys | None = None,
         axis_name: str | None = None,
-    ) -> Prediction: ...
+    ) -> Prediction:
+        """Classifies images; keys make a random classifier draw, `axis_name` is that of the devices in training."""
+        ...

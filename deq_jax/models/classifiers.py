@@ -205,7 +205,7 @@ class Explicit:
     """An ordinary network as a classifier.
 
     Attributes:
-      module: ``(x [B, H, W, C], train, keys, axis_name) -> logits [B, K]``.
+      module: ``(x [B, H, W, C], train, keys, axis_name) -> logits [B, K]``; it may leave out arguments after ``x``.
 
     Examples:
       >>> from deq_jax import Explicit
@@ -324,18 +324,18 @@ def _apply(
     if any(leaf.shape[0] == 0 for leaf in jax.tree.leaves(x)):
         one = _at_least_one((x, keys))
         output, _ = _apply(module, variables, one[0], train, one[1], axis_name, takes_keys)
-        return jax.tree.map(lambda leaf: leaf[:0], output), variables["batch_stats"]
-    inputs = (x, train, keys, axis_name) if takes_keys else (x, train, axis_name)
-    _check_signature(module, "x, train, keys, axis_name" if takes_keys else "z, train, axis_name", inputs)
+        return jax.tree.map(lambda leaf: leaf[:0], output), variables.get("batch_stats", {})
+    offered = {"train": train, **({"keys": keys} if takes_keys else {}), "axis_name": axis_name}
+    args, kwargs = _arguments(module, x, offered)
     mutable = ["batch_stats"] if train else []
     rngs = {} if keys is None else {"dropout": keys.fold(Purpose.MODULE).shared}
     try:
         with dropout_by_image(keys):
-            output, updated = module.apply(variables, *inputs, mutable=mutable, rngs=rngs)
+            output, updated = module.apply(variables, *args, **kwargs, mutable=mutable, rngs=rngs)
     except InvalidRngError as error:
         reason = str(error).split(" (")[0]
         raise InputError(f"{reason}; a module draws from the collection 'dropout', when called with keys") from None
-    return output, updated.get("batch_stats", variables["batch_stats"])
+    return output, updated.get("batch_stats", variables.get("batch_stats", {}))
 
 
 def _at_least_one(batch: PyTree) -> PyTree:
@@ -345,6 +345,16 @@ def _at_least_one(batch: PyTree) -> PyTree:
         return jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) if leaf.shape[:1] == (0,) else leaf
 
     return jax.tree.map(fill, batch)
+
+
+def _arguments(module: nn.Module, x: PyTree, offered: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the module is called with: x and those of the offered arguments that it names, or all of them in order."""
+    named = list(inspect.signature(type(module).__call__).parameters)[2:]  # after self and x
+    if set(named) <= set(offered):
+        return (x,), {name: offered[name] for name in named}
+    inputs = (x, *offered.values())
+    _check_signature(module, ", ".join(["x" if "keys" in offered else "z", *offered]), inputs)
+    return inputs, {}
 
 
 def _check_signature(module: nn.Module, names: str, inputs: tuple[Any, ...]) -> None:

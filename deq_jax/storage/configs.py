@@ -19,6 +19,8 @@ from deq_jax.core.errors import InputError, first_line, require
 
 Config = TypeVar("Config")
 
+OF_THE_CLONE = "; configs/ is not installed with deq_jax: run in the folder of its clone"
+
 
 def load_config(
     path: str | Path,
@@ -44,7 +46,8 @@ def load_config(
       deq_jax.core.errors.InputError: configs/none.py: no such config file
     """
     path = Path(path)
-    require(path.is_file(), f"{path}: no such config file")
+    outside = path.parts[:1] == ("configs",) and not Path("configs").exists()
+    require(path.is_file(), f"{path}: no such config file{OF_THE_CLONE if outside else ''}")
     module = _run_module(path)
     require(hasattr(module, "get_config"), f"{path}: expected a function get_config(), found none")
     try:
@@ -97,7 +100,7 @@ def _advice(error: BaseException) -> str:
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ImportError) or package != "configs":
         return ""
-    return "; configs/ is not installed with deq_jax: run in the folder of its clone, or add that to PYTHONPATH"
+    return f"{OF_THE_CLONE}, or add that to PYTHONPATH"
 
 
 def _module_name(path: Path) -> str:

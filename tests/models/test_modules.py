@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import Broyden, Dynamics, Equilibrium, Explicit, InputError, Keys
+from deq_jax import Broyden, Dynamics, Equilibrium, Explicit, InputError, Keys, Predictor
 from deq_jax.core import Injection, prng_key
 from deq_jax.models import BatchNorm, ResNet18, SmallCNN, WideResNet, explicit_twin, mdeq
 from deq_jax.training import initial_state, initial_variables
@@ -118,12 +118,35 @@ class TestTrainingMode:
             self.start(dense.Net(collection="noise", classes=10))
 
 
-def test_a_module_that_is_called_otherwise_is_refused_in_one_line():
-    class Plain(nn.Module):
-        """As Flax's examples have it."""
+class Plain(nn.Module):
+    """As Flax's examples have it."""
 
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(x.reshape(len(x), -1))
+
+
+class InTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(4)(x.reshape(len(x), -1)) * (2.0 if train else 1.0)
+
+
+def test_a_module_may_leave_out_arguments_and_batch_stats():
+    variables = Plain().init(jax.random.key(0), X)
+    expected = Plain().apply(variables, X)
+    assert set(variables) == {"params"}
+    assert jnp.array_equal(Explicit(Plain())(variables, X).logits, expected)
+    assert Explicit(Plain())(variables, X[:0]).logits.shape == (0, 4)
+    assert jnp.array_equal(Explicit(InTraining())(variables, X, train=True).logits, 2 * expected)
+    with pytest.raises(InputError, match=r"Explicit\(Plain\(...\)\) makes a classifier of a Flax module"):
+        Predictor(Plain(), variables)
+
+
+def test_a_module_that_is_called_otherwise_is_refused_in_one_line():
+    class Mode(nn.Module):
         @nn.compact
-        def __call__(self, x):
+        def __call__(self, x, deterministic):
             return nn.Dense(4)(x.reshape(len(x), -1))
 
     class Renamed(nn.Module):
@@ -131,14 +154,13 @@ def test_a_module_that_is_called_otherwise_is_refused_in_one_line():
         def __call__(self, x, training, rngs, axis):  # only the order counts
             return nn.Dense(4)(x.reshape(len(x), -1))
 
-    plain = Explicit(Plain())
-    words = r"Plain: expected a module called as \(x, train, keys, axis_name\), too many positional arguments"
-    with pytest.raises(InputError, match=words):
-        plain(plain.init(0, X), X)
-    decoder = replace(BASE, decoder=Plain())
-    with pytest.raises(InputError, match=r"Plain: expected a module called as \(z, train, axis_name\), "):
-        decoder(decoder.init(0, X), X)
     variables = Explicit(Plain()).init(0, X)
+    words = r"Mode: expected a module called as \(x, train, keys, axis_name\), too many positional arguments"
+    with pytest.raises(InputError, match=words):
+        Explicit(Mode())(variables, X)
+    decoder = replace(BASE, decoder=Mode())
+    with pytest.raises(InputError, match=r"Mode: expected a module called as \(z, train, axis_name\), "):
+        decoder({name: {**part, "decoder": {}} for name, part in BASE.init(0, X).items()}, X)
     assert Explicit(Renamed())(variables, X).logits.shape == (len(X), 4)
 
 

@@ -110,7 +110,8 @@ def test_the_site_has_every_page_and_every_room():
     shown = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     written = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page != README}
     rooms = {f"api/{face.parent.name}.md" for face in ROOT.glob("deq_jax/**/__init__.py")}
-    assert shown == written | rooms | {"index.md", "contributing.md", "changelog.md"}
+    notebooks = {f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")}
+    assert shown == written | rooms | notebooks | {"index.md", "contributing.md", "changelog.md"}
 
 
 ROOMS = sorted(face.parent.name for face in ROOT.glob("deq_jax/*/__init__.py"))

@@ -238,6 +238,13 @@ def test_a_config_that_needs_the_clone_tells_where_to_run(text, tmp_path, monkey
     assert str(raised.value) == f"on_its_own.py: line 1: No module named 'configs'; {advice}"
 
 
+def test_a_config_of_the_clone_named_elsewhere_tells_where_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    advice = "configs/ is not installed with deq_jax: run in the folder of its clone"
+    with pytest.raises(InputError, match=f"^configs/digits_trades.py: no such config file; {advice}$"):
+        load_config("configs/digits_trades.py", TrainConfig)
+
+
 def test_a_folder_named_configs_of_ones_own_hides_the_clones(tmp_path, monkeypatch):
     (tmp_path / "on_its_own.py").write_text("from configs import digits_pgd_at_of_mine")
     with pytest.raises(InputError, match=r"cannot import name 'digits_pgd_at_of_mine'.*; configs/ is not installed"):
