@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def join(options: argparse.Namespace) -> None:
 def command_line() -> Iterator[None]:
     """Runs a command: a user's error becomes one line on stderr and exit code 2; compiled code is kept.
 
-    A file that cannot be written becomes one line and exit code 74.
+    A file that cannot be written becomes one line and exit code 74, an interruption from the keyboard one and 130.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deq_jax"
@@ -67,6 +68,8 @@ def command_line() -> Iterator[None]:
         fail(str(error), 2)
     except WriteError as error:
         fail(str(error), os.EX_IOERR)
+    except KeyboardInterrupt:
+        fail("interrupted", 128 + signal.SIGINT)
 
 
 def note(text: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.progress import MofNCompleteColumn
 
 from deq_jax import _progress as progress
-from deq_jax._cli import PlainConsole
+from deq_jax._cli import PlainConsole, command_line
 from deq_jax._progress import Display
 from deq_jax.evaluation import plain_warnings
 from deq_jax.storage import duration
@@ -32,6 +32,12 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     text = shown(monkeypatch, force_terminal=True)
     assert "compiling [this]" in text and "loss 1.4" in text and "4/17" in text
     assert "step 4/17" not in text
+
+
+def test_an_interruption_from_the_keyboard_is_one_line(capfd):
+    with pytest.raises(SystemExit) as left, command_line():
+        raise KeyboardInterrupt
+    assert left.value.code == 130 and capfd.readouterr().err == "error: interrupted\n"
 
 
 @pytest.mark.parametrize(
