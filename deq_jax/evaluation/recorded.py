@@ -134,11 +134,16 @@ class RecordedRun:
 
 
 def checked(kind: type[T], tree: Mapping[str, Any]) -> T:
-    """The dataclass with these fields; raises `TypeError` where one is missing, unknown or of another type."""
+    """The dataclass with these fields; raises `TypeError` where one is missing, unknown or of another type.
+
+    A number that no float can hold raises `OverflowError`.
+    """
     for field in dataclasses.fields(cast(Any, kind)):
         kinds = tuple(KINDS[name] for name in str(field.type).split(" | ") if name in KINDS)
         if field.name in tree and kinds and not isinstance(tree[field.name], kinds):
             raise TypeError(f"{field.name} is {tree[field.name]!r}, expected {field.type}")
+        if KINDS["float"] in kinds:
+            float(tree.get(field.name) or 0)
     return kind(**tree)
 
 

@@ -549,6 +549,11 @@ ATTEMPTS = {
         REPORT,
         "evaluation.json: not an evaluation",
     ),
+    "report-large-number": (
+        edited(f"{EVALUATION}/evaluation.json", lambda tree: tree["red_flags"][0].update(threshold=10**400)),
+        REPORT,
+        "evaluation.json: not an evaluation",
+    ),
     "report-classes": (
         edited(
             f"{EVALUATION}/evaluation.json",
