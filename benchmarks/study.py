@@ -37,10 +37,10 @@ class Training(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Training configs by name, and the pairs of them that are compared.
+    """The training configs of a study, and the pairs of them that are compared.
 
     Attributes:
-      trainings: in the order of the table.
+      trainings: training configs by name, in the order of the table.
       pairs: the accuracies of the second are subtracted from the accuracies of the first.
       details: whether there are tables of the states of DEQs and of the validation after each epoch.
     """
@@ -84,11 +84,11 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
                 fields = [argument for change in changes for argument in ("--set", change)]
                 train.main(["--config", f"configs/{training.config}.py", *where, *fields])
                 evaluate.main([*where, "--budget", options.budget, *images, *training.evaluation])
-                name_of_it = "-".join(["test", options.budget, *(["images", str(options.images)] if images else [])])
-                folders[name].append(workdir / "evaluation" / name_of_it)
+                evaluation = "-".join(["test", options.budget, *(["images", str(options.images)] if images else [])])
+                folders[name].append(Workdir(workdir).evaluation(evaluation).path)
         numbers = numbers_of(study, folders, options.budget)
         write_json(options.out / "tables.json", numbers)
-        console.print(tables(numbers), markup=False)
+        console.print(tables(numbers))
         if options.page:
             write_page(options.page, numbers, tables(numbers))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with an accelerator and no network: the same numbers as the CPU's, the cost of a step, then a training.
+# On a machine with an accelerator and no network: the same numbers as the CPU's, the cost of a step, then one training run.
 #
 #   scripts/accelerator.sh measure OUT [MINUTES]                 # parity and cost, into OUT/accelerator.json
 #   scripts/accelerator.sh train OUT CONFIG MINUTES [ARGUMENTS]  # trains, resumes, packs the run
@@ -37,7 +37,8 @@ train() {
   tar -cz -C "$out" "$name" | split -d -b "$PART" - "$out/$name.tgz."
 }
 
-case "${1:-}" in
-  measure | train) "$@" ;;
+case "${1:-} $#" in
+  "measure 2" | "measure 3") "$@" ;;
+  train\ [4-9] | train\ [1-9][0-9]) "$@" ;;
   *) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

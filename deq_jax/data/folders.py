@@ -154,7 +154,7 @@ class ImageFolder:
 
     def _decode(self, path: Path) -> np.ndarray:
         try:
-            require(path.is_file(), f"{path}: cannot be read as an image (it is no file)")
+            require(path.is_file(), f"{path}: cannot be read as an image (it is not a file)")
             with Image.open(path, formats=_formats()) as image:
                 pixels = image.width * image.height
                 require(pixels <= MOST_PIXELS, f"{path}: has {pixels} pixels, more than {MOST_PIXELS}")

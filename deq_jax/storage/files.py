@@ -204,5 +204,5 @@ def read_npz(path: Path, *, only: Collection[str] | None = None, skip: Collectio
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise InputError(f"{path}: cannot be read as an npz file ({first_line(error)})") from None
     for name, array in found.items():  # numpy returns other files as bytes
-        require(isinstance(array, np.ndarray), f"{path}: cannot be read as an npz file ({name} is no array)")
+        require(isinstance(array, np.ndarray), f"{path}: cannot be read as an npz file ({name} is not an array)")
     return found

@@ -35,6 +35,21 @@ def test_rows_for_which_no_time_is_left_are_said_to_be_left_out(tmp_path):
     assert accelerator.tables(found).count("| left out | left out | left out | left out |") == 2
 
 
+def test_a_difference_beyond_its_bound_is_exit_code_1(tmp_path, monkeypatch, capsys):
+    near = {"precision": "float32", "bound": 1e-3} | dict.fromkeys(accelerator.COMPARED, 1e-4)
+    far = {"precision": "bfloat16", "bound": 1e-2} | dict.fromkeys(accelerator.COMPARED, 1e-4) | {"logits": 2e-2}
+    monkeypatch.setattr(accelerator, "parity", lambda: [near, far])
+    with pytest.raises(SystemExit) as left:
+        accelerator.main(["--out", str(tmp_path), "--rows", "0"])
+    assert left.value.code == 1 and "beyond its bound: bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["measure"], ["train", "out", "configs/digits_pgd_at.py"], ["other", "out"]])
+def test_the_script_without_its_arguments_says_how(arguments):
+    said = subprocess.run([ROOT / "scripts/accelerator.sh", *arguments], capture_output=True, text=True, check=False)
+    assert said.returncode == 2 and "scripts/accelerator.sh train OUT CONFIG MINUTES" in said.stdout
+
+
 @pytest.mark.slow
 def test_a_run_in_parts_is_resumed_from_them(tmp_path):
     def train(epochs, *arguments):
