@@ -1,30 +1,37 @@
-"""The papers' claims on photographs: a small MDEQ and its explicit twin, adversarially trained on CIFAR-10.
+"""The papers' claims on photographs: a small MDEQ and its explicit twins, adversarially trained on CIFAR-10.
 
     python -m benchmarks.photographs --set dataset.path=cifar-10-python.tar.gz --seeds 1 --images 256 \\
-        --out runs/photographs --page docs/results/photographs.md
+        --batch-size 64 --out runs/photographs --page docs/results/photographs.md
 
-Trains each config with each seed, evaluates it under a budget (`evaluate --budget`), and compares the worst cases seed
-by seed and image by image. Interrupt it at any time: the same command resumes. --page writes the tables into the page,
-between its two marks, and their numbers beside it, as JSON.
+Trains each config with each seed, evaluates it under a budget (`evaluate --budget`) as trained and with defences, and
+compares the worst cases seed by seed and image by image. Attacks through the solver take some gigabytes at batches of
+64. Interrupt it at any time: the same command resumes. --page writes the tables into the page, between its two marks,
+and their numbers beside it, as JSON.
 """
 
-from benchmarks.study import Study, Training, run
+from benchmarks.study import Entry, Study, defended, run
 
-FEW = ("--batch-size", "64")  # attacks through the solver take some gigabytes
 LAST = ("--checkpoint", "latest")  # the best one is chosen under attack, where standard training has no accuracy
+DEQS = {
+    "PGD-AT": Entry("cifar10_small_pgd_at"),
+    "PGD-AT, random states": Entry("cifar10_small_pgd_at_random"),
+}
+TWINS = {
+    "PGD-AT, explicit twin": Entry("cifar10_small_twin_pgd_at"),
+    "PGD-AT, twin of equal computation": Entry("cifar10_small_tied_pgd_at"),
+}
+PLAIN = {"standard": Entry("cifar10_small_standard", evaluation=LAST), **DEQS, **TWINS}
+DEFENDED = {row: (name, one) for name, entry in DEQS.items() for row, one in defended(name, entry).items()}
 
 STUDY = Study(
-    {
-        "standard": Training("cifar10_small_standard", evaluation=(*FEW, *LAST)),
-        "PGD-AT": Training("cifar10_small_pgd_at", evaluation=FEW),
-        "PGD-AT, random states": Training("cifar10_small_pgd_at_random", evaluation=FEW),
-        "PGD-AT, explicit twin": Training("cifar10_small_twin_pgd_at", evaluation=FEW),
-    },
+    PLAIN | {row: entry for row, (_, entry) in DEFENDED.items()},
     [
         ("PGD-AT, random states", "PGD-AT"),
-        ("PGD-AT, explicit twin", "PGD-AT"),
+        *((twin, "PGD-AT") for twin in TWINS),
+        *((row, name) for row, (name, _) in DEFENDED.items()),
     ],
-    details=True,
+    states=("standard", *DEQS),
+    curves=tuple(PLAIN),
 )
 
 if __name__ == "__main__":

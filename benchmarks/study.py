@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import jax
 
 from benchmarks.pages import with_tables, write_page
 from deq_jax import evaluate, train
@@ -17,18 +21,20 @@ from deq_jax.training import Workdir, read_metrics
 Row = dict[str, Any]
 
 
-class Training(NamedTuple):
-    """A training config of a study.
+class Entry(NamedTuple):
+    """A row of a study: a training config, and how its runs are evaluated. Entries may share their runs.
 
     Attributes:
       config: name of its config in configs/.
       changes: changed fields, as for --set.
-      evaluation: further arguments of its evaluation.
+      evaluation: further arguments of its evaluation; with --config among them, the budget of the command is not used.
+      transfers: suite -> entry, evaluated before, whose final images are tried on this one.
     """
 
     config: str
     changes: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
+    transfers: Mapping[str, str] = MappingProxyType({})
 
     @property
     def slug(self) -> str:
@@ -36,56 +42,66 @@ class Training(NamedTuple):
         return "-".join([self.config, *(change.rpartition(".")[2].replace("=", "-") for change in self.changes)])
 
 
+def defended(name: str, entry: Entry, **further: str) -> dict[str, Entry]:
+    """The entry `name` with defences, which also meet the images made for it without one, and those of others."""
+    arguments = {
+        "early state": ("--readout", "early"),
+        "ensemble state": ("--readout", "ensemble"),
+        "entropy reduction": ("--config", "configs/eval_entropy_quick.py"),
+    }
+    transfers = {"reference": name, **further}
+    return {
+        f"{name}, {defence}": entry._replace(evaluation=(*entry.evaluation, *more), transfers=transfers)
+        for defence, more in arguments.items()
+    }
+
+
 class Study(NamedTuple):
-    """The training configs of a study, and the pairs of them that are compared.
+    """The rows of a study, and the pairs of them that are compared.
 
     Attributes:
-      trainings: training configs by name, in the order of the table.
+      entries: rows by name, in the order of the table.
       pairs: the accuracies of the second are subtracted from the accuracies of the first.
-      details: whether there are tables of the states of DEQs and of the validation after each epoch.
+      states: the DEQs whose states have a table.
+      curves: the entries whose validation after each epoch has a table.
     """
 
-    trainings: dict[str, Training]
+    entries: dict[str, Entry]
     pairs: list[tuple[str, str]]
-    details: bool = False
+    states: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
 
 
 def run(study: Study, about: str, argv: list[str] | None = None) -> None:
     """The command line of a study: runs the missing parts and makes the tables.
 
     Args:
-      study: the configs to train and to compare.
+      study: its rows, and what is compared.
       about: docstring of the command.
       argv: arguments; None for the arguments of the process.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(study.trainings)
+    names = list(study.entries)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1 (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default 3)")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="K", help="the first of them (default 0)")
     parser.add_argument(
         "--only", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {'; '.join(names)}"
     )
     parser.add_argument("--budget", default="quick", help="attacks of the evaluations (default quick)")
     parser.add_argument("--images", type=int, metavar="N", help="the first N test images (default all)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time in the evaluations")
     parser.add_argument("--page", type=Path, metavar="FILE", help="page that shows the tables")
     add_set_option(parser, "replace a field of every config, as for deq_jax.train; repeatable")
     options = parser.parse_args(argv)
     with command_line():
         if options.page:
             with_tables(options.page, "")  # refuses a page without marks
-        images = [] if options.images is None else ["--images", str(options.images)]
         folders: dict[str, list[Path]] = {name: [] for name in options.only}
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             for name in options.only:
-                training = study.trainings[name]
-                workdir = options.out / f"{training.slug}-{seed}"
-                where = ["--workdir", str(workdir)]
-                changes = (f"seed={seed}", *training.changes, *options.assignments)
-                fields = [argument for change in changes for argument in ("--set", change)]
-                train.main(["--config", f"configs/{training.config}.py", *where, *fields])
-                evaluate.main([*where, "--budget", options.budget, *images, *training.evaluation])
-                evaluation = "-".join(["test", options.budget, *(["images", str(options.images)] if images else [])])
-                folders[name].append(Workdir(workdir).evaluation(evaluation).path)
+                run_entry(study, name, seed, options)
+                folders[name].append(folder_of(study, name, seed, options))
         numbers = numbers_of(study, folders, options.budget)
         write_json(options.out / "tables.json", numbers)
         console.print(tables(numbers))
@@ -93,12 +109,39 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
             write_page(options.page, numbers, tables(numbers))
 
 
+def run_entry(study: Study, name: str, seed: int, options: argparse.Namespace) -> None:
+    """Trains and evaluates an entry with one seed; finished parts are not computed again."""
+    entry = study.entries[name]
+    changes = (f"seed={seed}", *entry.changes, *options.assignments)
+    fields = [argument for change in changes for argument in ("--set", change)]
+    workdir = ["--workdir", str(options.out / f"{entry.slug}-{seed}")]
+    train.main(["--config", f"configs/{entry.config}.py", *workdir, *fields])
+    sources = {suite: folder_of(study, other, seed, options) for suite, other in entry.transfers.items()}
+    transfers = [argument for suite, path in sources.items() for argument in ("--transfer", f"{suite}={path}")]
+    evaluate.main([*evaluation_arguments(entry, seed, options), *transfers])
+    jax.clear_caches()
+
+
+def evaluation_arguments(entry: Entry, seed: int, options: argparse.Namespace) -> list[str]:
+    """The arguments of the evaluation of an entry, but for transferred images."""
+    budget = [] if "--config" in entry.evaluation else ["--budget", options.budget]
+    sizes = {"--images": options.images, "--batch-size": options.batch_size}
+    given = [argument for option, size in sizes.items() if size is not None for argument in (option, str(size))]
+    return ["--workdir", str(options.out / f"{entry.slug}-{seed}"), *budget, *given, *entry.evaluation]
+
+
+def folder_of(study: Study, name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Folder of the evaluation of an entry."""
+    chosen = evaluate.parse(evaluation_arguments(study.entries[name], seed, options))
+    return evaluate.folder_of(chosen)
+
+
 def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dict[str, Any]:
     """The content of the page, as JSON data: accuracies in percent, differences in points, each with its interval.
 
     Args:
-      study: the configs that are compared.
-      folders: folders of the evaluations of each config, one per seed.
+      study: its rows, and what is compared.
+      folders: folders of the evaluations of each row, one per seed.
       budget: budget of the evaluations.
     """
     groups = {name: groups_of(read_evaluations(found))[0] for name, found in folders.items()}
@@ -110,8 +153,8 @@ def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dic
         "processors": os.cpu_count(),
         "rows": [_row(name, group) for name, group in groups.items()],
         "differences": [_difference(a, b, groups) for a, b in study.pairs if a in groups and b in groups],
-        "states": [row for name, group in groups.items() for row in _states(name, group)] if study.details else [],
-        "curves": [_curve(name, found[0].parents[1]) for name, found in folders.items()] if study.details else [],
+        "states": [row for name in study.states if name in groups for row in _states(name, groups[name])],
+        "curves": [_curve(name, folders[name][0].parents[1]) for name in study.curves if name in folders],
     }
 
 
@@ -140,8 +183,6 @@ def _difference(first: str, second: str, groups: dict[str, Group]) -> Row:
 
 def _states(name: str, group: Group) -> list[Row]:
     """Accuracy in percent, entropy and residual of each state of a DEQ, on clean images and on the worst ones."""
-    if len(group.evaluations[0].states) == 1:  # an explicit network
-        return []
     return [
         {"training": name, "state": state}
         | {

@@ -7,18 +7,18 @@ by seed and image by image. Interrupt it at any time: the same command resumes. 
 between its two marks, and their numbers beside it, as JSON.
 """
 
-from benchmarks.study import Study, Training, run
+from benchmarks.study import Entry, Study, run
 
 STUDY = Study(
     {
-        "PGD-AT": Training("digits_pgd_at"),
-        "PGD-AT, through the solver": Training("digits_pgd_at_through"),
-        "PGD-AT, explicit network": Training("digits_cnn_pgd_at"),
-        "TRADES": Training("digits_trades"),
-        "TRADES, through the solver": Training("digits_trades_through"),
-        "TRADES, explicit network": Training("digits_cnn_trades"),
-        "PGD-AT, 16 solver steps": Training("digits_pgd_at", ("classifier.dynamics.solver.steps=16",)),
-        "PGD-AT, through 4 solver steps": Training("digits_pgd_at_through", ("classifier.dynamics.solver.steps=4",)),
+        "PGD-AT": Entry("digits_pgd_at"),
+        "PGD-AT, through the solver": Entry("digits_pgd_at_through"),
+        "PGD-AT, explicit network": Entry("digits_cnn_pgd_at"),
+        "TRADES": Entry("digits_trades"),
+        "TRADES, through the solver": Entry("digits_trades_through"),
+        "TRADES, explicit network": Entry("digits_cnn_trades"),
+        "PGD-AT, 16 solver steps": Entry("digits_pgd_at", ("classifier.dynamics.solver.steps=16",)),
+        "PGD-AT, through 4 solver steps": Entry("digits_pgd_at_through", ("classifier.dynamics.solver.steps=4",)),
     },
     [
         ("PGD-AT, through the solver", "PGD-AT"),

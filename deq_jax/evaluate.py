@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             verify_folder(Path(options.verify), options.workdir and Path(options.workdir), options.seed)
             return
         workdir, choose = Path(options.workdir), partial(choose_config, options)
-        default = Workdir(workdir).evaluation(f"{options.split}-{name_of(options)}").path
-        out = Path(options.out or default)
+        out = folder_of(options)
         record = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
         console.print(states_table(record))
         console.print(accuracy_table(record))
@@ -254,6 +253,12 @@ def _suite(text: str) -> tuple[str, Path]:
     if not (name and separator and folder):
         raise argparse.ArgumentTypeError(f"expected SUITE=DIR, got {text!r}")
     return name, Path(folder)
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """The output folder: --out, or the one of this name in the workdir."""
+    default = Workdir(Path(options.workdir)).evaluation(f"{options.split}-{name_of(options)}").path
+    return Path(options.out or default)
 
 
 def name_of(options: argparse.Namespace) -> str:

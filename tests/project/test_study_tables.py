@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, photographs, through
+from benchmarks import accelerator, digits, photographs, through
 from benchmarks.pages import BEGIN, END, with_tables
-from benchmarks.study import run, tables
+from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
 from deq_jax.attacks import PGD, Linf
 from deq_jax.evaluation import (
@@ -81,10 +81,19 @@ def test_the_page_shows_its_numbers(name, tables):
     assert with_tables(page, tables(read_json(page.with_suffix(".json")))) == page.read_text()
 
 
-@pytest.mark.parametrize("study", [through.STUDY, photographs.STUDY])
-def test_each_training_has_a_folder_of_its_own_and_pairs_are_trainings(study):
-    assert len({training.slug for training in study.trainings.values()}) == len(study.trainings)
-    assert {name for pair in study.pairs for name in pair} <= study.trainings.keys()
+@pytest.mark.parametrize("study", [through.STUDY, photographs.STUDY, digits.STUDY])
+def test_each_entry_has_a_folder_of_its_own_and_others_that_are_named_exist(study):
+    ways = {(entry.slug, entry.evaluation) for entry in study.entries.values()}
+    assert len(ways) == len(study.entries)
+    named = {name for pair in study.pairs for name in pair} | {*study.states, *study.curves}
+    assert named <= study.entries.keys()
+
+
+@pytest.mark.parametrize("study", [photographs.STUDY, digits.STUDY])
+def test_images_are_transferred_from_entries_that_come_before(study):
+    names = list(study.entries)
+    sources = [(name, other) for name in names for other in study.entries[name].transfers.values()]
+    assert sources and all(names.index(other) < names.index(name) for name, other in sources)
 
 
 IMAGES = 40
@@ -132,7 +141,7 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
     def evaluate(arguments):
         assert arguments[0::2] == ["--workdir", "--budget"] and arguments[3] == "quick"
         name = next(
-            name for name in WRONG if Path(arguments[1]).name.rpartition("-")[0] == through.STUDY.trainings[name].slug
+            name for name in WRONG if Path(arguments[1]).name.rpartition("-")[0] == through.STUDY.entries[name].slug
         )
         evaluated(Path(arguments[1]), WRONG[name], configs[arguments[1]])
 
@@ -151,6 +160,24 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
     solvers = {Path(name).name: config.classifier.dynamics.solver.steps for name, config in configs.items()}
     assert solvers["digits_pgd_at_through-steps-4-1"] == 4 and solvers["digits_pgd_at_through-1"] == 8
     assert {config.seed for config in configs.values()} == {0, 1}
+
+
+def test_a_defended_entry_meets_the_images_of_others_and_keeps_its_own_attacks(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("deq_jax.train.main", lambda arguments: None)
+    monkeypatch.setattr("deq_jax.evaluate.main", calls.append)
+    monkeypatch.setattr("benchmarks.study.numbers_of", lambda study, folders, budget: folders)
+    monkeypatch.setattr("benchmarks.study.write_json", lambda path, numbers: None)
+    monkeypatch.setattr("benchmarks.study.tables", str)
+    own = ("--config", "configs/eval_entropy_quick.py")
+    study = Study({"a": Entry("digits_pgd_at"), "b": Entry("digits_pgd_at", (), own, {"reference": "a"})}, [])
+    command = ["--out", str(tmp_path), "--seeds", "1", "--first-seed", "4", "--images", "6", "--batch-size", "3"]
+    run(study, "", command)
+    where = ["--workdir", str(tmp_path / "digits_pgd_at-4")]
+    sizes = ["--images", "6", "--batch-size", "3"]
+    of_a = tmp_path / "digits_pgd_at-4" / "evaluation" / "test-quick-images-6"
+    assert calls[0] == [*where, "--budget", "quick", *sizes]
+    assert calls[1] == [*where, *sizes, *own, "--transfer", f"reference={of_a}"]
 
 
 def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path, capsys):

@@ -1,0 +1,25 @@
+"""Input entropy reduction [Yang et al. 2023] under a small budget: gradients through the defence and around it.
+
+    python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_quick.py
+
+The attacks are the default ones of the budget "quick", adapted to the defence. `eval_entropy_reduced` has the long list.
+"""
+
+from configs import eval_entropy_reduced
+from deq_jax import TrainConfig
+from deq_jax.evaluation import EvalConfig, default_trials
+from deq_jax.training import threat_of
+
+BUDGET = "quick"
+
+
+def get_config(train: TrainConfig) -> EvalConfig:
+    predictor, threat = eval_entropy_reduced.defence(train), threat_of(train)
+    return EvalConfig(
+        threat,
+        default_trials(predictor, threat, BUDGET),
+        predictor=predictor,
+        defence="entropy reduction",
+        batch_size=train.batch_size,
+        budget=BUDGET,
+    )
