@@ -2,7 +2,7 @@
 
     python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_quick.py
 
-The attacks are the default ones of the budget "quick", adapted to the defence. `eval_entropy_reduced` has the long list.
+The attacks are the default ones of the budget "quick", adapted to the defence; `eval_entropy_reduced` has many more.
 """
 
 from configs import eval_entropy_reduced
