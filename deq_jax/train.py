@@ -44,6 +44,7 @@ files in the workdir:
   checkpoints/latest    the newest state
   checkpoints/best      the best accuracy under the config's validation attack, on held-out training images
   origin.json           with --init-from: the run that gave the first parameters
+  profile/              with --profile: for TensorBoard's profile plugin, or Perfetto
 
 notes:
   Another config in the same workdir is refused, and so are settings of JAX that change numbers.
@@ -86,6 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="M",
         help="stop after this time, with the state saved and exit code 75; the same command resumes",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write a JAX profile of N steps, after the first one, into WORKDIR/profile",
+    )
     add_process_options(parser)
     options = parser.parse_args(arguments)
     with command_line():
@@ -102,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     init_from=options.init_from,
                     init_checkpoint=options.init_checkpoint,
                     minutes=options.minutes,
+                    profile=options.profile,
                     report=partial(show, display),
                     say=display.say,
                 )

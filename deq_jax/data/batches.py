@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -25,8 +26,14 @@ def batch_indices(size: int, batch_size: int, seed: int, step: int) -> np.ndarra
       4
     """
     epoch, position = divmod(step, size // batch_size)
+    return _order(size, seed, epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+@lru_cache(maxsize=1)
+def _order(size: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.default_rng((seed, epoch)).permutation(size)
-    return order[position * batch_size : (position + 1) * batch_size]
+    order.flags.writeable = False
+    return order
 
 
 class EvaluationBatch(NamedTuple):

@@ -20,13 +20,16 @@ Rows = TypeVar("Rows")
 Result = TypeVar("Result")
 
 
-def replicate_and_split(function: Callable[[State, Rows], Result], *, joint: bool) -> Callable[[State, Rows], Result]:
+def replicate_and_split(
+    function: Callable[[State, Rows], Result], *, joint: bool, donate: bool = False
+) -> Callable[[State, Rows], Result]:
     """``function(state, batch)`` on the devices of all processes, compiled.
 
     Args:
       function: called with a replicated `state` and this device's part of the batch; it may reduce over `AXIS`.
       joint: whether the result is the same on all devices (it is returned once), or one per image
         (its leaves ``[b, ...]`` are joined again to ``[B, ...]``, in every process).
+      donate: whether the memory of the state is used again for the result; the state is then gone.
 
     Returns:
       A function of the state, without device axis, and of the whole batch, leaves ``[B, ...]``. All processes
@@ -39,7 +42,8 @@ def replicate_and_split(function: Callable[[State, Rows], Result], *, joint: boo
       >>> scale(2.0, np.ones(2 * jax.device_count()))[:2].tolist()
       [2.0, 2.0]
     """
-    mapped = jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=None if joint else 0)
+    donated = (0,) if donate else ()
+    mapped = jax.pmap(function, AXIS, in_axes=(None, 0), out_axes=None if joint else 0, donate_argnums=donated)
 
     def run(state: State, batch: Rows) -> Result:
         result: Result = mapped(state, jax.tree.map(_split, batch))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deq_jax.core.errors import described, require
+from deq_jax.core.errors import described, require, require_count
 from deq_jax.core.types import Array
 from deq_jax.data.batches import batch_indices
 from deq_jax.data.datasets import Images, Splits, load_splits
@@ -71,6 +71,7 @@ def fit(
     init_from: str | Path | None = None,
     init_checkpoint: str = "best",
     minutes: float | None = None,
+    profile: int = 0,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
@@ -87,8 +88,11 @@ def fit(
     A line of training metrics has means over the steps since the last one, and the largest value of `residual_max`;
     an interval in which a run was stopped and resumed is whole. `learning_rate` is the rate of the last step, where the
     optimiser tells it (see `Optimizer`). `seconds_per_step` and `images_per_second` are without compilation, which is
-    `compile_seconds` in the line after it, and without validation. A line of validation has `warnings` if there are any
-    (see `plain_warnings`).
+    `compile_seconds` in the line after it, and without validation. `input_share` is the share of this time in which
+    images were prepared; the device computes meanwhile, so it waits for them no longer. `cell_evaluations_per_second`
+    counts the passes that have the `residual`, not those of the attack. `device_memory_gb` is the most that was in use on
+    the first device, in GiB, where the device tells it. A line of validation has `warnings` if there are any (see
+    `plain_warnings`).
 
     Args:
       config: config of the run.
@@ -97,6 +101,7 @@ def fit(
         differ in all but their shapes. Recorded in ``origin.json`` and not read again.
       init_checkpoint: checkpoint of `init_from`: best or latest.
       minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
+      profile: number of steps, after the first one, of which a JAX profile is written into ``profile/`` of the workdir.
       report: called with every line of metrics, once it is written.
       say: called with a sentence about events beside the steps: compilation, where the run starts, another
         environment than before.
@@ -127,11 +132,13 @@ def fit(
     require(isinstance(config, TrainConfig), f"fit: config: expected a TrainConfig, got {described(config)}")
     in_time = minutes is None or 0 < minutes <= MOST_MINUTES
     require(in_time, f"minutes must be positive and at most {MOST_MINUTES}, got {minutes}")
+    require_count("profile", profile, 0)
+    require(not profile or workdir is not None, "profile: expected a workdir, into which the profile is written")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)
     with in_primary(nullcontext() if folder is None else sole_writer(folder)):
-        return _Training(config, folder, start, init_checkpoint, report, say).run(deadline)
+        return _Training(config, folder, start, init_checkpoint, report, say).run(deadline, profile)
 
 
 class _Training:
@@ -217,15 +224,17 @@ class _Training:
     def _origin(self) -> Origin | None:
         return self.meta["origin"] and Origin(**self.meta["origin"])
 
-    def run(self, deadline: float | None) -> Run:
-        """Trains to the end, or to a time of `time.monotonic`."""
+    def run(self, deadline: float | None, profile: int) -> Run:
+        """Trains to the end, or to a time of `time.monotonic`, with a profile of so many steps."""
         self.steps: dict[Phase, Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]] = {}
         self.meter = Meter(self.config.batch_size, self.meta["interval"])
         self.is_validated = False
         try:
-            with StopRequest(None if deadline is None else deadline - time.monotonic()) as self.stop:
+            seconds = None if deadline is None else deadline - time.monotonic()
+            with StopRequest(seconds) as self.stop, self.kept.profile(profile) as steps:
                 while not self._is_over(self.done):
                     self._step()
+                    steps.after(self.state)
                     self._after()
         finally:
             self.kept.close()
@@ -240,14 +249,16 @@ class _Training:
 
     def _step(self) -> None:
         """Starts the next step, compiled for its phase."""
-        phase, batch = self.config.phase(self.done, self.steps_per_epoch), self._batch(self.done)
+        phase = self.config.phase(self.done, self.steps_per_epoch)
+        with self.meter.preparing():
+            batch = self._batch(self.done)
         if phase in self.steps:
             self.state, metrics = self.steps[phase](self.state, batch)
         else:
             self.say(f"compiling: {phase.value} ...")
             config = self.config.during(phase)
             step = partial(train_step, config, self.optimizer, axis_name=AXIS, steps=self.total_steps)
-            self.steps[phase] = replicate_and_split(step, joint=True)
+            self.steps[phase] = replicate_and_split(step, joint=True, donate=True)
             with self.meter.compiling():
                 self.state, metrics = self.steps[phase](self.state, batch)
         self.done += 1

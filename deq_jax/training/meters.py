@@ -15,7 +15,15 @@ from deq_jax.core.types import Array
 Sums = dict[str, list[float]]
 """``{name: [number of steps that had it, sum]}``; for names that end in ``_max`` the largest value replaces the sum."""
 
-TIMINGS = ("seconds_per_step", "images_per_second", "compile_seconds")
+TIMINGS = (
+    "seconds_per_step",
+    "images_per_second",
+    "cell_evaluations_per_second",
+    "input_share",
+    "compile_seconds",
+    "device_memory_gb",
+)
+"""Names of what a line tells about the machine rather than about the run."""
 
 
 class Meter:
@@ -33,7 +41,7 @@ class Meter:
         self.sums = sums
         self._batch_size = batch_size
         self._pending: list[dict[str, Array]] = []
-        self._seconds, self._compile_seconds, self._timed = 0.0, 0.0, 0
+        self._seconds, self._input_seconds, self._compile_seconds, self._timed = 0.0, 0.0, 0.0, 0
         self.start()
 
     def start(self) -> None:
@@ -48,6 +56,13 @@ class Meter:
         seconds = time.perf_counter() - started
         self._compile_seconds += seconds
         self._started += seconds
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Counts the time inside as preparation of images."""
+        started = time.perf_counter()
+        yield
+        self._input_seconds += time.perf_counter() - started
 
     def add(self, metrics: dict[str, Array]) -> None:
         """Takes the metrics of a step that may still run."""
@@ -71,7 +86,14 @@ class Meter:
         means = {name: total / (1 if name.endswith("_max") else count) for name, (count, total) in self.sums.items()}
         seconds = self._seconds / max(self._timed, 1)
         timings = {"seconds_per_step": seconds, "images_per_second": self._batch_size / seconds}
+        if "cell_evaluations" in means:
+            timings["cell_evaluations_per_second"] = means["cell_evaluations"] * timings["images_per_second"]
+        timings["input_share"] = self._input_seconds / self._seconds
         if self._compile_seconds:
             timings["compile_seconds"] = self._compile_seconds
-        self.sums, self._seconds, self._compile_seconds, self._timed = {}, 0.0, 0.0, 0
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if peak is not None:
+            timings["device_memory_gb"] = peak / 2**30
+        self.sums = {}
+        self._seconds, self._input_seconds, self._compile_seconds, self._timed = 0.0, 0.0, 0.0, 0
         return means | timings

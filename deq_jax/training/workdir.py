@@ -74,6 +74,11 @@ class Workdir:
         return self.path / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        """Folder of JAX profiles."""
+        return self.path / "profile"
+
+    @property
     def config(self) -> TrainConfig:
         """The config of the run; raises `InputError` if there is none that can be read."""
         require(self.config_file.is_file(), f"{self.path}: not the workdir of a run (no {self.config_file.name})")

@@ -13,6 +13,8 @@ import deq_jax as dj
 from deq_jax import InputError
 from deq_jax.parallel import StopRequest
 from deq_jax.training import AdamCosine, Interrupted, OneCycle, Sgd, WeightAverage, Workdir, load_run, read_metrics
+from deq_jax.training.meters import TIMINGS
+from deq_jax.training.profiles import Profile
 from deq_jax.training.validation import collapse
 from tests.helpers import tiny
 
@@ -22,7 +24,7 @@ CONFIG = tiny.get_config(epochs=2, log_every=5)
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "a"
-    return dj.fit(CONFIG), dj.fit(CONFIG, workdir), workdir
+    return dj.fit(CONFIG), dj.fit(CONFIG, workdir, profile=2), workdir
 
 
 def same(a, b):
@@ -46,9 +48,8 @@ def test_memory_and_a_workdir_give_the_same_bits(runs):
 def test_the_lines_of_metrics_are_the_same_but_for_times(runs):
     memory, disk, workdir = runs
     assert disk.metrics == read_metrics(workdir / "metrics.jsonl")
-    timings = {"seconds_per_step", "images_per_second", "compile_seconds"}
     mine, other = (
-        [{name: value for name, value in line.items() if name not in timings} for line in run.metrics]
+        [{name: value for name, value in line.items() if name not in TIMINGS} for line in run.metrics]
         for run in (memory, disk)
     )
     assert mine == other and {line["split"] for line in mine} == {"train", "validation"}
@@ -97,6 +98,16 @@ def test_the_average_of_the_parameters_is_deployed_and_survives_a_stop(tmp_path)
 LINEAR = tiny.get_config(
     classifier=dj.models.small_cnn(10, 4, strides=4, expansion=1), objective=dj.Standard(), pretrain_steps=0
 )
+
+
+def test_a_profile_has_the_steps_after_the_first(tmp_path):
+    with Profile(tmp_path / "profile", 2) as steps:
+        for step in range(3):
+            assert not (tmp_path / "profile").exists()
+            steps.after(jax.numpy.float32(step))
+        assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(InputError, match="profile: expected a workdir"):
+        dj.fit(LINEAR, profile=2)
 
 
 def test_a_run_from_given_variables_begins_its_average_there(tmp_path):

@@ -246,6 +246,17 @@ def test_a_meter_counts_each_metric_where_it_is_and_keeps_nan():
     assert meter.sums == {} and "compile_seconds" not in line
 
 
+def test_a_meter_tells_the_speed_of_the_cell_and_the_share_of_the_input():
+    meter = Meter(8, {})
+    with meter.preparing():
+        pass
+    meter.add({"loss": jnp.float32(1.0), "cell_evaluations": jnp.float32(15.0)})
+    meter.wait()
+    line = meter.line()
+    assert line["cell_evaluations_per_second"] == pytest.approx(15 * line["images_per_second"])
+    assert 0 < line["input_share"] < 1
+
+
 @pytest.mark.slow
 def test_lines_after_the_last_checkpoint_are_dropped_on_resume(uninterrupted, tmp_path):
     """As if killed after logging step 10 and half of step 11, with the last checkpoint at step 8."""
