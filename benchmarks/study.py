@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.pages import with_tables, write_page
+from benchmarks.pages import check_page, distinct, made, write_page
 from deq_jax import evaluate, train
 from deq_jax._cli import add_set_option, command_line, console
 from deq_jax.reporting import Estimate, Group, Pair, groups_of, read_evaluations
-from deq_jax.storage import environment, write_json
+from deq_jax.storage import read_json, write_json
 from deq_jax.training import Workdir, read_metrics
 
 Row = dict[str, Any]
@@ -71,8 +70,7 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
     add_set_option(parser, "replace a field of every config, as for deq_jax.train; repeatable")
     options = parser.parse_args(argv)
     with command_line():
-        if options.page:
-            with_tables(options.page, "")  # refuses a page without marks
+        check_page(options.page, "tables")
         images = [] if options.images is None else ["--images", str(options.images)]
         folders: dict[str, list[Path]] = {name: [] for name in options.only}
         for seed in range(options.seeds):
@@ -90,7 +88,7 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
         write_json(options.out / "tables.json", numbers)
         console.print(tables(numbers))
         if options.page:
-            write_page(options.page, numbers, tables(numbers))
+            write_page(options.page, numbers, {"tables": tables(numbers)})
 
 
 def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dict[str, Any]:
@@ -106,13 +104,21 @@ def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dic
     return {
         "budget": budget,
         "images": one.images,
-        "versions": environment()["versions"],
-        "processors": os.cpu_count(),
+        "made": [*_made(groups), made("tabulated")],
         "rows": [_row(name, group) for name, group in groups.items()],
         "differences": [_difference(a, b, groups) for a, b in study.pairs if a in groups and b in groups],
         "states": [row for name, group in groups.items() for row in _states(name, group)] if study.details else [],
         "curves": [_curve(name, found[0].parents[1]) for name, found in folders.items()] if study.details else [],
     }
+
+
+def _made(groups: dict[str, Group]) -> list[Row]:
+    """The environments of the runs and of their evaluations, each once; those of older runs are unknown."""
+    evaluations = [one for group in groups.values() for one in group.evaluations]
+    files = [Workdir(one.folder.parents[1]).environment for one in evaluations]
+    trained = [record for file in files if file.exists() for record in read_json(file)]
+    evaluated = [one.provenance.environment or {} for one in evaluations]
+    return [*distinct("trained", trained), *distinct("evaluated", evaluated)]
 
 
 def _row(name: str, group: Group) -> Row:
