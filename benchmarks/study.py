@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from benchmarks.pages import check_page, distinct, made, write_page
 from deq_jax import evaluate, train
@@ -116,7 +116,7 @@ def _made(groups: dict[str, Group]) -> list[Row]:
     """The environments of the runs and of their evaluations, each once; those of older runs are unknown."""
     evaluations = [one for group in groups.values() for one in group.evaluations]
     files = [Workdir(one.folder.parents[1]).environment for one in evaluations]
-    trained = [record for file in files if file.exists() for record in read_json(file)]
+    trained = [record for file in files if file.exists() for record in cast(list[Row], read_json(file))]
     evaluated = [one.provenance.environment or {} for one in evaluations]
     return [*distinct("trained", trained), *distinct("evaluated", evaluated)]
 
