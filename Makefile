@@ -34,12 +34,9 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers; results in runs/bench; an hour or two
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/steps.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/entropy.py
-	$(BIN)/python benchmarks/parity.py
+bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers: writes their pages in docs/results
+	$(BIN)/python -m benchmarks.speed --page docs/results/speed-and-memory.md
+	$(BIN)/python -m benchmarks.parity --page docs/results/agreement.md
 
 docs: $(VENV)/docs  ## the site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.pages import with_tables, write_page
+from benchmarks.pages import check_page, made, write_page
 from configs.cifar import EPSILON
 from deq_jax import Broyden, Dynamics, Equilibrium, Implicit, Phantom, TrainConfig
 from deq_jax._cli import command_line, console, fail
 from deq_jax.core import cross_entropy
 from deq_jax.models import Classifier, mdeq
-from deq_jax.storage import environment, load_config, make_folder, write_json
+from deq_jax.storage import load_config, make_folder, write_json
 from deq_jax.training import Batch, Phase, TrainState, train_step
 
 GIGABYTE = 2**30
@@ -90,11 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     end = time.monotonic() + 60 * options.minutes
     with command_line():
-        if options.page:
-            with_tables(options.page, "")  # refuses a page without marks
+        check_page(options.page, "tables")
         make_folder(options.out)
-        found: Row = {"device": jax.devices()[0].device_kind, "versions": environment()["versions"]}
-        found |= {"parity": parity() if options.parity else [], "cost": [], "left_out": []}
+        found: Row = {"made": [made()], "parity": parity() if options.parity else [], "cost": [], "left_out": []}
         for work in works(options.small, options.large)[: options.rows]:
             if time.monotonic() > end:
                 found["left_out"].append(work._asdict())
@@ -103,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(options.out / "accelerator.json", found)
         console.print(tables(found))
         if options.page:
-            write_page(options.page, found, tables(found))
+            write_page(options.page, found, {"tables": tables(found)})
         names = [row["precision"] for row in found["parity"] if max(row[name] for name in COMPARED) > row["bound"]]
         if names:
             fail(f"the difference from the CPU is beyond its bound: {', '.join(names)}", 1)

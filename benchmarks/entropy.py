@@ -1,6 +1,4 @@
-"""The cost of input entropy reduction at inference, beside the ratio of cell evaluations.
-
-    python benchmarks/entropy.py --out runs/bench/entropy.json
+"""Cost of input entropy reduction at inference, beside the ratio of cell evaluations: a part of benchmarks/speed.py.
 
 An application of the cell counts as one evaluation, and so does a vector-Jacobian product of it with respect to the
 input: undefended T + 1 by the solver and K + 1 by the phantom steps; defended T + 1 by the solver, and in each block
@@ -12,20 +10,16 @@ solver and decoder. Seconds are medians of alternating runs.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernels import cells, compare
-from rich.table import Table
 
+from benchmarks.kernels import cells, compare
+from benchmarks.pages import Row
 from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium, Phantom
-from deq_jax._cli import command_line, console
 from deq_jax.models import Variables, mdeq, small_deq
-from deq_jax.storage import make_folder, write_json
 
 DYNAMICS = Dynamics(Broyden(8, tolerance=0), gradient=Phantom(steps=5, damping=0.5))
 MODELS = {
@@ -45,28 +39,25 @@ COLUMNS = {
 }
 
 
-def main() -> None:
-    """Measures, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/entropy.json"), metavar="FILE")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="pairs of runs; default: 7")
-    options = parser.parse_args()
-    with command_line():
-        make_folder(options.out.parent)
-        rows = [measure(name, *model, options.repeats) for name, model in MODELS.items()]
-        write_json(options.out, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows})
-        table = Table("model", *COLUMNS.values())
-        for row in rows:
-            table.add_row(row["what"], *(f"{row[column]:.2f}" for column in COLUMNS))
-        console.print(table)
+def rows(repeats: int) -> list[Row]:
+    """Each model."""
+    return [measure(name, *model, repeats) for name, model in MODELS.items()]
 
 
-def measure(name: str, base: Equilibrium, shape: tuple[int, ...], repeats: int) -> dict[str, Any]:
+def table(rows: list[Row]) -> str:
+    """Ratios, as Markdown."""
+    lines = [f"| model | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for row in rows:
+        lines.append(f"| {row['what']} | {' | '.join(f'{row[column]:.2f}' for column in COLUMNS)} |")
+    return "\n".join(lines)
+
+
+def measure(name: str, base: Equilibrium, shape: tuple[int, ...], repeats: int) -> Row:
     """Defended over undefended: seconds, and cell evaluations; undefended over its bare cells: seconds."""
     x = jax.random.uniform(jax.random.key(0), shape)
     variables = base.init(jax.random.key(1), x)
     defended, undefended = (partial(logits, classifier) for classifier in (EntropyReduced(base), base))
-    row: dict[str, Any] = compare(name, defended, "undefended", undefended, (variables, x), repeats)
+    row: Row = compare(name, defended, "undefended", undefended, (variables, x), repeats)
     counts = [evaluations(classifier, variables, x) for classifier in (EntropyReduced(base), base)]
 
     def bare(variables: Variables, x: jax.Array) -> Any:
@@ -88,7 +79,3 @@ def logits(classifier: Any, variables: Any, x: jax.Array) -> jax.Array:
     """Logits of the deployed predictor."""
     found: jax.Array = classifier(variables, x).logits
     return found
-
-
-if __name__ == "__main__":
-    main()

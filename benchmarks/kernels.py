@@ -1,6 +1,4 @@
-"""Cost of the solvers beside the cell, and of the convolution's gradients inside a loop.
-
-    python benchmarks/kernels.py --out runs/bench/kernels.json
+"""Cost of the solvers beside the cell, and of the convolution's gradients inside a loop: parts of benchmarks/speed.py.
 
 Solvers: seconds of `solve` with 8 steps, all states kept, over seconds of 9 applications of the bare cell: the small
 one (32 channels, 16x16, expansion 2, batch 32) and the cell of MDEQ-LARGE (32x32 images, batch 8). Convolutions: XLA's
@@ -10,12 +8,10 @@ largest ratio of a pair.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
@@ -23,16 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from rich.table import Table
 
+from benchmarks.pages import Row
 from deq_jax import Anderson, Broyden, FixedPoint, solve
-from deq_jax._cli import command_line, console
 from deq_jax.core import Cell, Injection, Solver
 from deq_jax.core.solvers import jaxopt
 from deq_jax.core.types import Params, PyTree
 from deq_jax.models import SmallCell, mdeq_large
 from deq_jax.models.convolution import loop_conv_gradients, native_conv_gradients
-from deq_jax.storage import make_folder, write_json
 
 STEPS, BATCH, SIZE, CHANNELS = 8, 32, 16, 32
 
@@ -42,23 +36,7 @@ Gradients = tuple[jax.Array, jax.Array]
 CONVOLUTIONS = [(32, 160, 32, 1), (160, 32, 32, 1), (32, 64, 32, 2), (128, 640, 8, 1)]  # in, out, side, stride
 
 
-def main() -> None:
-    """Measures, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/kernels.json"), metavar="FILE")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="pairs of runs; default: 7")
-    options = parser.parse_args()
-    with command_line():
-        make_folder(options.out.parent)
-        rows = solver_rows(options.repeats) + convolution_rows(options.repeats)
-        write_json(options.out, {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "rows": rows})
-        table = Table("what", "against", "ratio", "smallest", "largest")
-        for row in rows:
-            table.add_row(row["what"], row["against"], *(f"{row[key]:.2f}" for key in ("ratio", "smallest", "largest")))
-        console.print(table)
-
-
-def solver_rows(repeats: int) -> list[dict[str, Any]]:
+def solver_rows(repeats: int) -> list[Row]:
     """Each solver on both cells, and jaxopt's Broyden under vmap on the small one, against bare applications."""
     rng = np.random.default_rng(0)
     features = jnp.asarray(rng.normal(size=(BATCH, SIZE, SIZE, CHANNELS)), jnp.float32)
@@ -119,7 +97,7 @@ def vmapped_jaxopt(cell: nn.Module, params: Params, z: jax.Array, u: Injection) 
     return jax.vmap(single)(z, u)
 
 
-def convolution_rows(repeats: int) -> list[dict[str, Any]]:
+def convolution_rows(repeats: int) -> list[Row]:
     """XLA's convolution gradients against this project's, three times in a scan."""
     rows = []
     rng = np.random.default_rng(0)
@@ -150,8 +128,25 @@ def convolution_rows(repeats: int) -> list[dict[str, Any]]:
 
         native, ours = partial(in_scan, native_conv_gradients), partial(in_scan, loop_conv_gradients)
         name = f"3x3 stride {stride}, {channels} to {features} at {side}x{side}"
-        rows.append(compare(f"XLA's gradients, {name}", native, "loop_conv_gradients", ours, arrays, repeats))
+        rows.append(compare(name, native, "loop_conv_gradients", ours, arrays, repeats))
     return rows
+
+
+def solver_table(rows: list[Row]) -> str:
+    """The ratio of each solver to bare cells, as Markdown."""
+    lines = ["| solver | over | ratio |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {row['what']} | {row['against']} | {shown(row)} |" for row in rows)])
+
+
+def convolution_table(rows: list[Row]) -> str:
+    """The ratio of XLA's gradients to this project's, as Markdown."""
+    lines = ["| convolution | ratio |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {row['what']} | {shown(row, 1)} |" for row in rows)])
+
+
+def shown(row: Row, digits: int = 2) -> str:
+    """A ratio and its range."""
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(row["ratio"], row["smallest"], row["largest"], d=digits)
 
 
 def compare(
@@ -161,7 +156,7 @@ def compare(
     baseline: Callable[..., PyTree],
     arguments: Sequence[PyTree],
     repeats: int,
-) -> dict[str, Any]:
+) -> Row:
     """Ratio of seconds, from alternating runs."""
     compiled = [jax.jit(function), jax.jit(baseline)]
     times = [[seconds(run, arguments) for run in compiled] for _ in range(repeats + 1)][1:]  # the first compiles
@@ -176,7 +171,3 @@ def seconds(run: Callable[..., PyTree], arguments: Sequence[PyTree]) -> float:
     started = time.perf_counter()
     jax.block_until_ready(run(*arguments))
     return time.perf_counter() - started
-
-
-if __name__ == "__main__":
-    main()

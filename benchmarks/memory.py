@@ -1,25 +1,20 @@
-"""Memory of a training step of the CIFAR configs, as the compiler plans it; nothing is run.
+"""Memory of a training step of the CIFAR configs, as the compiler plans it: a part of benchmarks/speed.py.
 
-    python benchmarks/memory.py --out runs/bench/memory.json
-
-Compiled for this machine's default device. "step" is a whole PGD-AT or TRADES step; "state" are parameters, batch
-statistics and Adam's moments; "per image" is the rest divided by the batch.
+Nothing is run. Compiled for this machine's default device. "step" is a whole training step; "state" are parameters,
+batch statistics and Adam's moments; "an image" is the rest divided by the batch.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from rich.table import Table
 
+from benchmarks.pages import Row
 from deq_jax import Equilibrium, TrainConfig
-from deq_jax._cli import command_line, console
-from deq_jax.storage import load_config, make_folder, write_json
+from deq_jax.storage import load_config
 from deq_jax.training import Batch, Phase, TrainState, train_step
 
 GIGABYTE = 2**30
@@ -30,36 +25,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    """Compiles, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/memory.json"), metavar="FILE")
-    parser.add_argument("--configs", nargs="+", default=["cifar10_large_pgd_at", "cifar10_xl_pgd_at"], metavar="NAME")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[96], metavar="N")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="parts of each batch; default: 1")
-    options = parser.parse_args()
-    with command_line():
-        make_folder(options.out.parent)
-        rows = []
-        table = Table("config", "setting", "batch", "step (GB)", "state (GB)", "per image (MB)")
-        for name in options.configs:
-            for setting, changes in SETTINGS.items():
-                for batch_size in options.batch_sizes:
-                    base = load_config(f"configs/{name}.py", TrainConfig)
-                    config = with_settings(base, changes, batch_size, options.accumulate)
-                    row = {"config": name, "setting": setting, "batch": batch_size, **planned_memory(config)}
-                    rows.append(row)
-                    per_image = (row["step"] - row["state"]) / batch_size * 1024
-                    numbers = f"{row['step']:.2f}", f"{row['state']:.2f}", f"{per_image:.1f}"
-                    table.add_row(name, setting, str(batch_size), *numbers)
-                    write_json(options.out, {"device": jax.devices()[0].device_kind, "rows": rows})
-        console.print(table)
+def rows(configs: tuple[str, ...] = ("cifar10_large_pgd_at", "cifar10_xl_pgd_at"), batch_size: int = 96) -> list[Row]:
+    """Each config with each setting."""
+    found = []
+    for name in configs:
+        for setting, changes in SETTINGS.items():
+            base = load_config(f"configs/{name}.py", TrainConfig)
+            classifier = cast(Equilibrium, base.classifier).with_dynamics(**changes)
+            config = replace(base, classifier=classifier, batch_size=batch_size)
+            found.append({"config": name, "setting": setting, "batch_size": batch_size, **planned_memory(config)})
+    return found
 
 
-def with_settings(config: TrainConfig, changes: dict[str, Any], batch_size: int, accumulate: int) -> TrainConfig:
-    """The config with other dynamics and another batch."""
-    classifier = cast(Equilibrium, config.classifier).with_dynamics(**changes)
-    return replace(config, classifier=classifier, batch_size=batch_size, accumulate=accumulate)
+def table(rows: list[Row]) -> str:
+    """Gigabytes of each step, as Markdown."""
+    lines = ["| config | setting | batch | step (GB) | state (GB) | an image (MB) |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        image = (row["step"] - row["state"]) / row["batch_size"] * 1024
+        numbers = f"{row['step']:.2f} | {row['state']:.2f} | {image:.1f}"
+        lines.append(f"| `{row['config']}` | {row['setting']} | {row['batch_size']} | {numbers} |")
+    return "\n".join(lines)
 
 
 def planned_memory(config: TrainConfig) -> dict[str, float]:
@@ -82,7 +67,3 @@ def planned_memory(config: TrainConfig) -> dict[str, float]:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     whole = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return {"step": whole / GIGABYTE, "state": size / GIGABYTE}
-
-
-if __name__ == "__main__":
-    main()

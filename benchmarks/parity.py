@@ -1,10 +1,10 @@
 """How far this project is from the authors' code on the golden model: runs tests/project/test_golden.py and tabulates.
 
-    python benchmarks/parity.py --out runs/bench/parity.json
+    python -m benchmarks.parity --page docs/results/agreement.md
 
 For each quantity the largest relative l2 error of its entries in float64 and in float32, and the largest rounding: the
-distance between the authors' own float32 and float64 runs. The tests that compare may fail: the errors are listed
-all the same. Runs on the CPU, for minutes; needs the extra `test`.
+distance between the authors' own float32 and float64 runs. A page is written only if no comparison failed; --out has
+each error in any case. Runs on the CPU, for minutes; needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
-from rich.table import Table
 
+from benchmarks.pages import Row, check_page, made, write_page
 from deq_jax._cli import command_line, console, fail
 from deq_jax.storage import make_folder, write_json
 
 ROOT = Path(__file__).parents[1]
+ByPrecision = dict[str, dict[str, dict[str, float]]]
+"""Precision -> key -> error and rounding."""
+
 QUANTITIES = {  # of the keys in tests/golden
     "encoder": r"layer/(stem|x_list/0)",
     "cell, one application": r"layer/fz_(sub|list_s0/\d)",
@@ -53,7 +55,7 @@ class Errors:
     """A pytest plugin: the errors of every comparison, by precision and key."""
 
     def __init__(self) -> None:
-        self.by_precision: dict[str, dict[str, dict[str, float]]] = {"float64": {}, "float32": {}}
+        self.by_precision: ByPrecision = {"float64": {}, "float32": {}}
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         case = getattr(item, "funcargs", {}).get("case")
@@ -61,50 +63,61 @@ class Errors:
             self.by_precision[case.dtype] |= case.errors
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs the tests, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/parity.json"), metavar="FILE")
-    options = parser.parse_args()
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page that shows the table")
+    options = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     with command_line():
+        check_page(options.page, "tables")
         make_folder(options.out.parent)
-        errors = Errors()
+        record, errors = made(), Errors()
         code = pytest.main(
             ["-q", f"--rootdir={ROOT}", str(ROOT / "tests" / "project" / "test_golden.py")], plugins=[errors]
         )
-        rows = [row(name, pattern, errors.by_precision) for name, pattern in QUANTITIES.items()]
-        write_json(options.out, {"jax": jax.__version__, "rows": rows, "errors": errors.by_precision})
-        console.print(table(rows))
+        matched = {name: keys_of(pattern, errors.by_precision) for name, pattern in QUANTITIES.items()}
+        rows = [row(name, keys, errors.by_precision) for name, keys in matched.items()]
+        numbers = {"made": [record], "rows": rows}
+        write_json(options.out, numbers | {"errors": errors.by_precision})
+        console.print(tables(numbers))
         if code:
             fail("some comparisons failed; see above", 1)
-        unlisted = errors.by_precision["float64"].keys() - {key for row in rows for key in row["keys"]}
+        unlisted = errors.by_precision["float64"].keys() - {key for keys in matched.values() for key in keys}
         assert not unlisted, f"no quantity has {sorted(unlisted)}"
+        if options.page:
+            write_page(options.page, numbers, {"tables": tables(numbers)})
 
 
-def row(quantity: str, pattern: str, errors: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """The largest errors of the keys that match, None where nothing was compared."""
-    keys = [key for key in errors["float64"] | errors["float32"] if re.fullmatch(pattern, key)]
+def keys_of(pattern: str, errors: ByPrecision) -> list[str]:
+    """The keys of comparisons that match."""
+    return [key for key in errors["float64"] | errors["float32"] if re.fullmatch(pattern, key)]
+
+
+def row(quantity: str, keys: list[str], errors: ByPrecision) -> Row:
+    """The largest errors of these keys, None where nothing was compared, and the number of keys."""
 
     def largest(precision: str, field: str) -> float | None:
         return max((errors[precision][key][field] for key in keys if key in errors[precision]), default=None)
 
     return {
         "quantity": quantity,
+        "comparisons": len(keys),
         "float64": largest("float64", "error"),
         "float32": largest("float32", "error"),
         "rounding": largest("float32", "rounding"),
-        "keys": keys,
     }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """One line per quantity."""
-    grid = Table("quantity", "float64 error", "float32 error", "rounding floor")
-    for entry in rows:
-        numbers = (entry[field] for field in ("float64", "float32", "rounding"))
-        grid.add_row(entry["quantity"], *("-" if number is None else f"{number:.1e}" for number in numbers))
-    return grid
+def tables(numbers: Row) -> str:
+    """One line per quantity, as Markdown."""
+    lines = ["| quantity | comparisons | float64 error | float32 error | rounding floor |", "|---|---|---|---|---|"]
+    for entry in numbers["rows"]:
+        found = (entry[field] for field in ("float64", "float32", "rounding"))
+        shown = " | ".join("" if number is None else f"{number:.1e}" for number in found)
+        lines.append(f"| {entry['quantity']} | {entry['comparisons']} | {shown} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

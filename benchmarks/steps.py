@@ -1,6 +1,4 @@
-"""Cost of a training step and a prediction of MDEQ-LARGE: compile time, seconds, memory.
-
-    python benchmarks/steps.py --out runs/bench/steps.json
+"""Cost of a training step and a prediction of MDEQ-LARGE: a part of benchmarks/speed.py.
 
 Batch 8 of random 32x32x3 images: one PGD-AT step (PGD-10) and one TRADES step of the CIFAR configs, and one
 prediction. "cold" is the first call with an empty compilation cache, "warm" the first call of a new process with
@@ -9,7 +7,6 @@ that cache, both with tracing and one run; "run" is the median of the further ca
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -20,62 +17,49 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
+from benchmarks.pages import Row
 from deq_jax import TrainConfig
-from deq_jax._cli import command_line, console
-from deq_jax.storage import load_config, make_folder, write_json
+from deq_jax.storage import load_config
 from deq_jax.training import Batch, Phase, TrainState, train_step
 
 WORK = {"PGD-AT step": "cifar10_large_pgd_at", "TRADES step": "cifar10_large_trades", "prediction": None}
 
 
-def main() -> None:
-    """Measures each piece of work in two fresh processes, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/steps.json"), metavar="FILE")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="further calls; default: 3")
-    parser.add_argument("--one", choices=list(WORK), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one, options.batch_size, options.repeats)))
-        return
-    with command_line():
-        make_folder(options.out.parent)
-        rows = [row(name, options.batch_size, options.repeats) for name in WORK]
-        device = jax.devices()[0].device_kind
-        write_json(
-            options.out, {"jax": jax.__version__, "device": device, "batch_size": options.batch_size, "rows": rows}
-        )
-        table = Table("work", "cold (s)", "warm (s)", "run (s)", "smallest", "largest", "process (GB)")
-        for line in rows:
-            numbers = ("cold", "warm", "run", "smallest", "largest", "process")
-            table.add_row(line["work"], *(f"{line[key]:.2f}" for key in numbers))
-        console.print(table)
+def rows(repeats: int, batch_size: int = 8) -> list[Row]:
+    """Each piece of work, in two fresh processes: cold, then warm."""
+    return [{"work": name, "batch_size": batch_size, **row(name, batch_size, repeats)} for name in WORK]
 
 
-def row(name: str, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Cold, then warm."""
+def row(name: str, batch_size: int, repeats: int) -> Row:
+    """Seconds of the first calls, median and range of the further ones, gigabytes of the process."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-        command = [sys.executable, __file__, "--one", name, "--batch-size", str(batch_size), "--repeats", str(repeats)]
         cold, warm = (
-            json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-            for _ in range(2)
+            json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+            for count in (repeats // 2, repeats - repeats // 2)
+            for command in [[sys.executable, "-m", "benchmarks.steps", name, str(batch_size), str(count)]]
         )
     run = cold["run"] + warm["run"]
     spread = {"run": statistics.median(run), "smallest": min(run), "largest": max(run)}
-    return {"work": name, "cold": cold["first"], "warm": warm["first"], **spread, "process": cold["process"]}
+    return {"cold": cold["first"], "warm": warm["first"], **spread, "process": cold["process"]}
 
 
-def measure(name: str, batch_size: int, repeats: int) -> dict[str, Any]:
+def table(rows: list[Row]) -> str:
+    """One line per piece of work, as Markdown."""
+    lines = ["| work | batch | cold (s) | warm (s) | run (s) | process (GB) |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        run = f"{row['run']:.2f} ({row['smallest']:.2f} to {row['largest']:.2f})"
+        numbers = f"{row['cold']:.1f} | {row['warm']:.1f} | {run} | {row['process']:.1f}"
+        lines.append(f"| {row['work']} | {row['batch_size']} | {numbers} |")
+    return "\n".join(lines)
+
+
+def measure(name: str, batch_size: int, repeats: int) -> Row:
     """Seconds of the first call and of the further ones, and the largest size of this process in gigabytes."""
     call = prediction(batch_size) if name == "prediction" else step(f"configs/{WORK[name]}.py", batch_size)
     seconds = []
@@ -119,4 +103,4 @@ def images(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))

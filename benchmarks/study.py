@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 
-from benchmarks.pages import with_tables, write_page
+from benchmarks.pages import check_page, distinct, made, write_page
 from deq_jax import evaluate, train
 from deq_jax._cli import add_set_option, command_line, console
 from deq_jax.reporting import Estimate, Group, Pair, groups_of, read_evaluations
-from deq_jax.storage import environment, write_json
+from deq_jax.storage import read_json, write_json
 from deq_jax.training import Workdir, read_metrics
 
 Row = dict[str, Any]
@@ -95,8 +94,7 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
     add_set_option(parser, "replace a field of every config, as for deq_jax.train; repeatable")
     options = parser.parse_args(argv)
     with command_line():
-        if options.page:
-            with_tables(options.page, "")  # refuses a page without marks
+        check_page(options.page, "tables")
         folders: dict[str, list[Path]] = {name: [] for name in options.only}
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for name in options.only:
@@ -106,7 +104,7 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
         write_json(options.out / "tables.json", numbers)
         console.print(tables(numbers))
         if options.page:
-            write_page(options.page, numbers, tables(numbers))
+            write_page(options.page, numbers, {"tables": tables(numbers)})
 
 
 def run_entry(study: Study, name: str, seed: int, options: argparse.Namespace) -> None:
@@ -149,13 +147,21 @@ def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dic
     return {
         "budget": budget,
         "images": one.images,
-        "versions": environment()["versions"],
-        "processors": os.cpu_count(),
+        "made": [*_made(groups), made("tabulated")],
         "rows": [_row(name, group) for name, group in groups.items()],
         "differences": [_difference(a, b, groups) for a, b in study.pairs if a in groups and b in groups],
         "states": [row for name in study.states if name in groups for row in _states(name, groups[name])],
         "curves": [_curve(name, folders[name][0].parents[1]) for name in study.curves if name in folders],
     }
+
+
+def _made(groups: dict[str, Group]) -> list[Row]:
+    """The environments of the runs and of their evaluations, each once; those of older runs are unknown."""
+    evaluations = [one for group in groups.values() for one in group.evaluations]
+    files = [Workdir(one.folder.parents[1]).environment for one in evaluations]
+    trained = [record for file in files if file.exists() for record in cast(list[Row], read_json(file))]
+    evaluated = [one.provenance.environment or {} for one in evaluations]
+    return [*distinct("trained", trained), *distinct("evaluated", evaluated)]
 
 
 def _row(name: str, group: Group) -> Row:

@@ -49,6 +49,7 @@ class ImageFolder:
 
     Raises:
       InputError: in ``load``, for a missing, empty or damaged folder or file, named.
+      WriteError: in ``load``, if the cache cannot be written.
 
     Examples:
       >>> import tempfile, numpy as np
@@ -124,10 +125,7 @@ class ImageFolder:
                 require(arrays.keys() == names, is_other)
                 return arrays
         arrays = self._read(files)
-        try:
-            write_npz(cache, {**arrays, "digest": np.array(digest)})
-        except OSError as error:
-            raise InputError(f"{cache}: the cache cannot be written ({error.strerror})") from None
+        write_npz(cache, {**arrays, "digest": np.array(digest)})
         return arrays
 
     def _digest(self, files: dict[str, list[tuple[Path, int]]]) -> str:

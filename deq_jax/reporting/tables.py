@@ -87,7 +87,10 @@ class Table:
     sections: dict[str, list[tuple[Cell, ...]]]
 
     def csv(self) -> str:
-        """The table as CSV: every number in a column of its own, and remarks in the last one if there are any."""
+        """The table as CSV: every number in a column of its own, and remarks in the last one if there are any.
+
+        A text that a spreadsheet would run as a formula begins with an apostrophe.
+        """
         heads = [f"{column.name} {part}".strip() for column in self.columns for part in column.parts]
         lines = [
             [title, *(part for cell, column in zip(row, self.columns, strict=True) for part in cell.csv(column))]
@@ -98,12 +101,23 @@ class Table:
         table = [[self.section, *heads, "remarks"]] + [[*line, text] for line, text in zip(lines, remarks, strict=True)]
         first, last = (0 if any(self.sections) else 1), (None if any(remarks) else -1)
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(line[first:last] for line in table)
+        csv.writer(text, lineterminator="\n").writerows(map(_inert, line[first:last]) for line in table)
         return text.getvalue()
 
     def _remarks(self, row: tuple[Cell, ...]) -> str:
         marked = zip(self.columns, row, strict=True)
         return "; ".join(f"{column.name}: {text}" for column, cell in marked for text in cell[1:] if text)
+
+
+def _inert(text: str) -> str:
+    """The text, with an apostrophe before it where a spreadsheet would run it as a formula."""
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 @dataclass(frozen=True)

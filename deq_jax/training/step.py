@@ -18,7 +18,7 @@ from deq_jax.core.errors import InputError, require
 from deq_jax.core.keys import Keys, Purpose, prng_key
 from deq_jax.core.types import AnyArray, Array, Optimizer, PyTree
 from deq_jax.data.batches import to_unit
-from deq_jax.data.datasets import Splits
+from deq_jax.data.datasets import Splits, class_names
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.devices import AXIS
 from deq_jax.training.config import TrainConfig
@@ -203,8 +203,8 @@ def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, 
     """The state before the first step; the classifier's training mode is also checked.
 
     Raises:
-      InputError: see `initial_variables`; also if the classifier cannot be run in training mode, or does not
-        synchronise its batch statistics where there are several devices.
+      InputError: see `initial_variables`; also if the dataset names another number of classes, or the classifier cannot
+        be run in training mode, or does not synchronise its batch statistics where there are several devices.
 
     Examples:
       >>> from deq_jax import Standard, TrainConfig
@@ -216,6 +216,9 @@ def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, 
       0
     """
     variables = initial_variables(config, data)
+    classes, names = _count_classes(config.classifier, variables, _example(data)), class_names(config.dataset)
+    fits = len(names) in (0, classes)
+    require(fits, f"the classifier has {classes} classes, {config.dataset} has {len(names)}; they must be as many")
     _check_training_mode(config.classifier, variables, _example(data))
     params = variables["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
@@ -238,13 +241,16 @@ def initial_variables(config: TrainConfig, data: Splits) -> Variables:
     classifier, x = config.classifier, _example(data)
     with _fitting(f"classifier does not fit images of shape {x.shape[1:]}"):
         variables = classifier.init(prng_key(config.seed), x)
-        logits = jax.eval_shape(lambda v, x: classifier(v, x).logits, variables, x)
-    classes = logits.shape[-1]
+        classes = _count_classes(classifier, variables, x)
     for split, part in data._asdict().items():
         highest = int(part.y.max())
         expected = f"labels must be below the classifier's {classes} classes"
         require(highest < classes, f"{expected}, found {highest} in the {split} split of {config.dataset}")
     return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+
+def _count_classes(classifier: Classifier, variables: Variables, x: Array) -> int:
+    return int(jax.eval_shape(lambda v, x: classifier(v, x).logits, variables, x).shape[-1])
 
 
 def _example(data: Splits) -> Array:

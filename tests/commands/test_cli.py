@@ -153,6 +153,11 @@ MISTAKES = [
         config="{}/own.py",
     ),
     training(
+        "more-classes-than-the-dataset",
+        "--set classifier.decoder.num_classes=12",
+        "the classifier has 12 classes, Digits() has 10",
+    ),
+    training(
         "no-such-dataset",
         "--set dataset.name=cifar11",
         "no usable dataset named 'cifar11'",

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from deq_jax import InputError
+from deq_jax.core import WriteError
 from deq_jax.data import ImageFolder
 
 CLASSES = ("cat", "dog", "owl")
@@ -152,7 +153,7 @@ class TestCache:
         assert (tmp_path / "mine.npz").read_bytes() == content
 
     def test_where_it_cannot_be_written(self, tmp_path):
-        with pytest.raises(InputError, match="the cache cannot be written"):
+        with pytest.raises(WriteError, match=r"cache\.npz: cannot be written \(No such file or directory\)"):
             ImageFolder(str(make(tmp_path)), cache=str(tmp_path / "none" / "cache.npz")).load()
 
 

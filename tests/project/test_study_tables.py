@@ -1,12 +1,12 @@
-"""Studies: what their tables say, and that their pages show their numbers."""
+"""Studies and benchmarks: what their tables say, and that their pages show their numbers."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, digits, photographs, through
-from benchmarks.pages import BEGIN, END, with_tables
+from benchmarks import accelerator, digits, parity, photographs, speed, through
+from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
 from deq_jax.attacks import PGD, Linf
@@ -23,8 +23,10 @@ from deq_jax.evaluation import (
     WorstCase,
     write_evaluation,
 )
-from deq_jax.storage import load_config, read_json, set_fields, to_tree
+from deq_jax.storage import environment, load_config, make_folder, read_json, set_fields, to_tree, write_json
+from deq_jax.training import Workdir
 
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ROW = {
     "training": "PGD-AT",
@@ -66,19 +68,66 @@ def test_a_training_a_difference_and_a_state_are_rows():
 def test_tables_go_between_the_marks_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    text = with_tables(page, "new")
+    text = with_parts(page, {"tables": "new"})
     assert text == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(InputError, match="has no lines"):
-        with_tables(page, "new")
+        with_parts(page, {"tables": "new"})
 
 
-@pytest.mark.parametrize(
-    ("name", "tables"), [("through", tables), ("photographs", tables), ("accelerator", accelerator.tables)]
-)
-def test_the_page_shows_its_numbers(name, tables):
+def whole(tables):
+    """The parts of a page with one part of tables."""
+    return lambda numbers: {"tables": tables(numbers)}
+
+
+PARTS = {
+    "through": whole(tables),
+    "photographs": whole(tables),
+    "accelerator": whole(accelerator.tables),
+    "agreement": whole(parity.tables),
+    "speed-and-memory": speed.tables,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_page_shows_its_numbers_and_its_stamp(name):
     page = RESULTS / f"{name}.md"
-    assert with_tables(page, tables(read_json(page.with_suffix(".json")))) == page.read_text()
+    numbers = read_json(page.with_suffix(".json"))
+    assert with_parts(page, {"stamp": stamp(numbers["made"])} | PARTS[name](numbers)) == page.read_text()
+
+
+def test_a_stamp_has_code_versions_and_machine_as_far_as_they_were_recorded():
+    cpu = {"work": "measured", "date": "2026-11-27", "processor": "EPYC", "processors": 2}
+    cpu |= {"platform": {"platform": "cpu", "device_kind": "cpu", "devices": 1}}
+    cpu |= {"code": {"revision": "0123456789", "unchanged": False}, "versions": {"python": "3.12.1", "jax": "0.12.0"}}
+    gpu = {"work": "trained", "platform": {"platform": "gpu", "device_kind": "H100", "devices": 8}}
+    text = " ".join(stamp([gpu, cpu]).replace("\n>", "").split())
+    assert text == (
+        "> **Stamp.** Trained by a commit that was not recorded, 8 x H100. "
+        "Measured on 2026-11-27 by commit 0123456 with changes, Python 3.12.1, jax 0.12.0, 2 CPU cores (EPYC)."
+    )
+    assert "a commit that was not recorded" not in stamp([made()]) and "CPU cores" in stamp([made()])
+
+
+def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monkeypatch):
+    page, out = tmp_path / "page.md", tmp_path / "speed.json"
+    page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ["stamp", *speed.PARTS]))
+    days = iter(["2026-01-01", "2026-01-01", "2026-02-02"])
+    monkeypatch.setattr(speed, "made", lambda: {"work": "measured", "date": next(days), "command": {}})
+    rows = {
+        "solvers": [{"what": "Broyden", "against": "9 cells", "ratio": 1.25, "smallest": 1.2, "largest": 1.3}],
+        "memory": [{"config": "a", "setting": "b", "batch_size": 4, "step": 3.0, "state": 1.0}],
+    }
+    for name, found in rows.items():
+        part = speed.PARTS[name]._replace(rows=lambda repeats, found=found: [found[0] | {"ratio": repeats}])
+        monkeypatch.setitem(speed.PARTS, name, part)
+    speed.main(["--out", str(out), "--page", str(page), "--only", "solvers", "memory"])
+    assert "| Broyden | 9 cells | 5.00 (1.20 to 1.30) |" in page.read_text()
+    assert "| `a` | b | 4 | 3.00 | 1.00 | 512.0 |" in page.read_text()
+    assert "> **Stamp.** Measured on 2026-01-01 by" in page.read_text()
+    speed.main(["--out", str(out), "--page", str(page), "--only", "memory", "--repeats", "2"])
+    assert "Solvers measured on 2026-01-01 by" in page.read_text()
+    assert "Memory measured on 2026-02-02 by" in page.read_text()
 
 
 @pytest.mark.parametrize("study", [through.STUDY, photographs.STUDY, digits.STUDY])
@@ -137,6 +186,8 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
         options = dict(zip(arguments[::2], arguments[1::2], strict=True))
         changes = [value for name, value in zip(arguments[::2], arguments[1::2], strict=True) if name == "--set"]
         configs[options["--workdir"]] = set_fields(load_config(options["--config"], TrainConfig), changes)
+        workdir = Workdir(make_folder(Path(options["--workdir"])))
+        write_json(workdir.environment, [{"step": 0, **environment()}])
 
     def evaluate(arguments):
         assert arguments[0::2] == ["--workdir", "--budget"] and arguments[3] == "quick"
@@ -148,10 +199,12 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
     monkeypatch.setattr("deq_jax.train.main", train)
     monkeypatch.setattr("deq_jax.evaluate.main", evaluate)
     page = tmp_path / "page.md"
-    page.write_text(f"{BEGIN}\n{END}\n")
+    page.write_text(f"<!-- stamp -->\n<!-- end of stamp -->\n{BEGIN}\n{END}\n")
     run(through.STUDY, "", ["--seeds", "2", "--only", *WRONG, "--out", str(tmp_path / "runs"), "--page", str(page)])
     numbers = read_json(page.with_suffix(".json"))
-    assert page.read_text() == with_tables(page, tables(numbers))
+    assert page.read_text() == with_parts(page, {"tables": tables(numbers)})
+    works = [record["work"] for record in numbers["made"]]
+    assert works == ["trained", "evaluated", "tabulated"] and stamp(numbers["made"]) in page.read_text()
     found = {row["training"]: row for row in numbers["rows"]}
     assert {name: row["robust"]["value"] for name, row in found.items()} == {PLAIN: 80, THROUGH: 90, FEWER: 85}
     assert all(row["clean"]["value"] == 95 and row["residual"] == 0.25 for row in found.values())

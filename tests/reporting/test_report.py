@@ -594,6 +594,15 @@ def test_a_column_says_how_a_row_fills_it():
     assert filled("name", "", "part", columns[1:], {"": ["xy"]}).csv() == "b\n2\n"
 
 
+def test_a_text_in_a_csv_file_is_no_formula_and_a_number_stays_one():
+    texts = ["=1+1", "+cmd", "-x", "@sum", "\t=1", "-0.5", "+1.25", "-1e-3", "a=b", ""]
+    row = tuple(text_cell(text) for text in texts)
+    table = Table("name", "", "=part", tuple(Column("=head") for _ in row), {"=title": [row]})
+    head, line = csv.reader(table.csv().splitlines())
+    assert head == ["'=part"] + ["'=head"] * len(row)
+    assert line == ["'=title", "'=1+1", "'+cmd", "'-x", "'@sum", "'\t=1", "-0.5", "+1.25", "-1e-3", "a=b", ""]
+
+
 def test_flagged_points_of_a_curve_look_different(tmp_path):
     wrong = {"clean": 2, "apgd": 3, "pgd": 4}
     write(tmp_path / "far", config_of(0.1, "none", 0), 0, wrong)
