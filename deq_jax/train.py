@@ -94,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help="write a JAX profile of N steps, after the first one, into WORKDIR/profile",
     )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="when the loss is not finite, go back to the latest checkpoint with half the learning rate, at most N "
+        "times; default: 0",
+    )
     add_process_options(parser)
     options = parser.parse_args(arguments)
     with command_line():
@@ -111,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     init_checkpoint=options.init_checkpoint,
                     minutes=options.minutes,
                     profile=options.profile,
+                    retries=options.retries,
                     report=partial(show, display),
                     say=display.say,
                 )

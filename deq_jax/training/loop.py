@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ from deq_jax.training.config import Phase, TrainConfig
 from deq_jax.training.endings import Interrupted, NonFiniteLoss
 from deq_jax.training.keeping import Disk, Memory
 from deq_jax.training.meters import Meter
+from deq_jax.training.optimizers import slowed
 from deq_jax.training.step import Batch, TrainState, initial_state, learning_rate, optimizer_of, train_step
 from deq_jax.training.validation import validation_line
 from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere, read_origin
+
+SLOWING = 0.5  # factor of the learning rate each time that a run goes back
 
 MOST_STEPS = 2**31 - 1  # that the state counts
 
@@ -72,6 +75,7 @@ def fit(
     init_checkpoint: str = "best",
     minutes: float | None = None,
     profile: int = 0,
+    retries: int = 0,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Run:
@@ -102,6 +106,9 @@ def fit(
       init_checkpoint: checkpoint of `init_from`: best or latest.
       minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
       profile: number of steps, after the first one, of which a JAX profile is written into ``profile/`` of the workdir.
+      retries: number of times that the run goes back to its latest checkpoint when the loss is not finite, each time
+        with half the learning rate from there on; in memory it goes back to the beginning. Checkpoints record how often
+        it has gone back.
       report: called with every line of metrics, once it is written.
       say: called with a sentence about events beside the steps: compilation, where the run starts, another
         environment than before.
@@ -118,7 +125,7 @@ def fit(
       InputError: data, the device count, the workdir or `init_from` do not fit; the run was begun under settings of
         JAX that make other numbers; or another process writes to the workdir.
       WriteError: the workdir can no longer be written to; the checkpoints in it are whole.
-      NonFiniteLoss: when the loss is not finite.
+      NonFiniteLoss: when the loss is not finite, and no retry is left.
       Interrupted: after SIGINT or SIGTERM to any process, or after `minutes`, with the state saved.
 
     Examples:
@@ -133,12 +140,22 @@ def fit(
     in_time = minutes is None or 0 < minutes <= MOST_MINUTES
     require(in_time, f"minutes must be positive and at most {MOST_MINUTES}, got {minutes}")
     require_count("profile", profile, 0)
+    require_count("retries", retries, 0)
     require(not profile or workdir is not None, "profile: expected a workdir, into which the profile is written")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     start = None if init_from is None else Path(init_from)
     folder = None if workdir is None else Path(workdir)
     with in_primary(nullcontext() if folder is None else sole_writer(folder)):
-        return _Training(config, folder, start, init_checkpoint, report, say).run(deadline, profile)
+        retreats = 0
+        while True:
+            training = _Training(config, folder, start, init_checkpoint, report, say, retreats)
+            try:
+                return training.run(deadline, profile)
+            except NonFiniteLoss as error:
+                retreats = training.meta["retreats"] + 1
+                if retreats > retries:
+                    raise
+                training.say(f"{error}; going back, with {SLOWING**retreats:g} x the learning rate")
 
 
 class _Training:
@@ -152,6 +169,7 @@ class _Training:
         init_checkpoint: str,
         report: Callable[[dict[str, Any]], None],
         say: Callable[[str], None],
+        retreats: int,
     ):
         self.config, self.workdir, self.report = config, workdir, report
         self.kept = Memory() if workdir is None or not is_primary() else Disk(workdir, say)
@@ -159,7 +177,7 @@ class _Training:
         self.config_tree = to_tree(config)
         self.state: TrainState
         self.meta: dict[str, Any] = {"config": self.config_tree, "interval": {}, "origin": None}
-        self.meta |= {"best_accuracy": -1.0, "not_better": 0}
+        self.meta |= {"best_accuracy": -1.0, "not_better": 0, "retreats": 0}
         self.saved = -1  # step of the latest checkpoint
         check_same_everywhere(self.config_tree)
         check_batch_size(config.batch_size)
@@ -172,9 +190,15 @@ class _Training:
             self.kept.open(self.state, self.meta, is_new=self.saved < 0, has_ended=self._is_over(int(self.state.step)))
         if self.meta["origin"] is not None:
             self.saved = max(self.saved, 0)
-        restored = self.state, np.int32(self.saved), np.int32(self.meta["not_better"])
-        state, saved, not_better = from_primary(restored)
-        self.state, self.saved, self.meta["not_better"] = replicate(state), int(saved), int(not_better)
+        self.meta["retreats"] = max(self.meta["retreats"], retreats)
+        counts = np.array([self.saved, self.meta["not_better"], self.meta["retreats"]], np.int32)
+        state, counts = from_primary((self.state, counts))
+        self.state = replicate(state)
+        self.saved, self.meta["not_better"], self.meta["retreats"] = map(int, counts)
+        self.slowing = SLOWING ** self.meta["retreats"]
+        if self.slowing != 1:
+            slower = replace(config, optimizer=slowed(config.optimizer, self.slowing))
+            self.optimizer = optimizer_of(slower, self.total_steps)
         self.done = int(self.state.step)
         self.evaluate = evaluator(
             config.classifier, config.validation_attack, batch_size=config.batch_size, seed=config.seed
@@ -275,7 +299,7 @@ class _Training:
         self._check_finite()
         if logs:
             rate = learning_rate(config.optimizer, self.total_steps, self.state)
-            self._write("train", self.meter.line() | ({} if rate is None else {"learning_rate": rate}))
+            self._write("train", self.meter.line() | ({} if rate is None else {"learning_rate": self.slowing * rate}))
         if validates:
             self._validate()
         if saves or stop or self._is_over(self.done):
@@ -304,8 +328,10 @@ class _Training:
         losses = self.meter.wait()
         for step, loss in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(loss):
+                numbers = batch_indices(len(self.data.train.y), self.config.batch_size, self.config.seed, step - 1)
+                images = f"its batch is training images {', '.join(map(str, numbers[:3]))} and {len(numbers) - 3} others"
                 where = self.kept.last_good(self.saved)
-                raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {where}")
+                raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {images}; {where}")
 
     def _validate(self) -> None:
         if not self.is_validated:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -273,6 +273,31 @@ class Averaged(NamedTuple):
     optimizer: PyTree
     average: PyTree
     steps: Array
+
+
+@dataclass(frozen=True)
+class _Slower:
+    """An optimiser whose steps are multiplied by a factor, as with a smaller learning rate; its state is the same."""
+
+    optimizer: Optimizer
+    factor: float
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """The optimiser of a run of `steps` steps."""
+        inner = self.optimizer.transformation(steps)
+
+        def update(gradient: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+            updates, after = inner.update(gradient, state, params)
+            return optax.tree.scale(self.factor, updates), after
+
+        return optax.GradientTransformation(inner.init, update)
+
+
+def slowed(optimizer: Optimizer, factor: float) -> Optimizer:
+    """The optimiser with its learning rate multiplied by a factor at every step."""
+    if isinstance(optimizer, WeightAverage):  # it averages the parameters after the smaller steps
+        return replace(optimizer, optimizer=slowed(optimizer.optimizer, factor))
+    return _Slower(optimizer, factor)
 
 
 def deployed_params(params: PyTree, opt_state: PyTree) -> PyTree:

@@ -207,7 +207,8 @@ def check_meta(found: Checkpoint) -> None:
     meta: Any = found.meta
     try:
         sums = meta.get("interval", {}).values()
-        numbers = [meta.get("best_accuracy", 0.0), meta.get("not_better", 0), *(one for pair in sums for one in pair)]
+        counts = [meta.get(name, 0) for name in ("best_accuracy", "not_better", "retreats")]
+        numbers = [*counts, *(one for pair in sums for one in pair)]
         origin = meta.get("origin")
         fits = {type(one) for one in numbers} <= {int, float} and {len(pair) for pair in sums} <= {2}
         fits = fits and (origin is None or origin.keys() == set(Origin._fields))

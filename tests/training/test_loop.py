@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +33,19 @@ from deq_jax.training import (
     Batch,
     Interrupted,
     NonFiniteLoss,
+    Sgd,
     TrainState,
+    WeightAverage,
+    Workdir,
     fit,
     initial_state,
     learning_rate,
     load_run,
+    read_metrics,
     train_step,
 )
 from deq_jax.training.meters import TIMINGS, Meter
+from deq_jax.training.optimizers import deployed_params, slowed
 from tests.helpers import tiny
 from tests.helpers.cases import mostly_slow
 
@@ -421,8 +427,60 @@ def test_the_parts_of_a_step_must_divide_the_images_of_a_device(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny.get_config(objective=Standard(), optimizer=AdamCosine(1e38), pretrain_steps=0, checkpoint_every=1)
-    with pytest.raises(NonFiniteLoss, match=r"loss is nan at step \d+ of 17; last good one: .*latest/\d+"):
+    message = r"loss is nan at step \d+ of 17; its batch is training images \d+, .* others; last good one: .*latest/\d+"
+    with pytest.raises(NonFiniteLoss, match=message):
         fit(config, tmp_path)
+
+
+BUILT = []  # optimisers of the test below
+
+
+@dataclass(frozen=True)
+class Explosive:
+    """SGD; the ones that are built first make steps that are not finite, from step 10 on."""
+
+    explosive: int
+
+    def transformation(self, steps):
+        BUILT.append(self)
+        sgd, explodes = optax.sgd(0.1), len(BUILT) <= self.explosive
+
+        def update(gradient, count, params):
+            factor = jnp.where(explodes & (count >= 9), jnp.nan, 1.0)
+            return optax.tree.scale(factor, sgd.update(gradient, sgd.init(params))[0]), count + 1
+
+        return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+@pytest.mark.parametrize(("explosive", "ends"), [(1, True), (99, False)], ids=["once", "always"])
+def test_a_run_goes_back_with_half_the_learning_rate_as_often_as_it_may(explosive, ends, tmp_path):
+    BUILT.clear()
+    optimizer, said = Explosive(explosive), []
+    config = tiny.get_config(objective=Standard(), optimizer=optimizer, pretrain_steps=0, checkpoint_every=4)
+    with nullcontext() if ends else pytest.raises(NonFiniteLoss, match="latest/8"):
+        fit(config, tmp_path, retries=2, say=said.append)
+    factors = [text.rpartition("; ")[2] for text in said if "going back" in text]
+    expected = [f"going back, with {factor} x the learning rate" for factor in (0.5, 0.25)]
+    assert factors == expected[: 1 if ends else 2]
+    assert said.count("resuming after step 8 of 17") == len(factors)
+    workdir = Workdir(tmp_path)
+    steps = [line["step"] for line in read_metrics(workdir.metrics) if line["split"] == "train"]
+    assert steps == list(range(1, 1 + (17 if ends else 10)))
+    assert workdir.latest.read(print).meta["retreats"] == (1 if ends else 0)
+
+
+@pytest.mark.parametrize("average", [lambda optimizer: optimizer, WeightAverage], ids=["plain", "averaged"])
+def test_a_slower_optimizer_is_one_with_a_smaller_learning_rate(average):
+    params, gradient = {"w": jnp.arange(3.0)}, {"w": jnp.array([1.0, -2.0, 0.5])}
+    found = []
+    for optimizer in (slowed(average(Sgd(0.4)), 0.25), average(Sgd(0.1))):
+        transformation, now = optimizer.transformation(20), params
+        state = transformation.init(params)
+        for _ in range(3):
+            updates, state = transformation.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        found.append((now, deployed_params(now, state)))
+    chex.assert_trees_all_close(*found, rtol=1e-6)
 
 
 @pytest.mark.slow
