@@ -182,6 +182,20 @@ class Gradient(Protocol):
 
     Attributes:
       applications: number of cell applications in the forward pass.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from deq_jax import Broyden, deq
+      >>> class OneStep:  # one application, with the state held constant
+      ...     applications = 1
+      ...     def __call__(self, cell, params, u, z):
+      ...         return cell(params, jax.lax.stop_gradient(z), u)
+      >>> def value(u):
+      ...     half = lambda params, z, u: 0.5 * z + u
+      ...     z, _ = deq(half, {}, u, jnp.zeros((1, 1)), solver=Broyden(4), gradient=OneStep())
+      ...     return z.sum()
+      >>> jax.grad(value)(jnp.ones((1, 1))).item()  # the exact one is 2
+      1.0
     """
 
     @property
@@ -195,6 +209,16 @@ class Readout(Protocol):
 
     The keys are the readout's own (`Purpose.READOUT`): ``keys.draw`` draws for each image, ``keys.common`` is a key for
     one draw for the whole batch.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from deq_jax import FixedPoint, solve
+      >>> def first(solution, keys=None):
+      ...     return solution.states[0]
+      >>> half = lambda params, z, u: 0.5 * z + u
+      >>> solution = solve(FixedPoint(3), half, {}, jnp.zeros((1, 1)), jnp.ones((1, 1)))
+      >>> first(solution).item(), solution.z.item()
+      (1.0, 1.75)
     """
 
     def __call__(self, solution: Solution, keys: Keys | None = None) -> PyTree: ...
@@ -204,24 +228,27 @@ class Optimizer(Protocol):
     """How gradients become steps: an optax optimiser and its schedule, made for a run of a known length.
 
     Any frozen dataclass with this method is one; it is written into config.json, and ``--set optimizer.momentum=0.8``
-    reaches its fields. For example SGD with Nesterov momentum, weight decay, clipping and a warm-up::
-
-        @dataclass(frozen=True)
-        class Nesterov:
-            learning_rate: float = 0.1
-            momentum: float = 0.9
-            weight_decay: float = 5e-4
-            warmup: int = 500
-
-            def schedule(self, steps):
-                return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup, steps)
-
-            def transformation(self, steps):
-                sgd = optax.sgd(self.schedule(steps), self.momentum, nesterov=True)
-                return optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(self.weight_decay), sgd)
+    reaches its fields.
 
     The structure of the optimiser's state must not depend on `steps`. A method ``schedule(steps)``, which returns the
     learning rate as a function of the step (from 0), is not needed; it lets the metrics tell the learning rate.
+
+    Examples:
+      >>> from dataclasses import dataclass
+      >>> import optax
+      >>> @dataclass(frozen=True)
+      ... class Nesterov:  # momentum, weight decay, clipping and a warm-up
+      ...     learning_rate: float = 0.1
+      ...     momentum: float = 0.9
+      ...     weight_decay: float = 5e-4
+      ...     warmup: int = 500
+      ...     def schedule(self, steps):
+      ...         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, self.warmup, steps)
+      ...     def transformation(self, steps):
+      ...         sgd = optax.sgd(self.schedule(steps), self.momentum, nesterov=True)
+      ...         return optax.chain(optax.clip_by_global_norm(1.0), optax.add_decayed_weights(self.weight_decay), sgd)
+      >>> round(float(Nesterov().schedule(2000)(250)), 3), len(Nesterov().transformation(2000))
+      (0.05, 2)
     """
 
     def transformation(self, steps: int) -> optax.GradientTransformation:

@@ -64,19 +64,21 @@ class Dataset(Protocol):
     """Anything with ``load() -> Splits``. Where it has ``class_names``, tables use them: see `class_names`.
 
     A training config holds it, so it is a frozen dataclass of numbers and strings, and its arrays are made in ``load``.
-    For example arrays in memory::
-
-        @dataclass(frozen=True)
-        class Mine:
-            seed: int = 0
-
-            def load(self):
-                x = np.random.default_rng(self.seed).random((100, 8, 8, 1), np.float32)  # in [0, 1], or uint8
-                images = Images(x, np.arange(100) % 10)
-                rest, test = hold_out(images, 20)
-                return Splits(*hold_out(rest, 10), test)
-
     A run in a workdir imports the class again, so there it belongs in a file of its own; `Npz` reads arrays in a file.
+
+    Examples:
+      >>> from dataclasses import dataclass
+      >>> import numpy as np
+      >>> from deq_jax.data import Images, Splits, hold_out
+      >>> @dataclass(frozen=True)
+      ... class Mine:
+      ...     seed: int = 0
+      ...     def load(self):
+      ...         x = np.random.default_rng(self.seed).random((100, 8, 8, 1), np.float32)  # in [0, 1], or uint8
+      ...         rest, test = hold_out(Images(x, np.arange(100) % 10), 20)
+      ...         return Splits(*hold_out(rest, 10), test)
+      >>> [len(part.y) for part in Mine().load()]
+      [70, 10, 20]
     """
 
     def load(self) -> Splits: ...

@@ -40,6 +40,16 @@ class Direction(Protocol):
     """Where an update of the input goes: ``(entropies, x, keys) -> (entropies(x) [B], direction [B, H, W, C])``.
 
     The direction's entries lie in [-1, 1]; `entropies` maps images to the entropy of each one's prediction.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> class Brighter:  # a control that does not look at the entropy
+      ...     applications = 0
+      ...     def __call__(self, entropies, x, keys):
+      ...         return entropies(x), jnp.ones_like(x)
+      >>> entropies, direction = Brighter()(lambda x: jnp.zeros(len(x)), jnp.zeros((2, 8, 8, 1)), None)
+      >>> entropies.shape, direction.shape
+      ((2,), (2, 8, 8, 1))
     """
 
     @property

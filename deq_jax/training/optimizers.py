@@ -46,7 +46,16 @@ class AdamCosine:
 
 
 class Schedule(Protocol):
-    """How the learning rate changes over a run."""
+    """How the learning rate changes over a run.
+
+    Examples:
+      >>> import optax
+      >>> class Constant:
+      ...     def over(self, steps, peak):
+      ...         return optax.constant_schedule(peak)
+      >>> Constant().over(steps=100, peak=0.5)(3)
+      0.5
+    """
 
     def over(self, steps: int, peak: float) -> optax.Schedule:
         """The learning rate at each step, from 0, of a run of `steps` steps with `peak` as the highest."""
