@@ -9,21 +9,20 @@ writes the tables into the page, between its two marks, and their numbers beside
 
 from benchmarks.study import Entry, Study, defended, run
 
-EXPLICIT = {"PGD-AT": Entry("digits_cnn_pgd_at"), "TRADES": Entry("digits_cnn_trades")}
-PLAIN = {"PGD-AT": Entry("digits_pgd_at"), "TRADES": Entry("digits_trades")}
-RANDOM = {"PGD-AT": Entry("digits_pgd_at_random"), "TRADES": Entry("digits_trades_random")}
+CONFIGS = {"PGD-AT": "pgd_at", "TRADES": "trades"}
 
 
 def family(objective: str) -> tuple[dict[str, Entry], list[tuple[str, str]]]:
-    """The rows of one objective, and its pairs: the explicit network, the DEQ, and the one with random states."""
-    explicit, random = f"{objective}, explicit network", f"{objective}, random states"
-    rows = {explicit: EXPLICIT[objective]}
-    pairs = [(explicit, objective), (random, objective)]
-    for name, entry in {objective: PLAIN[objective], random: RANDOM[objective]}.items():
-        others = defended(name, entry, explicit=explicit)
-        rows |= {name: entry, **others}
-        pairs += [(other, name) for other in others]
-    return rows, pairs
+    """The rows of one objective and their pairs: the DEQ, its defences, random states, and the explicit network."""
+    explicit, config = f"{objective}, explicit network", CONFIGS[objective]
+    deq = Entry(f"digits_{config}")
+    rows = {
+        explicit: Entry(f"digits_cnn_{config}"),
+        objective: deq,
+        f"{objective}, random states": Entry(f"digits_{config}_random"),
+        **defended(objective, deq, explicit=explicit),
+    }
+    return rows, [(name, objective) for name in rows if name != objective]
 
 
 (PGD_AT, PGD_AT_PAIRS), (TRADES, TRADES_PAIRS) = family("PGD-AT"), family("TRADES")
