@@ -27,10 +27,16 @@ def family(objective: str) -> tuple[dict[str, Entry], list[tuple[str, str]]]:
 
 (PGD_AT, PGD_AT_PAIRS), (TRADES, TRADES_PAIRS) = family("PGD-AT"), family("TRADES")
 
+EVERY = "PGD-AT, every white-box attack"
+
 STUDY = Study(
-    {"standard": Entry("digits_standard")} | PGD_AT | TRADES,
+    {"standard": Entry("digits_standard")}
+    | PGD_AT
+    | TRADES
+    | {EVERY: Entry("digits_pgd_at", evaluation=("--config", "configs/eval_white_box.py"))},
     PGD_AT_PAIRS + TRADES_PAIRS,
     states=("standard", "PGD-AT", "PGD-AT, random states", "TRADES", "TRADES, random states"),
+    attacks=(EVERY,),
 )
 
 if __name__ == "__main__":

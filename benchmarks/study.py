@@ -63,12 +63,14 @@ class Study(NamedTuple):
       pairs: the accuracies of the second are subtracted from the accuracies of the first.
       states: the DEQs whose states have a table.
       curves: the entries whose validation after each epoch has a table.
+      attacks: the entries whose attacks have a table.
     """
 
     entries: dict[str, Entry]
     pairs: list[tuple[str, str]]
     states: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
 
 
 def run(study: Study, about: str, argv: list[str] | None = None) -> None:
@@ -152,6 +154,7 @@ def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dic
         "differences": [_difference(a, b, groups) for a, b in study.pairs if a in groups and b in groups],
         "states": [row for name in study.states if name in groups for row in _states(name, groups[name])],
         "curves": [_curve(name, folders[name][0].parents[1]) for name in study.curves if name in folders],
+        "attacks": [row for name in study.attacks if name in groups for row in _attacks(name, groups[name])],
     }
 
 
@@ -207,6 +210,25 @@ def _curve(name: str, workdir: Path) -> Row:
     return {"training": name} | {key: [line[key] for line in lines] for key in ("accuracy", "adversarial_accuracy")}
 
 
+def _attacks(name: str, group: Group) -> list[Row]:
+    """Accuracy of the deployed predictor under each attack, mean over the seeds in percent.
+
+    Of the attacks on one intermediate state, which differ in their unrolling, the strongest of each seed counts.
+    """
+    tables = [one.record.accuracy for one in group.evaluations]
+    kinds: dict[str, list[str]] = {}
+    for attack in tables[0]:
+        kinds.setdefault(attack.rsplit("-", 2)[0] if "Intermediate" in attack else attack, []).append(attack)
+    strongest = {
+        kind: [min(table[attack]["deployed"] for attack in attacks) for table in tables]
+        for kind, attacks in kinds.items()
+    }
+    return [
+        {"training": name, "attack": kind, "of": len(kinds[kind]), "accuracy": 100 * sum(found) / len(found)}
+        for kind, found in strongest.items()
+    ]
+
+
 def _json(estimate: Estimate | None) -> dict[str, Any] | None:
     return None if estimate is None else {"value": estimate.value, "interval": estimate.interval}
 
@@ -239,6 +261,11 @@ def tables(numbers: dict[str, Any]) -> str:
     for row in numbers["curves"]:
         both = zip(row["accuracy"], row["adversarial_accuracy"], strict=True)
         rows.append(f"| {row['training']} | " + " | ".join(f"{100 * a:.1f} / {100 * b:.1f}" for a, b in both) + " |")
+    if numbers.get("attacks"):
+        rows += ["", "| training | images of | accuracy |", "|---|---|---|"]
+    for row in numbers.get("attacks", []):
+        attack = row["attack"] if row["of"] == 1 else f"{row['attack']}, strongest of {row['of']}"
+        rows.append(f"| {row['training']} | {attack} | {row['accuracy']:.1f} |")
     return "\n".join(rows)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, digits, parity, photographs, speed, through
+from benchmarks import accelerator, devices, digits, parity, photographs, speed, through
 from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
@@ -58,7 +58,9 @@ CURVE = {"training": "PGD-AT", "accuracy": [0.4, 0.55], "adversarial_accuracy": 
 
 
 def test_a_training_a_difference_and_a_state_are_rows():
-    text = tables({"rows": [ROW], "differences": [PAIR], "states": [STATE], "curves": [CURVE]})
+    attacks = [{"training": "PGD-AT", "attack": "pgd-10.Intermediate-1", "of": 6, "accuracy": 80.83}]
+    text = tables({"rows": [ROW], "differences": [PAIR], "states": [STATE], "curves": [CURVE], "attacks": attacks})
+    assert "| PGD-AT | pgd-10.Intermediate-1, strongest of 6 | 80.8 |" in text
     assert "| PGD-AT | 40.0 / 20.0 | 55.0 / 28.1 |" in text
     assert "| PGD-AT | z_3 | 55.0 | 28.0 | 1.20 | 1.34 | 0.25 |" in text
     assert "| PGD-AT | 99.4 [98.0, 99.9] | 76.7 | 75.0, 78.3 | 0.054 | no plateau 1/2 |" in text
@@ -84,6 +86,8 @@ PARTS = {
     "through": whole(tables),
     "photographs": whole(tables),
     "accelerator": whole(accelerator.tables),
+    "devices": whole(devices.tables),
+    "digits": whole(tables),
     "agreement": whole(parity.tables),
     "speed-and-memory": speed.tables,
 }
@@ -134,7 +138,7 @@ def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monk
 def test_each_entry_has_a_folder_of_its_own_and_others_that_are_named_exist(study):
     ways = {(entry.slug, entry.evaluation) for entry in study.entries.values()}
     assert len(ways) == len(study.entries)
-    named = {name for pair in study.pairs for name in pair} | {*study.states, *study.curves}
+    named = {name for pair in study.pairs for name in pair} | {*study.states, *study.curves, *study.attacks}
     assert named <= study.entries.keys()
 
 
