@@ -11,7 +11,7 @@ A training run, an attack and an evaluation::
     from deq_jax import attacks, surrogates
 
     ball = attacks.Linf(0.1)
-    model = dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
+    model = dj.models.small_deq(num_classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
     config = dj.TrainConfig(model, dj.PGDAdversarialTraining(attacks.PGD(ball, steps=5)), dj.data.Digits(), epochs=6)
     run = dj.fit(config)                                        # in memory; workdir="runs/a" keeps, resumes and logs
     x, y = run.data.test.x[:120], run.data.test.y[:120]

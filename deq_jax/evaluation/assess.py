@@ -69,7 +69,7 @@ def assess(
     Examples:
       >>> import jax.numpy as jnp
       >>> import deq_jax as dj
-      >>> model, x = dj.models.small_cnn(classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
+      >>> model, x = dj.models.small_cnn(num_classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
       >>> predictor = dj.Predictor(model, model.init(0, x))
       >>> result = dj.assess(predictor, (x, jnp.array([3, 4])), trials=[], threat=dj.attacks.Linf(0.1))
       >>> result.robust_accuracy is None

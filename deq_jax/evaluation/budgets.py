@@ -120,7 +120,7 @@ def white_box_trials(classifier: Equilibrium, threat: Threat) -> tuple[Trial, ..
 
     Examples:
       >>> import deq_jax as dj
-      >>> model = dj.models.small_deq(classes=10, channels=4, dynamics=dj.Dynamics(dj.Anderson(3)))
+      >>> model = dj.models.small_deq(num_classes=10, channels=4, dynamics=dj.Dynamics(dj.Anderson(3)))
       >>> trials = dj.evaluation.white_box_trials(model, dj.attacks.Linf(0.1))
       >>> len(trials), trials[0].name, trials[-1].name  # 3 states x 6, the mean, the exact one
       (20, 'pgd-10.Intermediate-1-1-0.5', 'pgd-10.exact')

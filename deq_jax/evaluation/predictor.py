@@ -35,7 +35,7 @@ class Predictor:
 
     Examples:
       >>> import jax, jax.numpy as jnp, deq_jax as dj
-      >>> model, x = dj.models.small_cnn(classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
+      >>> model, x = dj.models.small_cnn(num_classes=10, channels=4), jnp.zeros((2, 8, 8, 1))
       >>> dj.Predictor(model, model.init(0, x)).logits(x).shape
       (2, 10)
     """

@@ -251,7 +251,7 @@ def require_deq(classifier: Any, where: str) -> tuple[Equilibrium, Solver]:
 
     Examples:
       >>> from deq_jax.models import require_deq, small_cnn
-      >>> require_deq(small_cnn(classes=10, channels=12), "ThroughSolver")
+      >>> require_deq(small_cnn(num_classes=10, channels=12), "ThroughSolver")
       Traceback (most recent call last):
           ...
       deq_jax.core.errors.InputError: ThroughSolver: expected an Equilibrium with a solver, got an Explicit

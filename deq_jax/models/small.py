@@ -130,7 +130,7 @@ class SmallCNN(nn.Module):
 
 
 def small_deq(
-    classes: int,
+    num_classes: int,
     channels: int,
     dynamics: Dynamics,
     *,
@@ -143,7 +143,7 @@ def small_deq(
     """A small convolutional DEQ for small images, such as 8 x 8 digits.
 
     Args:
-      classes: K.
+      num_classes: K.
       channels: number of channels of the state; divisible by `groups`.
       dynamics: how the equilibrium is found, read out and differentiated.
       strides: stride of the first convolution; it divides the resolution of the image.
@@ -154,15 +154,19 @@ def small_deq(
 
     Examples:
       >>> import deq_jax as dj
-      >>> dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8))).dynamics.solver.steps
+      >>> dj.models.small_deq(num_classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8))).dynamics.solver.steps
       8
     """
-    modules = SmallEncoder(channels, strides, dropout), SmallCell(channels, expansion, groups), SmallDecoder(classes)
+    modules = (
+        SmallEncoder(channels, strides, dropout),
+        SmallCell(channels, expansion, groups),
+        SmallDecoder(num_classes),
+    )
     return Equilibrium(*modules, dynamics, jacobian)
 
 
 def small_cnn(
-    classes: int,
+    num_classes: int,
     channels: int,
     *,
     strides: int = 1,
@@ -174,14 +178,14 @@ def small_cnn(
     """The explicit baseline of `small_deq`; with `depth` = 1 it has exactly the same parameters.
 
     Args:
-      classes: K.
+      num_classes: K.
       channels: number of channels between the blocks; divisible by `groups`.
       strides, expansion, groups, dropout: as in `small_deq`.
       depth: number of blocks like the DEQ's cell.
 
     Examples:
       >>> from deq_jax.models import small_cnn
-      >>> small_cnn(classes=10, channels=12, depth=3).module.depth
+      >>> small_cnn(num_classes=10, channels=12, depth=3).module.depth
       3
     """
-    return Explicit(SmallCNN(classes, channels, strides, expansion, groups, depth, dropout))
+    return Explicit(SmallCNN(num_classes, channels, strides, expansion, groups, depth, dropout))

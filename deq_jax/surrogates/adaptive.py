@@ -111,7 +111,7 @@ def require_defended(classifier: Any, where: str) -> EntropyReduced:
     Examples:
       >>> from deq_jax.models import small_cnn
       >>> from deq_jax.surrogates import require_defended
-      >>> require_defended(small_cnn(classes=10, channels=12), "EndToEnd")
+      >>> require_defended(small_cnn(num_classes=10, channels=12), "EndToEnd")
       Traceback (most recent call last):
           ...
       deq_jax.core.errors.InputError: EndToEnd: expected an EntropyReduced classifier, got an Explicit

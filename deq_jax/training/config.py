@@ -68,7 +68,7 @@ class TrainConfig:
 
     Examples:
       >>> import deq_jax as dj
-      >>> model = dj.models.small_deq(classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
+      >>> model = dj.models.small_deq(num_classes=10, channels=12, dynamics=dj.Dynamics(dj.Broyden(8)))
       >>> config = dj.TrainConfig(model, dj.Standard(), dj.data.Digits(), batch_size=64, epochs=6, pretrain_steps=34)
       >>> config.phase(step=0, steps_per_epoch=17).name, config.phase(step=34, steps_per_epoch=17).name
       ('PRETRAINING', 'PLAIN')

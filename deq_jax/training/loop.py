@@ -130,7 +130,7 @@ def fit(
 
     Examples:
       >>> import deq_jax as dj
-      >>> model = dj.models.small_cnn(classes=10, channels=4)
+      >>> model = dj.models.small_cnn(num_classes=10, channels=4)
       >>> dj.fit(dj.TrainConfig(model, dj.Standard(), dj.data.Digits(), batch_size=4800))
       Traceback (most recent call last):
           ...
@@ -329,7 +329,9 @@ class _Training:
         for step, loss in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(loss):
                 numbers = batch_indices(len(self.data.train.y), self.config.batch_size, self.config.seed, step - 1)
-                images = f"its batch is training images {', '.join(map(str, numbers[:3]))} and {len(numbers) - 3} others"
+                images = (
+                    f"its batch is training images {', '.join(map(str, numbers[:3]))} and {len(numbers) - 3} others"
+                )
                 where = self.kept.last_good(self.saved)
                 raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {images}; {where}")
 

@@ -70,7 +70,7 @@ class Standard:
       >>> from deq_jax import Standard, TrainConfig
       >>> from deq_jax.data import Digits
       >>> from deq_jax.models import small_cnn
-      >>> TrainConfig(small_cnn(classes=10, channels=12), Standard(), Digits(), epochs=6).objective
+      >>> TrainConfig(small_cnn(num_classes=10, channels=12), Standard(), Digits(), epochs=6).objective
       Standard(label_smoothing=0.0)
     """
 
