@@ -20,8 +20,7 @@ from deq_jax.training import Batch, Phase, TrainState, train_step
 GIGABYTE = 2**30
 SETTINGS: dict[str, dict[str, Any]] = {
     "as configured": {},
-    "rematerialize": {"rematerialize": True},
-    "rematerialize, bfloat16": {"rematerialize": True, "compute_dtype": jnp.bfloat16},
+    "`rematerialize`": {"rematerialize": True},
 }
 
 

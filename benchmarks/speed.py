@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed --page docs/results/speed-and-memory.md
 
-Run it on a quiet machine. Each part is kept in --out as soon as it is measured. --only measures some parts again; the
-page then shows the other parts of --out with the stamps that they had.
+Run it on a quiet machine. Each part is written as soon as it is measured: into the page and the JSON file beside it, or
+into --out alone. --only measures some parts; the others stay, with their own stamps. The part `memory` takes no times:
+it may run on a busy machine.
 """
 
 from __future__ import annotations
@@ -38,23 +39,27 @@ PARTS = {
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints the tables and writes JSON after each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/speed.json"), metavar="FILE")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench/speed.json"), metavar="FILE", help="without --page"
+    )
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="pairs of runs, further steps; default: 5")
     parser.add_argument("--page", type=Path, metavar="FILE", help="page that shows the tables")
     options = parser.parse_args(argv)
     with command_line():
         check_page(options.page, *PARTS)
-        make_folder(options.out.parent)
-        found = read_json(options.out) if options.out.exists() else {"made": [], "parts": {}}
+        file = options.page.with_suffix(".json") if options.page else options.out
+        make_folder(file.parent)
+        found = read_json(file) if file.exists() else {"made": [], "parts": {}}
         for name in options.only:
             rows = PARTS[name].rows(options.repeats)
             found["parts"][name] = {"record": made(), "rows": rows}
             found["made"] = records(found["parts"])
-            write_json(options.out, found)
             console.print(PARTS[name].table(rows))
-        if options.page:
-            write_page(options.page, found, tables(found))
+            if options.page:
+                write_page(options.page, found, tables(found))
+            else:
+                write_json(file, found)
 
 
 def records(parts: dict[str, Row]) -> list[Row]:

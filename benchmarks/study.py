@@ -159,7 +159,7 @@ def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dic
 
 
 def _made(groups: dict[str, Group]) -> list[Row]:
-    """The environments of the runs and of their evaluations, each once; those of older runs are unknown."""
+    """The environments of the runs and of their evaluations, each once. Older runs have none."""
     evaluations = [one for group in groups.values() for one in group.evaluations]
     files = [Workdir(one.folder.parents[1]).environment for one in evaluations]
     trained = [record for file in files if file.exists() for record in cast(list[Row], read_json(file))]

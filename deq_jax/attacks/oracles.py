@@ -113,7 +113,7 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
 
     Args:
       logits: ``x [B, H, W, C] -> logits [B, K]``; or, of a random predictor, ``(x, keys)``: a function is called with
-        `Keys` if it has a parameter of the name `keys`, or two that must be given. Of a Flax module it is
+        `Keys` if it has a parameter of the name `keys`, or two that must be given. For a Flax module:
         ``lambda x: module.apply(variables, x)``.
 
     Examples:

@@ -172,8 +172,8 @@ class EarlyState:
 class EvalConfig:
     """Everything that determines an evaluation of a trained classifier.
 
-    An attack that declares a threat model must declare this one; `Diagnostics.far` may have another radius. Of an
-    attack that declares none only the images are checked, once they are made.
+    An attack that declares a threat model must declare this one; `Diagnostics.far` may have another radius. If an
+    attack declares none, only its images are checked, once they are made.
 
     Attributes:
       threat: the adversarial images that count lie within this ball.

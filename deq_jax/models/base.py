@@ -64,5 +64,5 @@ class Classifier(Protocol):
         keys: Keys | None = None,
         axis_name: str | None = None,
     ) -> Prediction:
-        """Classifies images; keys make a random classifier draw, `axis_name` is that of the devices in training."""
+        """Classifies images; keys make a random classifier draw; `axis_name` names the axis of devices in training."""
         ...

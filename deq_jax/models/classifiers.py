@@ -348,7 +348,7 @@ def _at_least_one(batch: PyTree) -> PyTree:
 
 
 def _arguments(module: nn.Module, x: PyTree, offered: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the module is called with: x and those of the offered arguments that it names, or all of them in order."""
+    """The module's arguments: x, and the offered ones that it names, or all of them in order."""
     named = list(inspect.signature(type(module).__call__).parameters)[2:]  # after self and x
     if set(named) <= set(offered):
         return (x,), {name: offered[name] for name in named}

@@ -227,8 +227,8 @@ class WeightAverage:
     """An optimiser with an exponential moving average of the parameters: the average is validated and deployed.
 
     After step t (from 1) the average has moved to the parameters by ``max(1 - decay, 9 / (t + 9))``, so that the first
-    steps are soon forgotten. Training continues from the parameters themselves, which ``checkpoints/latest`` has too:
-    the average is in ``checkpoints/best``. Batch statistics are not averaged.
+    steps are soon forgotten. Training continues from the parameters themselves, which ``checkpoints/latest`` has; the
+    average is in ``checkpoints/best``. Batch statistics are not averaged.
 
     Attributes:
       optimizer: the optimiser; the parameters after its steps are averaged.

@@ -114,7 +114,7 @@ def test_a_stamp_has_code_versions_and_machine_as_far_as_they_were_recorded():
 
 
 def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monkeypatch):
-    page, out = tmp_path / "page.md", tmp_path / "speed.json"
+    page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ["stamp", *speed.PARTS]))
     days = iter(["2026-01-01", "2026-01-01", "2026-02-02"])
     monkeypatch.setattr(speed, "made", lambda: {"work": "measured", "date": next(days), "command": {}})
@@ -125,11 +125,11 @@ def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monk
     for name, found in rows.items():
         part = speed.PARTS[name]._replace(rows=lambda repeats, found=found: [found[0] | {"ratio": repeats}])
         monkeypatch.setitem(speed.PARTS, name, part)
-    speed.main(["--out", str(out), "--page", str(page), "--only", "solvers", "memory"])
+    speed.main(["--page", str(page), "--only", "solvers", "memory"])
     assert "| Broyden | 9 cells | 5.00 (1.20 to 1.30) |" in page.read_text()
     assert "| `a` | b | 4 | 3.00 | 1.00 | 512.0 |" in page.read_text()
     assert "> **Stamp.** Measured on 2026-01-01 by" in page.read_text()
-    speed.main(["--out", str(out), "--page", str(page), "--only", "memory", "--repeats", "2"])
+    speed.main(["--page", str(page), "--only", "memory", "--repeats", "2"])
     assert "Solvers measured on 2026-01-01 by" in page.read_text()
     assert "Memory measured on 2026-02-02 by" in page.read_text()
 
