@@ -26,6 +26,7 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
+from deq_jax import _interrupt as _interrupt
 from deq_jax.core import (
     Anderson,
     Backprop,

@@ -15,8 +15,9 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
+from deq_jax._interrupt import raise_again
 from deq_jax.core.errors import InputError, WriteError, escaped
-from deq_jax.parallel.processes import connect, is_primary
+from deq_jax.parallel.processes import connect, end_without_others, is_primary
 
 
 class PlainConsole(Console):
@@ -56,8 +57,10 @@ def join(options: argparse.Namespace) -> None:
 def command_line() -> Iterator[None]:
     """Runs a command: a user's error becomes one line on stderr and exit code 2; compiled code is kept.
 
-    A file that cannot be written becomes one line and exit code 74, an interruption from the keyboard one and 130.
+    A file that cannot be written becomes one line and exit code 74, an interruption from the keyboard one and 130, the
+    loss of another process of the job one and 134.
     """
+    raise_again()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deq_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -68,6 +71,9 @@ def command_line() -> Iterator[None]:
         fail(str(error), 2)
     except WriteError as error:
         fail(str(error), os.EX_IOERR)
+    except jax.errors.JaxRuntimeError as error:
+        end_without_others(error)
+        raise
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
 

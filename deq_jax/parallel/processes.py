@@ -11,6 +11,7 @@ import importlib.util
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,10 +24,13 @@ from jax.experimental import multihost_utils
 
 from deq_jax.core.errors import InputError, WriteError, require
 from deq_jax.core.types import PyTree
+from deq_jax.parallel import reports
 
 CONNECT_SECONDS = 120  # within which all processes of a job must have started
 
 LEAVE_SECONDS = 30  # for which a process that ends alone waits for the others
+
+_reporter: subprocess.Popen[bytes] | None = None  # shortens what is reported on stderr; ends when this process has
 
 
 def connect(
@@ -83,6 +87,16 @@ def is_primary() -> bool:
       True
     """
     return jax.process_index() == 0
+
+
+def end_without_others(error: Exception) -> None:
+    """Ends this process with one line and code 134 if the error is of a connection to another one, which was lost.
+
+    Nothing else is done at this end, because JAX would wait for the others first.
+    """
+    count, own = jax.process_count(), jax.process_index()
+    if count > 1 and "Gloo" in str(error):
+        _leave(reports.lost_line(1 - own if count == 2 else None), 128 + signal.SIGABRT)
 
 
 @contextmanager
@@ -242,9 +256,11 @@ def _check_port(port: int) -> None:
 def _initialize(coordinator: str | None, processes: int | None, process: int | None, seconds: float) -> None:
     where = "the job's processes" if coordinator is None else f"process {process} of {processes} at {coordinator}"
     advice = "start each of them once, and make the port of process 0 reachable"
-    alarm = threading.Timer(seconds, _leave, [f"{where}: not all processes connected within {seconds:g} s; {advice}"])
+    late = f"{where}: not all processes connected within {seconds:g} s; {advice}"
+    alarm = threading.Timer(seconds, _leave, [late, 2])
     alarm.daemon = True
     alarm.start()
+    _shorten_reports()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -259,6 +275,18 @@ def _initialize(coordinator: str | None, processes: int | None, process: int | N
         alarm.cancel()
 
 
-def _leave(message: str) -> None:
+def _shorten_reports() -> None:
+    """From here on, stderr has one line about a lost process; see `reports`."""
+    global _reporter
+    sys.stderr.flush()
+    read, write = os.pipe()
+    script = [sys.executable, "-I", "-S", reports.__file__]
+    _reporter = subprocess.Popen(script, stdin=read, stdout=2, start_new_session=True)
+    os.dup2(write, 2)
+    os.close(read)
+    os.close(write)
+
+
+def _leave(message: str, code: int) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(code)

@@ -73,7 +73,7 @@ class Checkpoints:
 
     def _place(self, step: int, items: ocp.args.Composite) -> None:
         unfinished = self.folder / UNFINISHED
-        with _os_errors(), _checkpointer() as checkpointer:
+        with _os_errors(), _without_late_answers(), _checkpointer() as checkpointer:
             checkpointer.save(unfinished, args=items)
         write_json(unfinished / DIGESTS, _digests(unfinished))
         if step in self._steps():
@@ -166,7 +166,7 @@ class Checkpoint:
             raise InputError(f"checkpoint {path} cannot be read ({first_line(error)})") from None
         items = ocp.args.Composite(state=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore())
         try:
-            with _without_late_reads(), _checkpointer() as checkpointer:
+            with _without_late_answers(), _checkpointer() as checkpointer:
                 found = checkpointer.restore(path, args=items)
         except Exception as error:  # orbax, tensorstore and json each have their own
             reason = first_line(error)[:200]
@@ -246,8 +246,8 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _without_late_reads() -> Iterator[None]:
-    """Keeps quiet about reads that tensorstore answers when orbax no longer waits for them, because another one failed.
+def _without_late_answers() -> Iterator[None]:
+    """Keeps quiet about what tensorstore has read or written when orbax no longer waits, because another part failed.
 
     Python reports these in its hook for exceptions that nobody can catch. After a failure they come for a fraction of a
     second; the hook is put back once there was none for `QUIET` seconds.

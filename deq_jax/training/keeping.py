@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from deq_jax.core.errors import require
 from deq_jax.models.base import Variables
-from deq_jax.storage.checkpoints import DamagedError
+from deq_jax.storage.checkpoints import Checkpoint, DamagedError
 from deq_jax.storage.files import write_json
 from deq_jax.training.config import TrainConfig
-from deq_jax.training.metrics import MetricsLog, line_of, read_metrics
+from deq_jax.training.metrics import MetricsLog, digest_of, line_of, read_metrics
 from deq_jax.training.profiles import Profile
 from deq_jax.training.step import TrainState
 from deq_jax.training.workdir import Workdir, check_meta, check_same_config, environments_of
@@ -97,12 +98,16 @@ class Disk(Memory):
     def restore(self, state: TrainState, images: str) -> tuple[TrainState, Meta] | None:
         latest = self.latest_checkpoints
         found = None if latest.latest_step() is None else latest.read(self._say_damaged)
-        read_metrics(self.workdir.metrics)  # that they can be read is known before anything is written
+        lines = read_metrics(self.workdir.metrics)  # that they can be read is known before anything is written
         if found is not None:
             check_meta(found)
         step = 0 if found is None else found.step
         self.environments, self.changed = environments_of(self.workdir.path, step, images)
-        return None if found is None else (found.shaped_like(state), found.meta)
+        if found is None:
+            return None
+        self._check_unchanged(self.workdir.metrics, [line for line in lines if line["step"] <= step], found)
+        self._check_unchanged(self.workdir.environment, _before(self.environments, step), found)
+        return found.shaped_like(state), {name: part for name, part in found.meta.items() if name != "records"}
 
     def open(self, state: TrainState, meta: Meta, *, is_new: bool, has_ended: bool) -> None:
         """Writes the files that a resumed run reads."""
@@ -111,17 +116,18 @@ class Disk(Memory):
         if not has_ended:
             self._check_best(meta)
             write_json(self.workdir.environment, self.environments)
+        self._log = MetricsLog(self.workdir.metrics, self.workdir.events, int(state.step))
         if meta["origin"] is not None:
             if is_new:
                 self.save(0, state, meta)
             write_json(self.workdir.origin, meta["origin"])
-        self._log = MetricsLog(self.workdir.metrics, self.workdir.events, int(state.step))
 
     def log(self, step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dict[str, Any]:
         return self._log.append(line_of(step, epoch, split, metrics))
 
     def save(self, step: int, state: TrainState, meta: Meta) -> None:
-        self.latest_checkpoints.save(step, state, meta)
+        records = {"metrics": self._log.digest, "environment": digest_of(_before(self.environments, step)).hexdigest()}
+        self.latest_checkpoints.save(step, state, meta | {"records": records})
 
     def save_best(self, step: int, state: TrainState, meta: Meta) -> None:
         self.best_checkpoints.save(step, state, meta)
@@ -157,5 +163,17 @@ class Disk(Memory):
                 meta["best_accuracy"] = -1.0
             best.set_aside(after=step)
 
+    def _check_unchanged(self, path: Path, records: list[dict[str, Any]], found: Checkpoint) -> None:
+        """Refuses records other than those at the checkpoint; without a file, or in older runs, none are expected."""
+        expected = found.meta.get("records", {}).get(path.stem)
+        fits = expected is None or not path.exists() or digest_of(records).hexdigest() == expected
+        ways = "restore it, or delete it to resume without what it tells of earlier steps"
+        require(fits, f"{path} has changed since step {found.step}, whose checkpoint has its digest; {ways}")
+
     def _say_damaged(self, text: str) -> None:
         self._say(f"note: {text}; the damaged one is set aside")
+
+
+def _before(environments: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The environments of the steps up to this one."""
+    return [record for record in environments if record["step"] < step]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,15 @@ def line_of(step: int, epoch: float, split: str, metrics: dict[str, Any]) -> dic
     return {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
 
 
+def digest_of(records: Iterable[dict[str, Any]]) -> hashlib._Hash:
+    """SHA-256 of JSON data of a run, such as its lines of metrics."""
+    return hashlib.sha256("".join(map(_text, records)).encode())
+
+
+def _text(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with its `step`, in order, none twice; and TensorBoard events.
 
@@ -33,8 +44,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, events: Path, step: int):
         lines = [line for line in read_metrics(path) if line["step"] <= step]
-        write_whole(path, lambda file: file.writelines(f"{json.dumps(line)}\n".encode() for line in lines))
-        self._path = path
+        write_whole(path, lambda file: file.writelines(_text(line).encode() for line in lines))
+        self._path, self._sum = path, digest_of(lines)
         with writing(path):
             self._file = path.open("a")
             self._events = Events(events, step + 1)
@@ -51,10 +62,16 @@ class MetricsLog:
             if isinstance(value, int | float) and name not in ("step", "epoch")
         }
         with writing(self._path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(_text(line))
             self._file.flush()
+            self._sum.update(_text(line).encode())
             self._events.append(line["step"], numbers)
         return line
+
+    @property
+    def digest(self) -> str:
+        """Of all lines so far, see `digest_of`."""
+        return self._sum.hexdigest()
 
     def close(self) -> None:
         """Closes the files."""

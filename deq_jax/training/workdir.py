@@ -212,6 +212,7 @@ def check_meta(found: Checkpoint) -> None:
         origin = meta.get("origin")
         fits = {type(one) for one in numbers} <= {int, float} and {len(pair) for pair in sums} <= {2}
         fits = fits and (origin is None or origin.keys() == set(Origin._fields))
+        fits = fits and {type(one) for one in meta.get("records", {}).values()} <= {str}
     except (AttributeError, TypeError):  # something else than names and values
         fits = False
     require(fits, f"checkpoint {found.path}: not of a training run, by its data beside the state")

@@ -256,7 +256,10 @@ with agreed():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "codes", "words"),
-    [("raise OSError('disk full')", (1, 1), "process 1 failed: OSError: disk full"), ("os._exit(3)", (-6, 3), "died")],
+    [
+        ("raise OSError('disk full')", (1, 1), "process 1 failed: OSError: disk full"),
+        ("os._exit(3)", (-6, 3), "error: process 1 of the job was lost; the same command resumes"),
+    ],
     ids=["an-exception", "gone"],
 )
 def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(action, codes, words, folder):

@@ -1,7 +1,12 @@
 """Where a command is, in a file and on a terminal; plain signs that something is wrong."""
 
 import io
+import os
+import signal
+import subprocess
+import sys
 from math import comb
+from pathlib import Path
 
 import pytest
 from rich.progress import MofNCompleteColumn
@@ -11,6 +16,8 @@ from deq_jax._cli import PlainConsole, command_line
 from deq_jax._progress import Display
 from deq_jax.evaluation import plain_warnings
 from deq_jax.storage import duration
+
+ROOT = Path(__file__).parents[2]
 
 
 def shown(monkeypatch, **kind):
@@ -76,3 +83,20 @@ def test_warnings_tell_the_numbers():
 @pytest.mark.parametrize(("images", "classes", "residual"), [(0, 10, None), (64, 1, None), (0, 10, float("nan"))])
 def test_nothing_to_judge_is_no_warning(images, classes, residual):
     assert plain_warnings(1.0, images, classes, residual) == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "convert", "report"])
+def test_an_interruption_while_a_command_imports_is_no_traceback(command, tmp_path):
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    said = subprocess.run(
+        [sys.executable, "-m", f"deq_jax.{command}"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode == -signal.SIGINT and said.stderr == ""
+
+
+def test_an_import_elsewhere_changes_no_signal(tmp_path):
+    (tmp_path / "jax.py").write_text("raise KeyboardInterrupt\n")
+    text = "import signal\ntry:\n    import deq_jax\nexcept KeyboardInterrupt:\n    pass\n"
+    text += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    subprocess.run([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=True)

@@ -1,16 +1,21 @@
 """Checkpoints give back what was saved, or name the first part that does not fit."""
 
+import errno
 import shutil
 import sys
-from typing import Any, NamedTuple
+import threading
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from deq_jax import InputError
+from deq_jax.core import WriteError
 from deq_jax.storage import checkpoints as checkpoints_module
 from deq_jax.storage.checkpoints import Checkpoints
 
@@ -76,23 +81,42 @@ def test_the_first_part_that_does_not_fit_is_named(saved, change, words):
     assert str(raised.value).startswith(f"checkpoint {saved / '3'} does not fit: ") and words in str(raised.value)
 
 
-def test_a_failed_restore_leaves_no_hook_behind(tmp_path):
-    """Tensorstore answers late reads for a moment after one failed; these are kept quiet, and nothing else is."""
-    state = {f"w{number}": np.random.default_rng(number).normal(size=(100, 100)) for number in range(40)}
-    Checkpoints(tmp_path, keep=1).save(3, state, {})
+STATE = {f"w{number}": np.random.default_rng(number).normal(size=(100, 100)) for number in range(40)}
+
+
+@pytest.fixture
+def unseen():
+    """Fails where something is reported that nobody can catch, or where the hook for it has changed.
+
+    Tensorstore answers late for a moment after a failure; these answers are kept quiet, and nothing else is.
+    """
+    before, seen = sys.unraisablehook, []
+    sys.unraisablehook = mine = seen.append
+    yield
+    found, sys.unraisablehook = sys.unraisablehook, before
+    assert found == mine and seen == []
+
+
+def test_a_failed_restore_leaves_no_hook_behind(tmp_path, unseen):
+    Checkpoints(tmp_path, keep=1).save(3, STATE, {})
     (tmp_path / "3" / "digests.json").unlink()
     for path in tmp_path.rglob("ocdbt*/d/*"):
         path.write_bytes(b"damaged")
-    before = sys.unraisablehook
-    seen: list[Any] = []
-    sys.unraisablehook = mine = seen.append
-    try:
-        with pytest.raises(InputError, match=r"3 is damaged \(.*\); there is no earlier one"):
-            Checkpoints(tmp_path, keep=1).read()
-        assert sys.unraisablehook is mine
-    finally:
-        sys.unraisablehook = before
-    assert seen == []
+    with pytest.raises(InputError, match=r"3 is damaged \(.*\); there is no earlier one"):
+        Checkpoints(tmp_path, keep=1).read()
+
+
+def test_a_failed_save_leaves_no_hook_behind(tmp_path, unseen, monkeypatch):
+    def answer_late():
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+
+    def fail(*_, **__):
+        threading.Timer(0.1, answer_late).start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    with pytest.raises(WriteError, match=r"3: cannot be written \(No space left on device\)"):
+        Checkpoints(tmp_path, keep=1).save(3, {}, {})
 
 
 def test_some_parts_alone_are_restored(saved):

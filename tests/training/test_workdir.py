@@ -88,6 +88,7 @@ def kept(tmp_path):
     assert disk.restore(state_after(0), "abc") is None
     disk.open(state_after(0), meta_of(-1.0), is_new=True, has_ended=False)
     for step in (1, 2):
+        disk.log(step, step, "train", {"loss": 0.5 * step})
         disk.save_best(step, state_after(step), meta_of(step / 10))
         disk.save(step, state_after(step), meta_of(step / 10))
     disk.close()
@@ -133,6 +134,39 @@ def test_the_best_one_of_a_run_that_has_ended_is_refused_where_it_is_damaged(kep
     with pytest.raises(InputError, match=r"best/2 is damaged \(.*\); there is no earlier one"):
         disk.best({"params": {"w": np.zeros(3, np.float32)}})
     assert said == [] and [path.name for path in kept.best.folder.iterdir()] == ["2"]
+
+
+CHANGES = {
+    "a line is missing": ("metrics", lambda text: text.splitlines(keepends=True)[0]),
+    "the end is cut off": ("metrics", lambda text: text[:-5]),
+    "nothing is left": ("metrics", lambda text: ""),
+    "a number has changed": ("metrics", lambda text: text.replace("0.5", "0.7")),
+    "a setting has changed": ("environment", lambda text: text.replace("float32", "float64")),
+    "no record is left": ("environment", lambda text: "[]"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_records_that_have_changed_since_the_checkpoint_are_refused(change, kept):
+    name, changed = CHANGES[change]
+    path = getattr(kept, name)
+    good = path.read_text()
+    path.write_text(changed(good))
+    with pytest.raises(InputError, match=rf"{path.name} has changed since step 2, whose checkpoint .*; restore it, or"):
+        resumed(kept)
+    path.unlink()
+    assert resumed(kept)[0] == 2  # without the earlier records
+    path.write_text(good)
+    assert resumed(kept)[0] == 2
+
+
+def test_records_after_the_checkpoint_do_not_count(kept):
+    with kept.metrics.open("a") as file:
+        file.write('{"step": 3, "split": "train", "loss": 0.1}\n{"step": 4')
+    assert resumed(kept)[0] == 2
+    damage(kept.latest.folder / "2")
+    assert resumed(kept)[0] == 1
+    assert [line["step"] for line in read_metrics(kept.metrics)] == [1]
 
 
 def test_metrics_on_a_full_disk(kept):
