@@ -22,7 +22,7 @@ from deq_jax.storage.briefs import duration
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.training.config import TrainConfig
 from deq_jax.training.endings import Interrupted, NonFiniteLoss
-from deq_jax.training.loop import fit
+from deq_jax.training.fitting import fit
 
 DESCRIPTION = """\
 Train a deep equilibrium model, or an explicit baseline.

@@ -43,7 +43,8 @@ def connect(
     """Joins the other processes of the job, if there are any; must precede any computation.
 
     Without arguments a SLURM step of several tasks and a TPU VM are recognised, and JAX finds the rest; anything
-    else is one process. ``processes=1`` never looks for others.
+    else is one process. ``processes=1`` never looks for others. With several, stderr passes through a small process
+    from then on. It puts one line in place of the many that JAX writes about a lost process.
 
     Args:
       coordinator: HOST:PORT at which process 0 can be reached; None for the variable JAX_COORDINATOR_ADDRESS.

@@ -3,7 +3,8 @@
 from deq_jax.core.types import Optimizer
 from deq_jax.training.config import Phase, TrainConfig, threat_of, with_readout
 from deq_jax.training.endings import Interrupted, NonFiniteLoss
-from deq_jax.training.loop import Run, fit
+from deq_jax.training.fitting import fit
+from deq_jax.training.loop import Run
 from deq_jax.training.metrics import read_metrics
 from deq_jax.training.objectives import Objective, Outcome, PGDAdversarialTraining, Standard, Trades
 from deq_jax.training.optimizers import AdamCosine, AdamW, Cosine, OneCycle, Piecewise, Schedule, Sgd, WeightAverage

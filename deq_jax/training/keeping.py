@@ -79,7 +79,7 @@ class Memory:
 
 
 class Disk(Memory):
-    """Keeps a run in its workdir: see `loop.fit`.
+    """Keeps a run in its workdir: see `fit`.
 
     Args:
       path: the workdir, a folder that exists.

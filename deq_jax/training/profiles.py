@@ -13,8 +13,8 @@ from deq_jax.storage.files import writing
 class Profile:
     """Writes a JAX profile of steps into a folder, for TensorBoard's profile plugin or Perfetto.
 
-    The first step is left out, because it is compiled. Steps that are pending when the profile begins or ends are waited
-    for, so it has whole steps.
+    The first step is left out, because it is compiled. Steps that are pending when the profile begins or ends are
+    waited for, so it has whole steps.
 
     Args:
       folder: gets the profile.

@@ -19,6 +19,7 @@ from deq_jax.evaluation import (
     EvalConfig,
     EvaluationRecord,
     Trial,
+    default_trials,
     named,
     red_flags,
     with_transfers,
@@ -232,7 +233,7 @@ class TestRandomPredictor:
             evaluate(RANDOM_CONFIG, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["reduced", "raised", "random", "half_radius"])
+@pytest.mark.parametrize("name", ["reduced", "quick", "raised", "random", "half_radius"])
 def test_configs_of_the_defence(name):
     config = load_config(f"configs/eval_entropy_{name}.py", EvalConfig, digits_pgd_at.get_config())
     assert from_tree(json.loads(json.dumps(to_tree(config)))) == config
@@ -257,6 +258,12 @@ def test_the_adaptive_evaluation_has_every_kind_of_attack():
     last = {type(trial.surrogate) for trial in config.trials if trial.from_worst}
     assert last == {Direct, BPDAHead, BPDASolver, EndToEnd}
     assert isinstance(config.diagnostics, Diagnostics)
+
+
+def test_the_small_budget_of_the_defence_is_the_default_one_of_a_defended_predictor():
+    config = load_config("configs/eval_entropy_quick.py", EvalConfig, digits_pgd_at.get_config())
+    assert config.trials == default_trials(config.predictor, config.threat, "quick") and config.budget == "quick"
+    assert {"apgd-ce.end-to-end", "apgd-t.base-through-solver", "square"} <= {trial.name for trial in config.trials}
 
 
 def targeted(config):
