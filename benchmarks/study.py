@@ -28,12 +28,14 @@ class Entry(NamedTuple):
       changes: changed fields, as for --set.
       evaluation: further arguments of its evaluation; with --config among them, the budget of the command is not used.
       transfers: suite -> entry, evaluated before, whose final images are tried on this one.
+      seeds: how many of the command's seeds are evaluated, if it is a costly one.
     """
 
     config: str
     changes: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
     transfers: Mapping[str, str] = MappingProxyType({})
+    seeds: int | None = None
 
     @property
     def slug(self) -> str:
@@ -98,10 +100,10 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
     with command_line():
         check_page(options.page, "tables")
         folders: dict[str, list[Path]] = {name: [] for name in options.only}
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
-            for name in options.only:
-                run_entry(study, name, seed, options)
-                folders[name].append(folder_of(study, name, seed, options))
+        for i in range(options.seeds):
+            for name in [name for name in options.only if i < (study.entries[name].seeds or options.seeds)]:
+                run_entry(study, name, options.first_seed + i, options)
+                folders[name].append(folder_of(study, name, options.first_seed + i, options))
         numbers = numbers_of(study, folders, options.budget)
         write_json(options.out / "tables.json", numbers)
         console.print(tables(numbers))

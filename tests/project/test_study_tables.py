@@ -219,7 +219,7 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
     assert {config.seed for config in configs.values()} == {0, 1}
 
 
-def test_a_defended_entry_meets_the_images_of_others_and_keeps_its_own_attacks(tmp_path, monkeypatch):
+def test_a_costly_defended_entry_meets_the_images_of_others_with_its_own_attacks_and_seeds(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("deq_jax.train.main", lambda arguments: None)
     monkeypatch.setattr("deq_jax.evaluate.main", calls.append)
@@ -227,14 +227,16 @@ def test_a_defended_entry_meets_the_images_of_others_and_keeps_its_own_attacks(t
     monkeypatch.setattr("benchmarks.study.write_json", lambda path, numbers: None)
     monkeypatch.setattr("benchmarks.study.tables", str)
     own = ("--config", "configs/eval_entropy_quick.py")
-    study = Study({"a": Entry("digits_pgd_at"), "b": Entry("digits_pgd_at", (), own, {"reference": "a"})}, [])
-    command = ["--out", str(tmp_path), "--seeds", "1", "--first-seed", "4", "--images", "6", "--batch-size", "3"]
+    entries = {"a": Entry("digits_pgd_at"), "b": Entry("digits_pgd_at", (), own, {"reference": "a"}, seeds=1)}
+    study = Study(entries, [])
+    command = ["--out", str(tmp_path), "--seeds", "2", "--first-seed", "4", "--images", "6", "--batch-size", "3"]
     run(study, "", command)
     where = ["--workdir", str(tmp_path / "digits_pgd_at-4")]
     sizes = ["--images", "6", "--batch-size", "3"]
     of_a = tmp_path / "digits_pgd_at-4" / "evaluation" / "test-quick-images-6"
     assert calls[0] == [*where, "--budget", "quick", *sizes]
     assert calls[1] == [*where, *sizes, *own, "--transfer", f"reference={of_a}"]
+    assert len(calls) == 3 and calls[2][1].endswith("digits_pgd_at-5")
 
 
 def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path, capsys):
