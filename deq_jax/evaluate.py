@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import jax
 import numpy as np
 from rich.progress import TaskProgressColumn
 
@@ -31,6 +32,7 @@ from deq_jax.defences.states import deployed
 from deq_jax.evaluation.budgets import BUDGETS, default_trials
 from deq_jax.evaluation.engine import worst_case
 from deq_jax.evaluation.files import write_evaluation
+from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import EarlyState, EvalConfig, Trial, with_transfers
 from deq_jax.evaluation.record import EvaluationRecord, Provenance
@@ -41,6 +43,7 @@ from deq_jax.models.base import Classifier
 from deq_jax.parallel.processes import agreed, from_primary, is_primary
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.storage.environment import environment
+from deq_jax.storage.locks import make_or_wait
 from deq_jax.storage.trees import to_tree
 from deq_jax.training.config import TrainConfig, threat_of
 from deq_jax.training.workdir import Workdir, load_run
@@ -73,6 +76,8 @@ notes:
   Every finished batch is kept. A different evaluation in the same folder is refused.
   With several processes, start the same command in each of them, with its own --process. The images are split over the
   devices of all processes, and all must see the workdir.
+  With --share, processes that are started on their own, at any time, share the batches of one evaluation. If one ends
+  early, the others compute its batch.
 
 more examples:
   python -m deq_jax.evaluate --workdir runs/a --attack pgd --set steps=1000 --epsilon 0.05 --out runs/a/pgd1000
@@ -95,12 +100,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with command_line():
         join(options)
+        alone = jax.process_count() == 1
+        require(alone or not options.share, "--share: the processes of one job share each batch without it")
         if options.verify:
             verify_folder(Path(options.verify), options.workdir and Path(options.workdir), options.seed)
             return
         workdir, choose = Path(options.workdir), partial(choose_config, options)
         out = folder_of(options)
-        record = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint)
+        record = evaluate(workdir, choose, out, split=options.split, checkpoint=options.checkpoint, share=options.share)
         console.print(states_table(record))
         console.print(accuracy_table(record))
         if len(record.classes) <= MOST_CLASSES:
@@ -116,6 +123,7 @@ def evaluate(
     *,
     split: str = "test",
     checkpoint: str = "best",
+    share: bool = False,
 ) -> EvaluationRecord:
     """Evaluates a trained classifier, or continues in `out`; see `worst_case`.
 
@@ -125,6 +133,7 @@ def evaluate(
       out: folder of the results.
       split: train, validation or test.
       checkpoint: best or latest.
+      share: other processes may do the same at the same time; the first that has all results writes the files.
     """
     with agreed():
         run = load_run(workdir, best=checkpoint == "best", say=note)
@@ -143,14 +152,18 @@ def evaluate(
             out,
             validation=run.data.validation,
             about=about,
+            share=share,
             report=tell,
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
     provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
     record = EvaluationRecord.of(result, provenance, names)
+    write = partial(write_evaluation, out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
     with agreed():
-        if is_primary():
-            write_evaluation(out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
+        if share:
+            make_or_wait(EvaluationFolder(out).record, write)
+        elif is_primary():
+            write()
     return record
 
 
@@ -234,6 +247,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="output folder; default: WORKDIR/evaluation/SPLIT-NAME, where NAME is the config's or attack's, "
         "followed by --readout, --epsilon and --images if they are given",
+    )
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="share the batches with other processes that run the same command with --share",
     )
     add_process_options(parser)
     options = parser.parse_args(arguments)

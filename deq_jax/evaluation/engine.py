@@ -7,6 +7,7 @@ again. The parts of an evaluation are in `evaluation.plan`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +39,7 @@ from deq_jax.models.base import Classifier, Variables, check_classifier
 from deq_jax.parallel.devices import check_batch_size
 from deq_jax.storage.environment import decisive_settings
 from deq_jax.storage.files import digest
+from deq_jax.storage.locks import POLL
 from deq_jax.storage.trees import to_tree
 from deq_jax.surrogates.base import Direct
 
@@ -52,6 +55,7 @@ def worst_case(
     *,
     validation: Images | None = None,
     about: dict[str, Any] | None = None,
+    share: bool = False,
     report: Report = lambda moment: None,
 ) -> WorstCase:
     """Attacks the deployed predictor with all trials, or resumes the same evaluation in `out`.
@@ -65,6 +69,7 @@ def worst_case(
         all of it in memory.
       validation: held-out training images, on which an early state is chosen.
       about: further JSON data that must be the same when an evaluation is resumed.
+      share: other processes may do the same evaluation in `out` at the same time; one of them computes each batch.
       report: called before every long step, and after every batch.
 
     Raises:
@@ -87,6 +92,8 @@ def worst_case(
       deq_jax.core.errors.InputError: trial pgd: ThroughSolver: expected an Equilibrium with a solver, got an Explicit
     """
     check_batch_size(config.batch_size)
+    alone = jax.process_count() == 1
+    require(not share or (alone and out is not None), "share: expected a folder, and processes that are no one job")
     check_classifier("worst_case: classifier", classifier)
     if config.predictor is not None and not isinstance(config.predictor, EarlyState):
         check_classifier("EvalConfig: predictor", config.predictor)
@@ -102,8 +109,9 @@ def worst_case(
     versions = {name: version(name) for name in ("deq_jax", "jax")}
     check_reference(config, digest(variables))
     known = {**(about or {}), "config": to_tree(config), **digests, **versions, "settings": decisive_settings()}
-    with claimed(out, {"class": "evaluation", **known}):
-        return folded(config, classifier, variables, images, Store(out), validation, report)[0]
+    with claimed(out, {"class": "evaluation", **known}, share=share):
+        store = Store(out, is_shared=share)
+        return folded(config, classifier, variables, images, store, validation, report)[0]
 
 
 def folded(
@@ -159,20 +167,28 @@ class Batches:
         watch = Watch(stage.name, place, len(self.names), len(rows), float(np.mean(before)), stage.queries)
         if len(rows) == 0:
             self.report(watch.now())
-        parts: list[Arrays] = []
-        compiled = False
-        for number, own in enumerate(self._split(rows)):
+        parts: dict[int, Arrays] = {}
+        left, busy, compiled = deque(enumerate(self._split(rows))), 0, False
+        while left:
+            number, own = left.popleft()
             if not (compiled or self.store.has(stage.name, number)):
                 self.report(watch.begins())
                 compiled = True
             found = self.store.batch(stage.name, number, partial(self._run, stage, own))
+            if found is None:  # another process computes it
+                left.append((number, own))
+                busy = (busy + 1) % len(left)
+                if busy == 0:
+                    self.report(watch.waits())
+                    time.sleep(POLL)
+                continue
             other = f"trial {stage.name}, batch {number}: the kept file is of other images or incomplete; delete it"
             require(self._fits(stage, own, found), other)
-            parts.append(found)
-            correct[own] &= is_correct(from_columns(parts[-1]), self.images.y[own]).deployed
-            watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(parts[-1]["seconds"])))
+            parts[number], busy = found, 0
+            correct[own] &= is_correct(from_columns(found), self.images.y[own]).deployed
+            watch = watch.after(len(own), float(np.mean(correct)), float(np.sum(found["seconds"])))
             self.report(watch.now())
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} if parts else {}
+        return {key: np.concatenate([parts[number][key] for number in sorted(parts)]) for key in parts.get(0, ())}
 
     def asked(self, stage: Stage, rows: np.ndarray) -> Arrays:
         """Results of a stage that measures nothing; they are neither kept nor reported."""

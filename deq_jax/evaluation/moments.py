@@ -60,6 +60,10 @@ class Watch:
         """Before the first batch that is computed."""
         return self._moment("compiling, and the first batch", True)
 
+    def waits(self) -> Moment:
+        """Before other processes have computed the rest."""
+        return self._moment("waiting for other processes", False)
+
     def now(self) -> Moment:
         """After a batch, or where there is none."""
         if self.images == 0:

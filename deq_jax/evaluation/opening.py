@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deq_jax.evaluation.transfers import Transfer, read_manifest
 from deq_jax.models.base import Classifier, Variables
 from deq_jax.parallel.processes import agreed, in_primary, is_primary
 from deq_jax.storage.files import write_json
-from deq_jax.storage.locks import sole_writer
+from deq_jax.storage.locks import fellow_writer, make_or_wait, sole_writer
 from deq_jax.storage.trees import first_difference
 from deq_jax.surrogates.base import Direct, judged
 
@@ -48,14 +49,19 @@ def check_reference(config: EvalConfig, variables: str) -> None:
 
 
 @contextmanager
-def claimed(out: Path | None, manifest: dict[str, Any]) -> Iterator[None]:
-    """Within it, the folder is this evaluation's; refuses a folder of another one, naming the first difference."""
+def claimed(out: Path | None, manifest: dict[str, Any], *, share: bool) -> Iterator[None]:
+    """Within it, the folder is this evaluation's; refuses a folder of another one, naming the first difference.
+
+    With `share` other processes that share the same evaluation are let in.
+    """
     if out is None:
         yield
         return
     path = EvaluationFolder(out).manifest
-    with in_primary(sole_writer(out)):
+    with in_primary(fellow_writer(out) if share else sole_writer(out)):
         with agreed():
+            if share:
+                make_or_wait(path, partial(write_json, path, manifest))
             if path.exists():
                 old = {"settings": manifest["settings"], **read_manifest(path)}  # older ones do not tell
                 difference = first_difference(old, manifest)

@@ -13,6 +13,7 @@ from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.transfers import read_trial, with_batches
 from deq_jax.parallel.processes import agreed, from_primary, is_primary
 from deq_jax.storage.files import read_npz, write_npz, writing
+from deq_jax.storage.locks import make_or_wait, try_to_make
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,10 +26,12 @@ class Store:
       path: folder that holds each group as a file, written whole by the primary process. All processes see the same
         folder. None keeps the groups in memory, each process its own.
       is_whole: nothing is computed: a group that is not kept is an `InputError`.
+      is_shared: other processes compute groups of the same folder, each on its own; each group is computed by one.
     """
 
     path: Path | None
     is_whole: bool = False
+    is_shared: bool = False
     _kept: dict[Path, Arrays] = field(default_factory=dict, repr=False)
 
     def has(self, trial: str, number: int) -> bool:
@@ -36,13 +39,18 @@ class Store:
         file = self._folder.batch(trial, number)
         return file in self._kept if self.path is None else file.exists()
 
-    def batch(self, trial: str, number: int, compute: Callable[[], Arrays]) -> Arrays:
-        """Results of a batch of a trial; computed where nothing is kept."""
-        return self._get(self._folder.batch(trial, number), compute)
+    def batch(self, trial: str, number: int, compute: Callable[[], Arrays]) -> Arrays | None:
+        """Results of a batch of a trial; computed where nothing is kept. None while another process computes them."""
+        file = self._folder.batch(trial, number)
+        if self.is_shared and not try_to_make(*self._shared(file, compute)):
+            return None
+        return self._get(file, compute)
 
     def answers(self, name: str, parts: Collection[str], compute: Callable[[], Arrays]) -> Arrays:
         """Answers of the deployed predictor that are asked for once, in these parts; computed where nothing is kept."""
         file = self._folder.answers(name)
+        if self.is_shared:
+            make_or_wait(*self._shared(file, compute))
         found = self._get(file, compute)
         require(found.keys() == set(parts), f"{file}: expected {', '.join(parts)}, found {', '.join(found)}; delete it")
         return found
@@ -69,12 +77,17 @@ class Store:
         arrays = compute()
         with agreed():
             if is_primary():
-                self._write(file, arrays)
+                self._make_folders(file)
+                write_npz(file, arrays)
         return arrays
 
-    def _write(self, file: Path, arrays: Arrays) -> None:
-        """Writes a group, and the folders in which it is, but not the evaluation's own, which may have vanished."""
+    def _shared(self, file: Path, compute: Callable[[], Arrays]) -> tuple[Path, Callable[[], None]]:
+        """The file of a group, in its folder, and how it is made."""
+        self._make_folders(file)
+        return file, lambda: write_npz(file, compute())
+
+    def _make_folders(self, file: Path) -> None:
+        """Makes the folders in which a group is, but not the evaluation's own, which may have vanished."""
         with writing(file):
             for folder in reversed(file.relative_to(self._folder.path).parents[:-1]):
                 (self._folder.path / folder).mkdir(exist_ok=True)
-            write_npz(file, arrays)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from deq_jax.evaluation import (
     with_surrogates,
     worst_case,
 )
+from deq_jax.evaluation.engine import Batches
 from deq_jax.evaluation.measure import attack_batch, spectral_radii
 from deq_jax.evaluation.plan import auto_attack_trials
 from deq_jax.evaluation.results import Worst
@@ -442,6 +444,42 @@ class TestResuming:
         assert start(tmp_path / "killed").wait(600) == 0
         assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
         assert_same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+class TestSharing:
+    def test_two_compute_each_batch_once_and_give_what_one_gives(self, cumulative, tmp_path, monkeypatch):
+        """Two threads, each with locks of its own, as two processes have."""
+        alone, out = cumulative
+        compute, computed = Batches._run, []
+
+        def counted(batches, stage, rows):
+            computed.append((stage.name, *rows))
+            return compute(batches, stage, rows)
+
+        monkeypatch.setattr(Batches, "_run", counted)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: evaluate(CUMULATIVE, tmp_path, share=True), range(2)))
+        assert len(computed) == len({*computed}) == len(list(tmp_path.rglob("batch-*.npz")))
+        assert_same_files(out, tmp_path)
+        assert not list(tmp_path.rglob("*lock*"))
+        for one in found:
+            np.testing.assert_array_equal(one.x_adv, alone.x_adv)
+            assert one.accuracies() == alone.accuracies()
+
+    def test_who_does_not_share_is_refused(self, tmp_path):
+        config, told = EvalConfig(THREAT, (), batch_size=16), []
+
+        def start_again(moment):
+            with pytest.raises(InputError, match=rf"in use: process {os.getpid()} on .* shares it with others"):
+                evaluate(config, tmp_path)
+            with pytest.raises(InputError, match=r"holds another evaluation: config\.seed was 0, now 1"):
+                evaluate(replace(config, seed=1), tmp_path, share=True)
+            told.append(moment)
+
+        evaluate(config, tmp_path, share=True, report=start_again)
+        assert told
+        with pytest.raises(InputError, match="share: expected a folder"):
+            evaluate(config, None, share=True)
 
 
 def run(out):

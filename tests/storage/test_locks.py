@@ -17,7 +17,7 @@ import pytest
 from deq_jax import InputError
 from deq_jax.core import WriteError
 from deq_jax.storage import locks
-from deq_jax.storage.locks import sole_writer
+from deq_jax.storage.locks import fellow_writer, make_or_wait, sole_writer, try_to_make
 
 ROOT = Path(__file__).parents[2]
 KILLED = """
@@ -125,3 +125,40 @@ def test_a_lock_file_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "lock.json").mkdir()
     with pytest.raises(WriteError, match=r"lock.json: cannot be written \(Is a directory\)"):
         enter(tmp_path)
+
+
+def test_fellows_let_each_other_in_and_nobody_else(tmp_path):
+    with fellow_writer(tmp_path / "run"):
+        with fellow_writer(tmp_path / "run"):
+            pass
+        with pytest.raises(InputError, match=rf"process {os.getpid()} on .* shares it with others; wait for its end"):
+            enter(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    with sole_writer(tmp_path), pytest.raises(InputError, match="writes there"), fellow_writer(tmp_path):
+        pass
+
+
+def test_a_fellow_on_another_host_is_let_in_and_that_of_one_who_was_killed_is_taken_over(tmp_path):
+    lock = {"host": "node7", "process": 12, "started": "2026-01-02 03:04:05 UTC", "shared": True}
+    (tmp_path / "lock.json").write_text(json.dumps(lock))
+    with fellow_writer(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_made_by_one_and_by_another_if_that_one_ends(tmp_path):
+    file, made = tmp_path / "batch-0000.npz", []
+
+    def make():
+        made.append(1)
+        assert not try_to_make(file, make)  # as another process would ask meanwhile
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        file.touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        try_to_make(file, make)
+    (tmp_path / "batch-0000.lock").write_text('{"host": "' + socket.gethostname() + '", "process": 1, "started": ""}')
+    make_or_wait(file, make)
+    assert try_to_make(file, make) and len(made) == 2
+    assert list(tmp_path.iterdir()) == [file]
