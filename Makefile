@@ -4,13 +4,14 @@
 VENV ?= .venv
 BIN = $(VENV)/bin
 RUN ?= runs/quickstart
+MINUTES ?= 30
 
 # Fast tests that use every dependency of the package.
 OLDEST_TESTS = tests/core tests/attacks/test_pgd.py tests/storage tests/data tests/reporting \
 	tests/models/test_pretrained.py tests/training/test_optimizers.py tests/training/test_workdir.py \
 	tests/training/test_fit.py tests/commands/test_progress.py
 
-.PHONY: quickstart test test-slow test-oldest lint format bench docs wheel wheel-test clean
+.PHONY: quickstart test test-slow test-oldest lint format bench soak docs wheel wheel-test clean
 
 quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate it, draw the plots
 	$(BIN)/python -m deq_jax.train --config configs/digits_pgd_at.py --workdir $(RUN)
@@ -37,6 +38,9 @@ format: $(VENV)/dev
 bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers: writes their pages in docs/results
 	$(BIN)/python -m benchmarks.speed --page docs/results/speed-and-memory.md
 	$(BIN)/python -m benchmarks.parity --page docs/results/agreement.md
+
+soak: $(VENV)/test  ## kills, stops and damages tiny runs at random, for MINUTES; the table is in docs/results/failures.md
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 docs: $(VENV)/docs  ## the site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -23,11 +23,14 @@ from pathlib import Path
 import jax
 
 from benchmarks.pages import check_page, distinct, made, write_page
-from benchmarks.soak.campaign import LIMIT, Campaign, carry_out, drawn
+from benchmarks.soak.campaign import LIMIT, Campaign, Injection, carry_out, drawn
 from benchmarks.soak.jobs import FAST, IMPORTED, ROOT
+from benchmarks.soak.kinds import KINDS
 from benchmarks.soak.results import numbers_of, tables
 from deq_jax._cli import command_line, console, fail
 from deq_jax.storage import make_folder, write_json
+
+KINDS_HELP = f"kinds of faults, of: {'; '.join(KINDS)}; default: all"
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--injections", type=int, metavar="N", help="number of injections; default: 200, or no end")
     parser.add_argument("--minutes", type=float, metavar="M", help="no injection begins later; default: no end")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all choices; default: 0")
+    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND", help=KINDS_HELP)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="injections at a time; default: 1")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), metavar="DIR", help="default: runs/soak")
     parser.add_argument("--page", type=Path, metavar="FILE", help="page that shows the table")
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         check_page(options.page, "tables")
         begin_at(make_folder(options.out))
         campaign = Campaign(options.out, options.seed)
-        campaign.prepare()
+        campaign.prepare(chosen(campaign, options, stop=options.injections or 200))
         several(options.workers, lambda worker: work(campaign, options, worker))
         rows = campaign.outcomes()
         about = {"made": [*distinct("injected", rows), made("tabulated")], "seed": options.seed, "limit": LIMIT}
@@ -88,7 +92,7 @@ def work(campaign: Campaign, options: argparse.Namespace, worker: int) -> None:
     """Carries out each of the worker's injections that has no outcome yet."""
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     count = options.injections or (200 if options.minutes is None else None)
-    for injection in islice(drawn(campaign.seed, campaign.left_out), worker, count, options.workers):
+    for injection in chosen(campaign, options, worker, count, options.workers):
         if time.monotonic() > end:
             break
         file = campaign.outcome_file(injection.number)
@@ -98,6 +102,13 @@ def work(campaign: Campaign, options: argparse.Namespace, worker: int) -> None:
             write_json(file, row)
             told = f"{injection.number:4d} {row['kind']}, {row['command']}, {row['processes']}: {row['about']}: "
             console.print(told + (", ".join(row["problems"]).upper() or row["outcome"]))
+
+
+def chosen(
+    campaign: Campaign, options: argparse.Namespace, start: int = 0, stop: int | None = None, step: int = 1
+) -> Iterator[Injection]:
+    """Some of the injections of the kinds that are asked for and possible here."""
+    return islice(drawn(campaign.seed, set(options.only) - campaign.left_out), start, stop, step)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ class Injection:
     processes: int
 
 
-def drawn(seed: int, left_out: set[str]) -> Iterator[Injection]:
-    """Injections without end: in each round every kind in every place once, in a random order."""
+def drawn(seed: int, kinds: Iterable[str]) -> Iterator[Injection]:
+    """Injections without end: in each round each of these kinds in every place once, in a random order."""
     places = [
         (name, command, processes)
         for name, kind in KINDS.items()
-        if name not in left_out
+        if name in kinds
         for command in kind.commands
         for processes in kind.processes
     ]
@@ -82,12 +82,13 @@ class Campaign:
         """All outcomes so far."""
         return [read_json(path) for path in sorted(self.outcome_file(0).parent.glob("*.json"))]
 
-    def prepare(self) -> None:
-        """Makes what is missing of the undisturbed runs and evaluations, and of their halves."""
-        for command in CONFIGS:
-            for processes in (1, 2):
-                if not self.made(command, processes, "half").exists():
-                    self._prepare(command, processes)
+    def prepare(self, injections: Iterable[Injection]) -> None:
+        """Makes what is missing of the undisturbed runs and evaluations that these need, and of their halves."""
+        needed = {(one.command, one.processes) for one in injections}
+        for_evaluations = {("train", 1)} if any(command == "evaluate" for command, _ in needed) else set()
+        for command, processes in sorted(needed | for_evaluations, reverse=True):
+            if not self.made(command, processes, "half").exists():
+                self._prepare(command, processes)
 
     def _prepare(self, command: str, processes: int) -> None:
         whole = Case(self, Injection(-1, "SIGKILL", command, processes), 0)

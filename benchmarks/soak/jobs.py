@@ -170,7 +170,8 @@ def _be(run: Callable[[], Any], out: Path, errors: int) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     try:
-        threading._shutdown()  # as at the end of an interpreter, which a forked process does not reach
+        # As at the end of an interpreter, which a forked process does not reach.
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

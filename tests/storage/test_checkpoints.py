@@ -5,7 +5,7 @@ import shutil
 import sys
 import threading
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def unseen():
 
     Tensorstore answers late for a moment after a failure; these answers are kept quiet, and nothing else is.
     """
-    before, seen = sys.unraisablehook, []
+    before, seen = sys.unraisablehook, list[Any]()
     sys.unraisablehook = mine = seen.append
     yield
     found, sys.unraisablehook = sys.unraisablehook, before
