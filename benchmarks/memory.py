@@ -58,7 +58,7 @@ def planned_memory(config: TrainConfig) -> dict[str, float]:
         return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return train_step(config.during(Phase.PLAIN), optimizer, state, batch)
+        return train_step(config.during(Phase.PLAIN), optimizer, state, batch, steps=1000)
 
     state = jax.eval_shape(initial)
     plan = jax.jit(step, donate_argnums=0).lower(state, Batch(x, label, label)).compile().memory_analysis()

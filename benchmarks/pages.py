@@ -48,7 +48,7 @@ def stamp(records: list[Row]) -> str:
     Args:
       records: as of `made`; entries that were not recorded may be absent.
     """
-    text = "> **Stamp.** " + " ".join(f"{_stamped(record)}." for record in records)
+    text = "> **Stamp.** " + (" ".join(f"{_stamped(record)}." for record in records) or "Not measured yet.")
     return textwrap.fill(text, 120, subsequent_indent="> ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -57,10 +57,12 @@ def _stamped(record: Row) -> str:
     revision = code.get("revision")
     commit = f"commit {revision[:7]}" if revision else "a commit that was not recorded"
     changed = " with changes" if code.get("unchanged") is False else ""
-    machine = [f"{kind['devices']} x {kind['device_kind']}"] if kind else []
+    machine = [f"{kind['devices']} x {kind['device_kind']}"] if kind.get("platform", "cpu") != "cpu" else []
     if "processors" in record:
         processor = f" ({record['processor']})" if record.get("processor") else ""
-        machine = [*machine[: kind["platform"] != "cpu"], f"{record['processors']} CPU cores{processor}"]
+        machine.append(f"{record['processors']} CPU cores{processor}")
+    elif kind.get("platform") == "cpu":
+        machine.append("CPU")
     numbers = [f"{name} {versions[key]}" for name, key in (("Python", "python"), ("jax", "jax")) if key in versions]
     day = f" on {record['date']}" if "date" in record else ""
     by = ", ".join([commit + changed, *numbers, *machine])

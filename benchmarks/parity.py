@@ -96,14 +96,13 @@ def keys_of(pattern: str, errors: ByPrecision) -> list[str]:
 
 
 def row(quantity: str, keys: list[str], errors: ByPrecision) -> Row:
-    """The largest errors of these keys, None where nothing was compared, and the number of keys."""
+    """The largest errors of these keys, None where nothing was compared."""
 
     def largest(precision: str, field: str) -> float | None:
         return max((errors[precision][key][field] for key in keys if key in errors[precision]), default=None)
 
     return {
         "quantity": quantity,
-        "comparisons": len(keys),
         "float64": largest("float64", "error"),
         "float32": largest("float32", "error"),
         "rounding": largest("float32", "rounding"),
@@ -112,11 +111,11 @@ def row(quantity: str, keys: list[str], errors: ByPrecision) -> Row:
 
 def tables(numbers: Row) -> str:
     """One line per quantity, as Markdown."""
-    lines = ["| quantity | comparisons | float64 error | float32 error | rounding floor |", "|---|---|---|---|---|"]
+    lines = ["| quantity | float64 error | float32 error | rounding floor |", "|---|---|---|---|"]
     for entry in numbers["rows"]:
         found = (entry[field] for field in ("float64", "float32", "rounding"))
-        shown = " | ".join("" if number is None else f"{number:.1e}" for number in found)
-        lines.append(f"| {entry['quantity']} | {entry['comparisons']} | {shown} |")
+        shown = " | ".join("" if number is None else f"{number:.0e}" for number in found)
+        lines.append(f"| {entry['quantity']} | {shown} |")
     return "\n".join(lines)
 
 
