@@ -627,7 +627,7 @@ def test_the_first_images_of_a_split(folder, tmp_path):
 
 
 def test_clean_images_alone(folder, tmp_path, capfd):
-    report = evaluate_tiny(folder, tmp_path / "out", "--attack", "none")
+    report = evaluate_tiny(folder, tmp_path / "out", "--attack", "none", "--share")
     assert (list(report["accuracy"]), report["robust_accuracy"], report["red_flags"]) == (["clean"], None, [])
     assert "nothing has attacked them" in capfd.readouterr().out
     assert not (tmp_path / "out" / "images.png").exists()

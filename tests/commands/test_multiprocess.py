@@ -16,7 +16,6 @@ import pytest
 from deq_jax import InputError, train
 from deq_jax.parallel import agreed, connect, from_primary, gather, is_primary
 from deq_jax.parallel.processes import gather_texts
-from deq_jax.storage import read_json
 from deq_jax.training import load_run, read_metrics
 from deq_jax.training.meters import TIMINGS
 from tests.helpers.compiling import FAST
@@ -181,28 +180,6 @@ def test_two_processes_evaluate_as_one_does(folder, whole):
     one, both = (np.load(out / "evaluation.npz") for out in outs)
     for name in one.files:
         np.testing.assert_array_equal(one[name], both[name], err_msg=name)
-
-
-@pytest.mark.slow
-def test_processes_that_share_an_evaluation_compute_what_one_does_although_one_is_killed(folder, whole):
-    command = ["-m", "deq_jax.evaluate", "--workdir", folder / "whole", "--attack", "pgd", "--set", "steps=2"]
-    command += ["--set", "restarts=1", "--batch-size", "20", "--out"]
-    outs = [folder / "alone", folder / "shared"]
-    end([python(folder, *command, outs[0])], 0)
-    job = [python(folder, *command, outs[1], "--share") for _ in range(2)]
-    deadline = time.monotonic() + SECONDS
-    while not list(outs[1].rglob("batch-*.lock")):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    job[0].kill()
-    job.append(python(folder, *command, outs[1], "--share"))
-    printed = end(job, -signal.SIGKILL, 0, 0)
-    assert all("robust accuracy" in text for text in printed[1:])
-    alone, shared = (np.load(out / "evaluation.npz") for out in outs)
-    for name in alone.files:
-        np.testing.assert_array_equal(alone[name], shared[name], err_msg=name)
-    records = [read_json(out / "evaluation.json") for out in outs]
-    assert records[0]["accuracy"] == records[1]["accuracy"]
 
 
 @pytest.mark.slow

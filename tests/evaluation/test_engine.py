@@ -466,6 +466,24 @@ class TestSharing:
             np.testing.assert_array_equal(one.x_adv, alone.x_adv)
             assert one.accuracies() == alone.accuracies()
 
+    @pytest.mark.slow
+    def test_processes_compute_what_one_does_although_one_is_killed(self, tmp_path):
+        command = "import sys; from tests.evaluation.test_engine import run; run(sys.argv[1], share=True)"
+
+        def start():
+            return subprocess.Popen(
+                [sys.executable, "-c", command, tmp_path / "shared"], cwd=ROOT, env=dict(os.environ)
+            )
+
+        run(tmp_path / "alone")
+        killed, other = start(), start()
+        while killed.poll() is None and len(list((tmp_path / "shared").rglob("batch-*.npz"))) < 3:
+            time.sleep(0.01)
+        killed.kill()
+        third = start()
+        assert [process.wait(600) for process in (killed, other, third)] == [-signal.SIGKILL, 0, 0]
+        assert_same_files(tmp_path / "alone", tmp_path / "shared")
+
     def test_who_does_not_share_is_refused(self, tmp_path):
         config, told = EvalConfig(THREAT, (), batch_size=16), []
 
@@ -482,9 +500,9 @@ class TestSharing:
             evaluate(config, None, share=True)
 
 
-def run(out):
+def run(out, **options):
     """What the killed process runs."""
-    evaluate(replace(CUMULATIVE, batch_size=8), Path(out))
+    evaluate(replace(CUMULATIVE, batch_size=8), Path(out), **options)
 
 
 class TestTransfer:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, devices, digits, parity, photographs, speed, through
+from benchmarks import accelerator, devices, digits, outer_loop, parity, photographs, scale, speed, through
 from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
@@ -88,6 +88,8 @@ PARTS = {
     "accelerator": whole(accelerator.tables),
     "devices": whole(devices.tables),
     "digits": whole(tables),
+    "scale": whole(scale.tables),
+    "outer-loop": whole(outer_loop.tables),
     "agreement": whole(parity.tables),
     "speed-and-memory": speed.tables,
 }
