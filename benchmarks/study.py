@@ -165,7 +165,7 @@ def _made(groups: dict[str, Group]) -> list[Row]:
     evaluations = [one for group in groups.values() for one in group.evaluations]
     files = [Workdir(one.folder.parents[1]).environment for one in evaluations]
     trained = [record for file in files if file.exists() for record in cast(list[Row], read_json(file))]
-    evaluated = [one.provenance.environment or {} for one in evaluations]
+    evaluated = [cast(Row, one.provenance.environment or {}) for one in evaluations]
     return [*distinct("trained", trained), *distinct("evaluated", evaluated)]
 
 

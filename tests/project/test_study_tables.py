@@ -115,6 +115,11 @@ def test_a_stamp_has_code_versions_and_machine_as_far_as_they_were_recorded():
     assert "a commit that was not recorded" not in stamp([made()]) and "CPU cores" in stamp([made()])
 
 
+def repeated(rows):
+    """A measurement that finds these rows, with the number of repetitions as their ratio."""
+    return lambda repeats: [row | {"ratio": repeats} for row in rows]
+
+
 def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ["stamp", *speed.PARTS]))
@@ -125,8 +130,7 @@ def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monk
         "memory": [{"config": "a", "setting": "b", "batch_size": 4, "step": 3.0, "state": 1.0}],
     }
     for name, found in rows.items():
-        part = speed.PARTS[name]._replace(rows=lambda repeats, found=found: [found[0] | {"ratio": repeats}])
-        monkeypatch.setitem(speed.PARTS, name, part)
+        monkeypatch.setitem(speed.PARTS, name, speed.PARTS[name]._replace(rows=repeated(found)))
     speed.main(["--page", str(page), "--only", "solvers", "memory"])
     assert "| Broyden | 9 cells | 5.00 (1.20 to 1.30) |" in page.read_text()
     assert "| `a` | b | 4 | 3.00 | 1.00 | 512.0 |" in page.read_text()
