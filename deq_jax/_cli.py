@@ -71,7 +71,7 @@ def command_line() -> Iterator[None]:
         fail(str(error), 2)
     except WriteError as error:
         fail(str(error), os.EX_IOERR)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # JAX has both for a lost connection
         end_without_others(error)
         raise
     except KeyboardInterrupt:

@@ -249,7 +249,7 @@ def _tried(case: Case) -> tuple[bool, Row]:
     return hit, {
         "about": fault.about.strip(),
         "codes": [one.codes for one in ended],
-        "errors": [[[line[:300] for line in lines[:3]] for lines in one.errors] for one in ended],
+        "errors": [[[line[:300] for line in lines[-3:]] for lines in one.errors] for one in ended],
         "outcome": outcome,
         "problems": sorted(problems),
         "difference": difference,

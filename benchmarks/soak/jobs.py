@@ -106,6 +106,8 @@ class Job:
         self.kill()
         codes = [self._codes[number] for number in range(len(self.pids))]
         errors = [read_to_end(file) for file in self._errors]
+        for number, lines in enumerate(errors):
+            (self.logs / f"{number}.err").write_text("\n".join(lines))
         return Ended(codes, errors, bool(left), time.monotonic() - self.began)
 
     def kill(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +30,10 @@ from deq_jax.parallel import reports
 CONNECT_SECONDS = 120  # within which all processes of a job must have started
 
 LEAVE_SECONDS = 30  # for which a process that ends alone waits for the others
+
+LOST = re.compile(
+    "[Gg]loo|GetKeyValue|^UNAVAILABLE|coordination service"
+)  # in errors of connections to other processes
 
 _reporter: subprocess.Popen[bytes] | None = None  # shortens what is reported on stderr; ends when this process has
 
@@ -96,7 +101,7 @@ def end_without_others(error: Exception) -> None:
     Nothing else is done at this end, because JAX would wait for the others first.
     """
     count, own = jax.process_count(), jax.process_index()
-    if count > 1 and "Gloo" in str(error):
+    if count > 1 and LOST.search(str(error)):
         _leave(reports.lost_line(1 - own if count == 2 else None), 128 + signal.SIGABRT)
 
 

@@ -74,8 +74,16 @@ def test_reports_on_processes_become_one_line_and_all_else_stays(printed, expect
     assert "".join(readable(printed.splitlines(keepends=True))) == expected
 
 
-@pytest.mark.parametrize(("count", "who"), [(2, "process 1"), (4, "another process")])
-def test_an_error_of_a_connection_to_another_process_is_one_line(count, who, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("count", "who", "error"),
+    [
+        (2, "process 1", jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")),
+        (2, "process 1", ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")),
+        (4, "another process", jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out with key: a")),
+        (2, "process 1", jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")),
+    ],
+)
+def test_an_error_of_a_connection_to_another_process_is_one_line(count, who, error, monkeypatch, capfd):
     class Left(BaseException):
         pass
 
@@ -84,7 +92,6 @@ def test_an_error_of_a_connection_to_another_process_is_one_line(count, who, mon
 
     monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(os, "_exit", leave)
-    error = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
     with pytest.raises(Left, match="134"), command_line():
         raise error
     assert capfd.readouterr().err == lost(who)
