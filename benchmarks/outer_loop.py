@@ -4,8 +4,8 @@
 
 Trains each config for some steps on made-up images of its shape; the digits are the real ones. Compiled computation
 runs in threads of its own. The main thread prepares images, dispatches steps, reads metrics and writes lines of the
-log. Both are measured in CPU time, which other programs on the machine hardly change. Checkpoints are timed by the
-clock.
+log. Both are measured in CPU time, which other programs on the machine hardly change. Checkpoints are of the state
+before the first step.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     with command_line():
         check_page(options.page, "tables")
         make_folder(options.out.parent)
-        found: Row = {"made": [made()], "cores": os.cpu_count(), "rows": []}
+        found: Row = {"made": [made()], "cores": os.cpu_count(), "steps": [], "checkpoints": []}
         for name in options.only:
             with tempfile.TemporaryDirectory() as folder:
                 images = random_images(Path(folder), options.images)
                 config = configured(name, CONFIGS[name], options.steps, images)
-                found["rows"].append({"config": name, **measure(config, Path(folder) / "run", options.repeats)})
+                found["checkpoints"].append({"config": name, **saved(config, Workdir(Path(folder)))})
+                found["steps"].append({"config": name, **measure(config, Path(folder) / "run", options.repeats)})
             write_json(options.out, found)
         console.print(tables(found))
         if options.page:
@@ -84,7 +85,7 @@ def configured(name: str, batch_size: int, steps: int, images: Npz) -> TrainConf
 
 
 def measure(config: TrainConfig, workdir: Path, repeats: int) -> Row:
-    """Seconds of CPU time of a step, in the main thread and in all of them, and seconds of a checkpoint."""
+    """Seconds of CPU time of a step, in the main thread and in all of them."""
     moments: list[tuple[float, float]] = []
     inputs: list[float] = []
 
@@ -97,42 +98,36 @@ def measure(config: TrainConfig, workdir: Path, repeats: int) -> Row:
     with suppress(MeasuredError):
         fit(config, workdir, report=note)
     steps = [[(b - a) / config.log_every for a, b in zip(*pair, strict=True)] for pair in pairwise(moments)]
+    main, every = zip(*steps, strict=True)
+    return {"batch": config.batch_size, "main": main, "all": every, "input_share": statistics.median(inputs[1:])}
+
+
+def saved(config: TrainConfig, workdir: Workdir) -> Row:
+    """Seconds of checkpoints, by the clock and of CPU time."""
     state = initial_state(config, optimizer_of(config, 1000), config.dataset.load())
-    seconds = [saved(Workdir(workdir), state, step) for step in range(1 + 5)][1:]
-    return {
-        "batch": config.batch_size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "main": [main for main, _ in steps],
-        "all": [every for _, every in steps],
-        "input_share": statistics.median(inputs[1:]),
-        "checkpoints": seconds,
-    }
-
-
-def saved(workdir: Workdir, state: Any, step: int) -> float:
-    """Seconds that a checkpoint takes."""
-    began = time.perf_counter()
-    workdir.latest.save(step, state, {})
-    return time.perf_counter() - began
+    moments = [(time.perf_counter(), time.process_time())]
+    for step in range(6):
+        workdir.latest.save(step, state, {})
+        moments.append((time.perf_counter(), time.process_time()))
+    seconds = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(moments)]
+    clock, cpu = zip(*seconds[1:], strict=True)
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)), "clock": clock, "cpu": cpu}
 
 
 def tables(found: Row) -> str:
-    """The table, as Markdown."""
-    names = ["config", "batch", "parameters", "main thread (ms)", "all threads (s)", "share outside, at most"]
-    names += ["preparing images", "checkpoint (s)"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in found["rows"]:
+    """Both tables, as Markdown."""
+    lines = ["| config | batch | main thread (ms) | all threads (s) | share outside, at most | preparing images |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in found["steps"]:
         shares = [100 * found["cores"] * main / every for main, every in zip(row["main"], row["all"], strict=True)]
+        seconds = [f"{1000 * statistics.median(row['main']):.1f}", f"{statistics.median(row['all']):.2f}"]
         share = f"{statistics.median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})"
-        cells = [row["config"], str(row["batch"]), f"{row['parameters']:,}"]
-        cells += [
-            f"{1000 * statistics.median(row['main']):.1f}",
-            f"{statistics.median(row['all']):.2f}",
-            share,
-            f"{100 * row['input_share']:.2f} %",
-        ]
-        cells.append(f"{statistics.median(row['checkpoints']):.2f}")
+        cells = [row["config"], str(row["batch"]), *seconds, share, f"{100 * row['input_share']:.2f} %"]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| config | parameters | checkpoint (CPU s) | by the clock (s) |", "|---|---|---|---|"]
+    for row in found["checkpoints"]:
+        seconds = [f"{statistics.median(row[name]):.2f}" for name in ("cpu", "clock")]
+        lines.append(f"| {row['config']} | {row['parameters']:,} | {' | '.join(seconds)} |")
     return "\n".join(lines)
 
 
