@@ -117,7 +117,7 @@ def difference(workdir: Path, other: Path) -> float:
         for folder in (workdir, other)
     )
     require(len(found) == len(expected) == STEPS, f"{workdir}: expected {STEPS} steps, found {len(found)}")
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    return float(max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)))
 
 
 def launch(out: Path, setup: Setup, command: list[str]) -> None:

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def random_images(folder: Path, count: int) -> Npz:
     """Random images of 32x32 in three colours."""
-    rng, arrays = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
     for split, size in (("train", count), ("test", 16)):
         arrays[f"x_{split}"] = rng.integers(256, size=(size, 32, 32, 3), dtype=np.uint8)
         arrays[f"y_{split}"] = rng.integers(10, size=size, dtype=np.int32)

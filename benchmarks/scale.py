@@ -192,11 +192,11 @@ def _inside(equation: Any) -> Iterator[Any]:
 def _operations(equation: Any) -> int:
     """Multiplications and additions, each counted as one."""
     first, second = (variable.aval.shape for variable in equation.invars[:2])
-    results = math.prod(equation.outvars[0].aval.shape)
+    results: int = math.prod(equation.outvars[0].aval.shape)
     if equation.primitive.name == "dot_general":
-        return 2 * results * math.prod(first[axis] for axis in equation.params["dimension_numbers"][0][0])
-    outputs = second[equation.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * results * math.prod(second) // outputs
+        return 2 * results * int(math.prod(first[axis] for axis in equation.params["dimension_numbers"][0][0]))
+    outputs: int = second[equation.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * results * int(math.prod(second)) // outputs
 
 
 def share_of_peak(step: Row) -> float:

@@ -226,7 +226,7 @@ def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch)
 
 
 def test_a_costly_defended_entry_meets_the_images_of_others_with_its_own_attacks_and_seeds(tmp_path, monkeypatch):
-    calls = []
+    calls: list[list[str]] = []
     monkeypatch.setattr("deq_jax.train.main", lambda arguments: None)
     monkeypatch.setattr("deq_jax.evaluate.main", calls.append)
     monkeypatch.setattr("benchmarks.study.numbers_of", lambda study, folders, budget: folders)

@@ -432,7 +432,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         fit(config, tmp_path)
 
 
-BUILT = []  # optimisers of the test below
+BUILT: list[Any] = []  # optimisers of the test below
 
 
 @dataclass(frozen=True)
@@ -455,7 +455,8 @@ class Explosive:
 @pytest.mark.parametrize(("explosive", "ends"), [(1, True), (99, False)], ids=["once", "always"])
 def test_a_run_goes_back_with_half_the_learning_rate_as_often_as_it_may(explosive, ends, tmp_path):
     BUILT.clear()
-    optimizer, said = Explosive(explosive), []
+    said: list[str] = []
+    optimizer = Explosive(explosive)
     config = tiny.get_config(objective=Standard(), optimizer=optimizer, pretrain_steps=0, checkpoint_every=4)
     with nullcontext() if ends else pytest.raises(NonFiniteLoss, match="latest/8"):
         fit(config, tmp_path, retries=2, say=said.append)
