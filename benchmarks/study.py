@@ -244,7 +244,8 @@ def tables(numbers: dict[str, Any]) -> str:
         flags = ", ".join(f"{name} {count}/{len(row['seeds'])}" for name, count in row["flags"].items())
         clean, robust = (_shown(row[what]) for what in ("clean", "robust"))
         rows.append(f"| {row['training']} | {clean} | {robust} | {seeds} | {residual} | {flags} |")
-    rows += ["", "| points | clean | **worst case** |", "|---|---|---|"]
+    if numbers["differences"]:
+        rows += ["", "| points | clean | **worst case** |", "|---|---|---|"]
     for row in numbers["differences"]:
         clean, robust = (_shown(row[what], "+") for what in ("clean", "robust"))
         rows.append(f"| {row['first']}, minus {row['second']} | {clean} | {robust} |")

@@ -3,7 +3,8 @@ r"""The small MDEQ's cell, applied as often without a solver, on CIFAR-10, PGD a
     python -m deq_jax.train --config configs/cifar10_small_tied_pgd_at.py --workdir runs/cifar10_small_tied_pgd_at \
         --set dataset.path=cifar-10-python.tar.gz
 
-Hardware: any, a CPU included. Its accuracy has not been measured here.
+Hardware: any, a CPU included. Measured with one seed, on 256 test images with budget quick:
+55.1 % clean, at most 24.2 % in the worst case.
 """
 
 from configs import cifar10_small_pgd_at

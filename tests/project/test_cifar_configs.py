@@ -80,7 +80,7 @@ def test_a_config_is_what_its_name_says(path):
 @pytest.mark.parametrize("path", mostly_slow(SMALL, 0, 6), ids=lambda path: path.stem)
 def test_a_config_for_small_machines_is_what_its_name_says(path):
     config, name = load_config(path, TrainConfig), path.stem
-    measured = {f"cifar10_small_{name}" for name in ("pgd_at", "pgd_at_random", "twin_pgd_at")}
+    measured = {f"cifar10_small_{name}" for name in ("pgd_at", "pgd_at_random", "twin_pgd_at", "tied_pgd_at")}
     said = "Measured with one seed" if name in measured else "has not been measured here"
     assert said in path.read_text()
     assert config.dataset == (Cifar("") if name.startswith("cifar10") else ImageFolder("", size=32, colours="rgb"))

@@ -84,7 +84,10 @@ def whole(tables):
 
 PARTS = {
     "through": whole(tables),
-    "photographs": whole(tables),
+    "photographs": lambda numbers: {
+        "tables": tables(numbers),
+        "seed 1": tables(read_json(RESULTS / "photographs-1.json")),
+    },
     "accelerator": whole(accelerator.tables),
     "devices": whole(devices.tables),
     "digits": whole(tables),
