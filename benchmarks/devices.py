@@ -81,7 +81,8 @@ def alone(out: Path, config: Path, setup: Setup) -> Row:
     first = folder_of(out, SETUPS[0])
     evaluation = out / f"evaluation-{setup.processes}x{setup.devices}"
     sizes = ["--images", str(IMAGES), "--batch-size", str(IMAGES)]
-    launch(out, setup, ["deq_jax.evaluate", "--workdir", str(first), *sizes, "--out", str(evaluation)])
+    attack = ["--attack", "pgd", "--set", "steps=10", "--set", "restarts=1"]
+    launch(out, setup, ["deq_jax.evaluate", "--workdir", str(first), *attack, *sizes, "--out", str(evaluation)])
     record = read_record(evaluation / "evaluation.json")
     accuracies = {"clean": record.rows["deployed"].clean.accuracy, "robust": record.robust_accuracy or 0.0}
     counts = {name: round(IMAGES * share) for name, share in accuracies.items()}
