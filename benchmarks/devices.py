@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks.pages import check_page, made, write_page
 from deq_jax._cli import command_line, console
 from deq_jax.core import require
-from deq_jax.evaluation import read_record
+from deq_jax.evaluation import EvaluationFolder, read_record
 from deq_jax.storage import make_folder, write_json
 from deq_jax.training import Workdir, read_metrics
 
@@ -83,7 +83,7 @@ def alone(out: Path, config: Path, setup: Setup) -> Row:
     sizes = ["--images", str(IMAGES), "--batch-size", str(IMAGES)]
     attack = ["--attack", "pgd", "--set", "steps=10", "--set", "restarts=1"]
     launch(out, setup, ["deq_jax.evaluate", "--workdir", str(first), *attack, *sizes, "--out", str(evaluation)])
-    record = read_record(evaluation / "evaluation.json")
+    record = read_record(EvaluationFolder(evaluation).record)
     accuracies = {"clean": record.rows["deployed"].clean.accuracy, "robust": record.robust_accuracy or 0.0}
     counts = {name: round(IMAGES * share) for name, share in accuracies.items()}
     return {"setup": str(setup), "difference": difference(folder_of(out, setup), first), **counts}
@@ -94,7 +94,7 @@ def resumed(out: Path, config: Path, first: Setup, then: Setup) -> Row:
     workdir = out / f"{folder_of(out, first).name}-then-{folder_of(out, then).name}"
     if not workdir.exists():
         shutil.copytree(folder_of(out, first), workdir)
-        for checkpoint in (workdir / "checkpoints" / "latest").iterdir():
+        for checkpoint in Workdir(workdir).latest.folder.iterdir():
             if checkpoint.name != str(HALF):
                 shutil.rmtree(checkpoint)
     train(out, config, then, workdir)

@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     with command_line():
         check_page(options.page, "tables")
         make_folder(options.out.parent)
-        found: Row = {"made": [made()], "cores": os.cpu_count(), "steps": [], "checkpoints": []}
+        found: Row = {"made": [made()], "cores": os.cpu_count(), "steps": [], "writes": []}
         for name in options.only:
             with tempfile.TemporaryDirectory() as folder:
                 images = random_images(Path(folder), options.images)
                 config = configured(name, CONFIGS[name], options.steps, images)
-                found["checkpoints"].append({"config": name, **saved(config, Workdir(Path(folder)))})
+                found["writes"].append({"config": name, **saved(config, Workdir(Path(folder)))})
                 found["steps"].append({"config": name, **measure(config, Path(folder) / "run", options.repeats)})
             write_json(options.out, found)
         console.print(tables(found))
@@ -129,7 +129,7 @@ def tables(found: Row) -> str:
         cells = [row["config"], str(row["batch"]), *seconds, share, f"{100 * row['input_share']:.2f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| config | parameters | checkpoint (CPU s) | by the clock (s) |", "|---|---|---|---|"]
-    for row in found["checkpoints"]:
+    for row in found["writes"]:
         seconds = [f"{statistics.median(row[name]):.2f}" for name in ("cpu", "clock")]
         lines.append(f"| {row['config']} | {row['parameters']:,} | {' | '.join(seconds)} |")
     return "\n".join(lines)

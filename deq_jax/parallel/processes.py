@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from deq_jax.core.errors import InputError, WriteError, require
 from deq_jax.core.types import PyTree
-from deq_jax.parallel import reports
+from deq_jax.parallel.reports import lost_line
 
 CONNECT_SECONDS = 120  # within which all processes of a job must have started
 
@@ -102,7 +103,7 @@ def end_without_others(error: Exception) -> None:
     """
     count, own = jax.process_count(), jax.process_index()
     if count > 1 and LOST.search(str(error)):
-        _leave(reports.lost_line(1 - own if count == 2 else None), 128 + signal.SIGABRT)
+        _leave(lost_line(1 - own if count == 2 else None), 128 + signal.SIGABRT)
 
 
 @contextmanager
@@ -286,7 +287,7 @@ def _shorten_reports() -> None:
     global _reporter
     sys.stderr.flush()
     read, write = os.pipe()
-    script = [sys.executable, "-I", "-S", reports.__file__]
+    script = [sys.executable, "-I", "-S", str(Path(__file__).with_name("reports.py"))]
     _reporter = subprocess.Popen(script, stdin=read, stdout=2, start_new_session=True)
     os.dup2(write, 2)
     os.close(read)

@@ -85,13 +85,21 @@ def test_nothing_to_judge_is_no_warning(images, classes, residual):
     assert plain_warnings(1.0, images, classes, residual) == []
 
 
+def python(folder, *arguments):
+    """Runs Python with the modules of a folder. It heeds SIGINT, which tests in the background ignore."""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "convert", "report"])
 def test_an_interruption_while_a_command_imports_is_no_traceback(command, tmp_path):
     (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    said = subprocess.run(
-        [sys.executable, "-m", f"deq_jax.{command}"], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    said = python(tmp_path, "-m", f"deq_jax.{command}")
     assert said.returncode == -signal.SIGINT and said.stderr == ""
 
 
@@ -99,4 +107,5 @@ def test_an_import_elsewhere_changes_no_signal(tmp_path):
     (tmp_path / "jax.py").write_text("raise KeyboardInterrupt\n")
     text = "import signal\ntry:\n    import deq_jax\nexcept KeyboardInterrupt:\n    pass\n"
     text += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
-    subprocess.run([sys.executable, "-c", text], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, check=True)
+    said = python(tmp_path, "-c", text)
+    assert said.returncode == 0, said.stderr

@@ -91,7 +91,7 @@ def parsed(module, arguments, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Parsed) as caught:
         patch.setattr(ArgumentParser, "parse_args", parse)
         patch.setattr(sys, "argv", [module, *arguments])
-        runpy.run_path(str(find_spec(module).origin), run_name="__main__")
+        runpy.run_path((find_spec(module).origin or find_spec(f"{module}.__main__").origin), run_name="__main__")
     return caught.value.args[0]
 
 
