@@ -16,7 +16,8 @@ from deq_jax.evaluation import EvaluationFolder
 from deq_jax.storage import digest, read_json, read_npz, write_json
 from deq_jax.training import Workdir, read_metrics
 
-TIMES = {"seconds_per_step", "images_per_second", "compile_seconds", "seconds"}
+TIMES = {"seconds_per_step", "images_per_second", "cell_evaluations_per_second", "input_share", "compile_seconds"}
+TIMES |= {"device_memory_gb", "seconds"}
 ELSEWHERE = {"workdir", "environment", "cost"}  # of evaluation.json: folders and times
 PROBLEMS = ("hang", "traceback", "lines", "lost", "not resumed", "differs", "exit code")
 OUTCOMES = ("no harm", "resumed", "refused, then resumed")

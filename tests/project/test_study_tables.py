@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, digits, outer_loop, parity, photographs, scale, speed, through
+from benchmarks import accelerator, digits, outer_loop, parity, photographs, readme, scale, speed, through
 from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
@@ -102,6 +102,10 @@ def test_the_page_shows_its_numbers_and_its_stamp(name):
     page = RESULTS / f"{name}.md"
     numbers = read_json(page.with_suffix(".json"))
     assert with_parts(page, {"stamp": stamp(numbers["made"])} | PARTS[name](numbers)) == page.read_text()
+
+
+def test_readme_shows_the_numbers_of_the_digits():
+    assert readme.readme() == (RESULTS.parents[1] / "README.md").read_text()
 
 
 def test_a_stamp_has_code_versions_and_machine_as_far_as_they_were_recorded():
