@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.digits import EVERY
 from benchmarks.pages import Row, with_parts
 from deq_jax.storage import read_json
 
@@ -17,7 +18,8 @@ COLUMNS = {"": "worst case", ", early state": "early", ", ensemble state": "ense
 def table(numbers: Row) -> str:
     """Clean accuracy and worst cases of the networks of the digits study, as trained and with defences, as Markdown."""
     found = {row["training"]: row for row in numbers["rows"]}
-    names = [name for name in found if not name.endswith((*filter(None, COLUMNS), "attack"))]
+    defended = tuple(suffix for suffix in COLUMNS if suffix)
+    names = [name for name in found if name != EVERY and not name.endswith(defended)]
     lines = [f"| training | clean | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for name in names:
         cells = [_worst(found[name + suffix]) if name + suffix in found else "" for suffix in COLUMNS]

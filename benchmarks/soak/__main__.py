@@ -5,7 +5,7 @@
 
 Allowed are two outcomes. The result is bitwise that of an undisturbed run, after the same command was run again where
 it was stopped. Or the command refuses in one line, with a documented exit code, and resumes once the cause is undone.
-Anything else is counted, and is exit code 1. The same command goes on where it was stopped, and repeats nothing.
+Anything else is counted, and gives exit code 1. The same command resumes a campaign and repeats no injection.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--injections", type=int, metavar="N", help="number of injections; default: 200, or no end")
     parser.add_argument("--minutes", type=float, metavar="M", help="no injection begins later; default: no end")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all choices; default: 0")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of all choices; default: 0")
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND", help=KINDS_HELP)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="injections at a time; default: 1")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), metavar="DIR", help="default: runs/soak")

@@ -63,7 +63,7 @@ class Campaign:
 
     Args:
       out: the folder.
-      seed: of all choices.
+      seed: random seed of all choices.
     """
 
     def __init__(self, out: Path, seed: int):
@@ -83,7 +83,7 @@ class Campaign:
         return [read_json(path) for path in sorted(self.outcome_file(0).parent.glob("*.json"))]
 
     def prepare(self, injections: Iterable[Injection]) -> None:
-        """Makes what is missing of the undisturbed runs and evaluations that these need, and of their halves."""
+        """Makes the undisturbed runs and evaluations that these need, and their halves; existing ones are kept."""
         needed = {(one.command, one.processes) for one in injections}
         for_evaluations = {("train", 1)} if any(command == "evaluate" for command, _ in needed) else set()
         for command, processes in sorted(needed | for_evaluations, reverse=True):
@@ -116,7 +116,7 @@ class Campaign:
             shutil.rmtree(case.place)
 
     def about(self, command: str, processes: int) -> Row:
-        """What is known of an undisturbed run or evaluation: its size, its times, and its contents."""
+        """Size, times and contents of an undisturbed run or evaluation."""
         found: Row = read_json(self.made(command, processes).with_suffix(".json"))
         return found
 

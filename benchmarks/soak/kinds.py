@@ -25,7 +25,7 @@ class Fault:
 
     Attributes:
       commands, processes: where it can happen.
-      is_half: the command continues a run of which a half is done, whose process was killed.
+      is_half: the command resumes a run that was killed half way.
       as_command: the command is started as from a shell, imports included.
       case: see `campaign.Case`.
       about: what was done, in words.
@@ -144,7 +144,7 @@ class Damage(Fault):
     is_half = True
 
     def candidates(self) -> list[Path]:
-        """Files of which one is damaged."""
+        """The files to choose from; one is damaged."""
         raise NotImplementedError
 
     def before(self) -> None:
@@ -275,7 +275,7 @@ class KilledPeer(Signal):
 
 
 class StoppedPeer(Signal):
-    """SIGSTOP to one process of two; when the other one has ended, it goes on, or is killed."""
+    """SIGSTOP to one process of two. Once the other one has ended, it is continued or killed."""
 
     processes = (2,)
     number = signal.SIGSTOP

@@ -30,7 +30,7 @@ def contents(command: str, folder: Path) -> dict[str, str]:
 
 
 def trained(workdir: Workdir) -> dict[str, str]:
-    """Of both kinds of checkpoints, the lines of metrics, the config and the environment."""
+    """Digests of a training run: both kinds of checkpoints, the lines of metrics, the config and the environment."""
     found = {"config": _of(read_json(workdir.config_file))}
     for name, checkpoints in (("latest", workdir.latest), ("best", workdir.best)):
         checkpoint = checkpoints.read()
@@ -45,7 +45,7 @@ def trained(workdir: Workdir) -> dict[str, str]:
 
 
 def evaluated(folder: EvaluationFolder) -> dict[str, str]:
-    """Of the record, the manifest, and the arrays of all files but the timed ones."""
+    """Digests of an evaluation: its record, its manifest, and the arrays of all files but the timed ones."""
     record = _without(read_json(folder.record), ELSEWHERE)
     found = {"record": _of(_without_times(record)), "manifest": _of(read_json(folder.manifest))}
     for file in sorted(folder.path.rglob("*.npz")):
