@@ -60,6 +60,37 @@ notes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
+    options = parse(arguments)
+    with command_line():
+        join(options)
+        with agreed():
+            config = set_fields(load_config(options.config, TrainConfig), options.assignments)
+        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
+        with Display(MofNCompleteColumn()) as display:
+            try:
+                run = fit(
+                    config,
+                    options.workdir,
+                    init_from=options.init_from,
+                    init_checkpoint=options.init_checkpoint,
+                    minutes=options.minutes,
+                    profile=options.profile,
+                    retries=options.retries,
+                    report=partial(show, display),
+                    say=display.say,
+                )
+            except NonFiniteLoss as error:
+                fail(str(error), 1)
+            except Interrupted as stop:
+                fail(*ending(*stop.args, minutes=options.minutes))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+        console.print(f"trained: {int(run.state.step)} steps, {parameters:,} parameters, in {options.workdir}")
+        console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m deq_jax.train",
         description=DESCRIPTION,
@@ -103,33 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "times; default: 0",
     )
     add_process_options(parser)
-    options = parser.parse_args(arguments)
-    with command_line():
-        join(options)
-        with agreed():
-            config = set_fields(load_config(options.config, TrainConfig), options.assignments)
-        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        console.print(f"devices: {jax.device_count()} x {jax.devices()[0].device_kind}{processes}")
-        with Display(MofNCompleteColumn()) as display:
-            try:
-                run = fit(
-                    config,
-                    options.workdir,
-                    init_from=options.init_from,
-                    init_checkpoint=options.init_checkpoint,
-                    minutes=options.minutes,
-                    profile=options.profile,
-                    retries=options.retries,
-                    report=partial(show, display),
-                    say=display.say,
-                )
-            except NonFiniteLoss as error:
-                fail(str(error), 1)
-            except Interrupted as stop:
-                fail(*ending(*stop.args, minutes=options.minutes))
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
-        console.print(f"trained: {int(run.state.step)} steps, {parameters:,} parameters, in {options.workdir}")
-        console.print(f"next: python -m deq_jax.evaluate --workdir {options.workdir}")
+    return parser.parse_args(arguments)
 
 
 def ending(number: int, step: int, *, minutes: float | None) -> tuple[str, int]:

@@ -56,7 +56,8 @@ def fit(
         differ in all but their shapes. Recorded in ``origin.json`` and not read again.
       init_checkpoint: checkpoint of `init_from`: best or latest.
       minutes: time after which the run stops, as at SIGTERM, after the step that it is in; None for no end.
-      profile: number of steps, after the first one, of which a JAX profile is written into ``profile/`` of the workdir.
+      profile: number of steps that a JAX profile covers, from the second step on. It is written into ``profile/`` of
+        the workdir.
       retries: number of times that the run goes back to its latest checkpoint when the loss is not finite, each time
         with half the learning rate from there on; in memory it goes back to the beginning. Checkpoints record how often
         it has gone back.

@@ -34,6 +34,8 @@ from deq_jax.training.workdir import Origin, check_origin, check_same_everywhere
 
 SLOWING = 0.5  # factor of the learning rate each time that a run goes back
 
+MOST_NUMBERS = 3  # of images, in a message
+
 MOST_STEPS = 2**31 - 1  # that the state counts
 
 
@@ -234,9 +236,8 @@ class Training:
         for step, loss in enumerate(losses, self.done - len(losses) + 1):
             if not math.isfinite(loss):
                 numbers = batch_indices(len(self.data.train.y), self.config.batch_size, self.config.seed, step - 1)
-                images = (
-                    f"its batch is training images {', '.join(map(str, numbers[:3]))} and {len(numbers) - 3} others"
-                )
+                first, others = numbers[:MOST_NUMBERS].tolist(), len(numbers[MOST_NUMBERS:])
+                images = f"its batch is training images {first}" + (f" and {others} others" if others else "")
                 where = self.kept.last_good(self.saved)
                 raise NonFiniteLoss(f"the loss is {loss} at step {step} of {self.total_steps}; {images}; {where}")
 

@@ -70,7 +70,7 @@ class MetricsLog:
 
     @property
     def digest(self) -> str:
-        """Of all lines so far, see `digest_of`."""
+        """The digest of all lines so far; see `digest_of`."""
         return self._sum.hexdigest()
 
     def close(self) -> None:

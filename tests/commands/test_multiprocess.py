@@ -179,7 +179,9 @@ def test_two_processes_evaluate_as_one_does(folder, whole):
     assert "robust accuracy" in first and "robust accuracy" not in second
     one, both = (np.load(out / "evaluation.npz") for out in outs)
     for name in one.files:
-        np.testing.assert_array_equal(one[name], both[name], err_msg=name)
+        # Thirty-odd products in a row: on some processors they round otherwise for the last image of a device.
+        tolerance = 1e-2 if name == "spectral_radius" else 0
+        np.testing.assert_allclose(one[name], both[name], rtol=tolerance, atol=0, err_msg=name)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, digits, outer_loop, parity, photographs, readme, scale, speed, through
+from benchmarks import accelerator, devices, digits, outer_loop, parity, photographs, readme, scale, speed, through
 from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
@@ -89,6 +89,7 @@ PARTS = {
         "seed 1": tables(read_json(RESULTS / "photographs-1.json")),
     },
     "accelerator": whole(accelerator.tables),
+    "devices": whole(devices.tables),
     "digits": whole(tables),
     "scale": whole(scale.tables),
     "outer-loop": whole(outer_loop.tables),

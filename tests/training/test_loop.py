@@ -427,7 +427,8 @@ def test_the_parts_of_a_step_must_divide_the_images_of_a_device(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny.get_config(objective=Standard(), optimizer=AdamCosine(1e38), pretrain_steps=0, checkpoint_every=1)
-    message = r"loss is nan at step \d+ of 17; its batch is training images \d+, .* others; last good one: .*latest/\d+"
+    images = r"training images \[\d+, \d+, \d+\] and 61 others"
+    message = rf"loss is nan at step \d+ of 17; its batch is {images}; last good one: .*latest/\d+"
     with pytest.raises(NonFiniteLoss, match=message):
         fit(config, tmp_path)
 
