@@ -21,7 +21,7 @@ test: $(VENV)/test  ## the fast tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/test  ## the tests that take minutes; ARGS chooses some: make test-slow ARGS=tests/core
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m slow $(ARGS)
 
 test-oldest: .venv-oldest/test  ## some of the fast tests, with the oldest dependencies that setup.cfg allows, on Python 3.11
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" -W ignore::DeprecationWarning $(OLDEST_TESTS)

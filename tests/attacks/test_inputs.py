@@ -326,6 +326,7 @@ def test_losses_of_few_classes_lead_to_every_class(num_classes):
     assert jnp.all(untargeted[:, 0] < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "num_classes"),
     [
@@ -362,9 +363,10 @@ def _shortened(attacks):
     return tuple(map(short, attacks))
 
 
+@pytest.mark.slow
 @EVERY
-@pytest.mark.parametrize("threat", mostly_slow([Linf(8 / 255), L2(0.3)], 0), ids=["linf", "l2"])
-@pytest.mark.parametrize("dtype", mostly_slow([jnp.float16, jnp.bfloat16], 1))
+@pytest.mark.parametrize("threat", [Linf(8 / 255), L2(0.3)], ids=["linf", "l2"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_images_stay_in_the_ball(name, threat, dtype):
     attack, x = attacks_within(threat)[name], X.astype(dtype).at[0, 0, 0].set(0).at[0, 0, 1].set(1)
     x_adv = attack(oracle_of(MODEL), x, jnp.argmax(MODEL(x), axis=1), KEY)
@@ -375,6 +377,7 @@ def test_half_precision_images_stay_in_the_ball(name, threat, dtype):
     assert wide.min() >= 0 and wide.max() <= 1
 
 
+@pytest.mark.slow
 def test_half_precision_images_that_are_returned_were_judged():
     """What an attack calls misclassified is so after rounding, too."""
     x = X.astype(jnp.bfloat16)
@@ -391,6 +394,7 @@ def test_half_precision_logits_and_parameters(name):
     assert x_adv.dtype == X.dtype and jnp.all(jnp.abs(x_adv - X) <= 0.1 + 1e-6)
 
 
+@pytest.mark.slow
 @FEW
 def test_mixed_single_and_double_precision(name, x64):
     for x, logits in ((X, linear(dtype=jnp.float64)), (jnp.asarray(X, jnp.float64), linear(dtype=jnp.float32))):

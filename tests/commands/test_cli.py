@@ -426,6 +426,7 @@ def test_help_shows_how_to_start(command, capfd):
     assert "--set NAME=VALUE" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "classes"), [((28, 28, 1), 10), pytest.param((32, 32, 3), 5, marks=pytest.mark.slow)], ids=str
 )
@@ -474,6 +475,7 @@ def test_own_images_are_trained_on_and_evaluated(shape, classes, request, tmp_pa
     np.testing.assert_array_equal(found["correct"][[0, 2]], [correct[:, -1], robust[:, -1]])
 
 
+@pytest.mark.slow
 def test_a_training_tells_its_life_into_a_file(folder, tmp_path, capfd):
     """Here it starts from another run, with other objective and optimiser settings; then it is resumed."""
     (tmp_path / "tuned.py").write_text(

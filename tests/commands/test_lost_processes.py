@@ -127,6 +127,7 @@ def test_a_job_whose_process_was_killed_ends_and_resumes(victim, tmp_path):
     assert max(line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")) == 4 * 71
 
 
+@pytest.mark.slow
 def test_stderr_goes_through_a_process_that_outlives_this_one():
     text = "import os, signal; from deq_jax.parallel import processes; processes._shorten_reports(); "
     text += f"os.write(2, {SILENT.encode()!r}); os.abort()"

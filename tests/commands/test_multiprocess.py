@@ -179,9 +179,10 @@ def test_two_processes_evaluate_as_one_does(folder, whole):
     assert "robust accuracy" in first and "robust accuracy" not in second
     one, both = (np.load(out / "evaluation.npz") for out in outs)
     for name in one.files:
-        # Thirty-odd products in a row: on some processors they round otherwise for the last image of a device.
-        tolerance = 1e-2 if name == "spectral_radius" else 0
-        np.testing.assert_allclose(one[name], both[name], rtol=tolerance, atol=0, err_msg=name)
+        if name == "spectral_radius":  # on some processors its many products round otherwise for the last image
+            np.testing.assert_allclose(one[name], both[name], rtol=1e-2, err_msg=name)
+        else:
+            np.testing.assert_array_equal(one[name], both[name], err_msg=name)
 
 
 @pytest.mark.slow
@@ -271,6 +272,7 @@ def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(action, cod
     assert words in printed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_waiting_for_others_is_bounded(process, folder):
     text = ALONE.format(port=free_port(), process=process, seconds=2, action="pass")

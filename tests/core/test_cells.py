@@ -29,7 +29,6 @@ from deq_jax.core import Injection, jacobian_norm, spectral_radius
 from deq_jax.evaluation import measure, named
 from deq_jax.evaluation.measure import spectral_radii
 from tests.helpers import dense
-from tests.helpers.cases import mostly_slow
 from tests.helpers.cells import GRADIENTS, SOLVER, SOLVERS, P, U, cell, layer
 
 X = jnp.linspace(0, 1, 2 * 16).reshape(2, 4, 4, 1)
@@ -115,7 +114,8 @@ def test_other_states_are_refused(kind):
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("gradient", mostly_slow(GRADIENTS, 0, 2), ids=lambda g: type(g).__name__)
+    @pytest.mark.slow
+    @pytest.mark.parametrize("gradient", GRADIENTS, ids=lambda g: type(g).__name__)
     @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
     def test_a_cell_may_compute_in_half_precision(self, solver, gradient):
 

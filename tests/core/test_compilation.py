@@ -25,7 +25,6 @@ from deq_jax.core import PhantomUpTo, cross_entropy, jacobian_norm, spectral_rad
 from deq_jax.models import JacobianRegularization, SmallCNN
 from deq_jax.surrogates import adaptive
 from tests.helpers import dense
-from tests.helpers.cases import mostly_slow
 from tests.helpers.cells import GRADIENTS, SOLVER, SOLVERS, P, U, cell, layer
 
 X = jnp.linspace(0, 1, 2 * 16).reshape(2, 4, 4, 1)
@@ -111,7 +110,8 @@ def classifiers():
 
 
 class TestCallsOutsideJit:
-    @pytest.mark.parametrize("entries", mostly_slow([layers, classifiers, oracles], 0))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("entries", [layers, classifiers, oracles])
     def test_nothing_is_compiled_after_the_first_call(self, entries):
         again = {}
         for name, call in entries():

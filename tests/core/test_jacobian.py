@@ -141,6 +141,7 @@ def test_narrow_states(dtype):
     np.testing.assert_allclose(spectral_radius(half, None, None, z, probes[0], 6).radius, [0.5, 2], rtol=0.01)
 
 
+@pytest.mark.slow
 def test_the_penalty_of_a_training_pass():
     """A penalised pass reads out a state of z_{T-2} .. z_{T+1}, and its penalty is that of this state."""
     classifier = replace(tiny.classifier(dropout=0.0), jacobian=PENALTY)
@@ -166,6 +167,7 @@ def test_only_final_states_are_jittered():
     assert prediction.solution.residuals.shape == (4, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "purposes"),
     [

@@ -162,6 +162,7 @@ class TestClassifier:
         oracle = surrogate(classifier, variables)
         assert finite_and_not_zero(jax.jit(partial(oracle.grad, cross_entropy))(X, LABELS, Keys.of(0, 4)))
 
+    @pytest.mark.slow
     @named("surrogate", [Direct(), BPDAIdentity(), BPDAHead(), BPDASolver(), EndToEnd()])
     def test_entropy_reduction(self, surrogate):
         defence = EntropyReduced(with_solver(replace(HEAVY, steps=2)), steps=1)
@@ -188,6 +189,7 @@ def test_jittered_training_passes_have_more_steps_of_it():
     assert jax.eval_shape(run, variables).solution.residuals.shape == (5, 4)
 
 
+@pytest.mark.slow
 def test_a_solver_derived_from_broyden_is_differentiated():
     def gradient(solver):
         classifier = with_solver(solver)

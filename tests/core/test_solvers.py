@@ -311,6 +311,7 @@ def test_solvers_are_values():
     assert eval(repr(Broyden(8))) == Broyden(8)
 
 
+@pytest.mark.slow
 def test_an_anderson_step_is_that_of_jaxopt(x64):
     matrix, u, _ = problem(0.9)
     solver = Anderson(4, history_size=3, ridge=1e-4, beta=0.8, tolerance=0.0, absolute_ridge=True)
@@ -397,6 +398,7 @@ NARROW = [FixedPoint(20), FixedPoint(30, damping=0.7), Anderson(8), Broyden(8), 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("solver", NARROW, ids=repr)
 class TestNarrowStates:
+    @pytest.mark.slow
     def test_large_states(self, solver, dtype):
         """Sums of squares leave float16 at 65,504."""
         size, eps = 138_240, float(jnp.finfo(dtype).eps)
@@ -409,6 +411,7 @@ class TestNarrowStates:
         assert (solution.residuals[-1] < max(eps, solver.tolerance)).all()
         assert np.isfinite(solution.residuals).all()
 
+    @pytest.mark.slow
     def test_small_and_coupled_states(self, solver, dtype):
         matrix, u, fixed_points = problem(0.5, np.float32)
         scale = np.array([[1.0], [1e-2], [1e-3], [1.0]])

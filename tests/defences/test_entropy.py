@@ -27,7 +27,7 @@ from deq_jax.core import entropy, solve, straight_through
 from deq_jax.defences import EntropyGradient, RandomDirection, ReferenceCarry, reduce_entropy, sign
 from deq_jax.models import SmallCNN
 from deq_jax.parallel import replicate_and_split
-from tests.golden.case import Case, compiled
+from tests.golden.case import Case
 from tests.helpers import tiny
 
 X = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 8, 8, 1)), jnp.float32)
@@ -151,6 +151,7 @@ def test_images_do_not_depend_on_their_batch(solver):
         np.testing.assert_allclose(alone.solution.states[:, 0], whole.solution.states[:, i], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_controls():
     """Raising the entropy raises it; random updates are each image's own, and need keys."""
     raised = run(defence_of(direction=EntropyGradient(ascent=1)))
@@ -169,6 +170,7 @@ def test_controls():
         random(VARIABLES, X)
 
 
+@pytest.mark.slow
 def test_the_prediction_is_that_of_the_raw_regulated_state():
     defence = defence_of()
     prediction = jax.jit(lambda x: defence(VARIABLES, x))(X)
@@ -242,7 +244,7 @@ def test_reference_carry_reproduces_the_authors_numbers(dtype):
     try:
         case = Case(dtype)
         defence = EntropyReduced(case.classifier, carry=ReferenceCarry())
-        reduce = compiled(partial(reduce_entropy, defence))
+        reduce = case.compiled(partial(reduce_entropy, defence))
         for kind in ("clean", "adv"):
             golden_close(case, f"ier/{kind}", reduce)
     finally:

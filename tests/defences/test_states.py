@@ -15,6 +15,7 @@ X = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1))
 Y, KEYS = np.array([0, 1, 2]), Keys.of(0, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readout", [IntermediateState(2), EnsembleState()], ids=["early", "ensemble"])
 @pytest.mark.parametrize("then", [Phantom(2), Implicit()], ids=["phantom", "implicit"])
 def test_a_model_trained_by_backpropagation_through_the_solver_keeps_that_gradient(readout, then):

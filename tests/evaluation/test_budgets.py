@@ -65,6 +65,7 @@ def test_an_unknown_budget_is_refused():
         default_trials(DEQ, Linf(0.1), "huge")
 
 
+@pytest.mark.slow
 def test_assess_chooses_the_trials():
     classifier = Explicit(Linear())
     predictor = Predictor(classifier, trained())

@@ -89,6 +89,7 @@ def defended(undefended, tmp_path_factory):
     return evaluate(config, tmp_path_factory.mktemp("defended"))
 
 
+@pytest.mark.slow
 def test_the_defended_predictor_is_judged(defended):
     assert defended.accuracies()["clean"]["deployed"] == 1.0
     logits = jax.jit(DEFENCE)(VARIABLES, defended.attempts["base"].read()).logits
@@ -97,6 +98,7 @@ def test_the_defended_predictor_is_judged(defended):
     assert defended.accuracies()["union"]["deployed"] <= lowest
 
 
+@pytest.mark.slow
 def test_the_states_are_those_of_the_regulated_dynamics(defended):
     states = reduce_entropy(DEFENCE, VARIABLES, X).solution.states
     for t in range(4):
@@ -104,6 +106,7 @@ def test_the_states_are_those_of_the_regulated_dynamics(defended):
         np.testing.assert_array_equal(named(defended.clean)[f"z_{t + 1}"].label, np.argmax(logits, axis=1))
 
 
+@pytest.mark.slow
 def test_transferred_images_are_the_final_ones_of_the_other_evaluation(undefended, defended):
     result, _ = undefended
     np.testing.assert_array_equal(defended.attempts["reference.direct"].read(), result.attempts["direct"].read())
@@ -127,6 +130,7 @@ def test_transfers_need_a_finished_evaluation(tmp_path):
         with_transfers(CONFIG, [("reference", tmp_path)])
 
 
+@pytest.mark.slow
 def test_reference_images_are_made_against_the_undefended_predictor_of_the_training(undefended, tmp_path):
     """Not against a defended one, nor one of other variables."""
     _, folder = undefended
@@ -159,6 +163,7 @@ def test_transfers_need_the_same_images(undefended, tmp_path):
         worst_case(config, DEFENCE.base, VARIABLES, images, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_suite_of_transfers_counts_what_it_breaks_itself(undefended, tmp_path):
     """Not what trials before it broke; and a trial that found nothing left to attack has no images to transfer."""
     config = EvalConfig(THREAT, (Trial("direct", ATTACK),), batch_size=8)

@@ -31,6 +31,7 @@ def problem(classifier):
     return classifier.init(jax.random.key(0), x), x, jnp.arange(4)
 
 
+@pytest.mark.slow
 def test_adjoint_residuals_are_those_of_dense_jacobians():
     classifier = with_gradient(Neumann(3, 0.5))
     variables, x, y = problem(classifier)
@@ -63,6 +64,7 @@ def test_where_there_is_no_adjoint_state_there_is_no_residual(classifier):
     assert adjoint_residuals(classifier, {}, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, int)) is None
 
 
+@pytest.mark.slow
 def test_an_evaluation_reports_it_in_numbers_and_on_the_terminal(tmp_path):
     classifier = with_gradient(Implicit(Broyden(2)))
     variables, x, y = problem(classifier)

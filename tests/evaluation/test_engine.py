@@ -341,6 +341,7 @@ class Traced(PGD):
         return super().__call__(oracle, x, labels, key, start)
 
 
+@pytest.mark.slow
 def test_surrogates_that_differ_in_numbers_are_compiled_once(deq, tmp_path):
     attack = Traced(Linf(0.05), steps=1, step_size=0.05, best_of=False)
     trials = with_surrogates("a", attack, [Intermediate(1, 1, 0.5), Intermediate(2, 9, 1), Intermediate(3, 5, 0.25)])
@@ -447,6 +448,7 @@ class TestResuming:
 
 
 class TestSharing:
+    @pytest.mark.slow
     def test_two_compute_each_batch_once_and_give_what_one_gives(self, cumulative, tmp_path, monkeypatch):
         """Two threads, each with locks of its own, as two processes have."""
         alone, out = cumulative
@@ -558,6 +560,7 @@ class TestTransfer:
 
 
 class TestEarlyState:
+    @pytest.mark.slow
     def test_accuracies_are_those_of_each_state_attacked_on_its_own(self, deq):
         classifier, variables, images = deq
         found = choose_early_state(classifier, variables, images, ATTACK, batch_size=16)
@@ -567,6 +570,7 @@ class TestEarlyState:
         _, robust = correctness(outcomes)
         assert found[1] == pytest.approx(robust.deployed.mean())
 
+    @pytest.mark.slow
     def test_the_best_one_is_deployed_and_recorded(self, deq, tmp_path, monkeypatch):
         accuracies, (classifier, variables, images) = iter([[0.1, 0.3, 0.2]]), deq
         monkeypatch.setattr("deq_jax.evaluation.engine.choose_early_state", lambda *_, **__: next(accuracies))

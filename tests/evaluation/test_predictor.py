@@ -35,6 +35,7 @@ def deq():
     return Predictor(classifier, classifier.init(0, jnp.zeros((2, 4, 4, 1))))
 
 
+@pytest.mark.slow
 def test_it_answers_as_its_parts_do():
     x, y = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1)), jnp.array([0, 1, 2])
     predictor = deq()
@@ -68,6 +69,7 @@ def test_accuracy_of_any_number_of_images_and_of_bytes():
 
 
 class TestAssess:
+    @pytest.mark.slow
     def test_memory_and_a_folder_give_the_same(self, tmp_path):
         memory, disk = (dj.assess(LINEAR, (X, Y), TRIALS, out=out) for out in (None, tmp_path / "e"))
         assert list(memory.attempts) == ["pgd", "apgd", "square"]
@@ -94,6 +96,7 @@ class TestAssess:
         robust = f"robust at most {100 * result.robust_accuracy:.2f} %"
         assert f"{robust}; red flags raised: " in repr(result) and "zero gradients" in repr(result)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "attack",
         [APGD(BALL, steps=2), Square(BALL, 5), Targeted(PGD(BALL, steps=1, loss=logit_difference), 2)],
@@ -113,6 +116,7 @@ class TestAssess:
             with pytest.raises(InputError, match="from_worst is for attacks that take a start, got"):
                 Trial("again", attack, from_worst=True)
 
+    @pytest.mark.slow
     def test_diagnostics_of_the_same_run(self):
         pgd = [Trial(f"check.{steps}", PGD(BALL, steps=steps)) for steps in (1, 2, 4, 8)]
         far = Trial("check.far", PGD(Linf(0.8), steps=8))

@@ -23,7 +23,8 @@ SOLVER = Broyden(8, batch_joint=True)
 ATTACKED = (1, 2, 10)  # the steps of a trajectory stored as one array
 
 # A third less compile time on the CPU.
-compiled = partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
+OPTIONS = {"xla_llvm_disable_expensive_passes": True}
+compiled = partial(jax.jit, compiler_options=OPTIONS)
 
 
 class Case:
@@ -50,6 +51,12 @@ class Case:
         self.params = self.variables["params"]["cell"]
         self.gradients: dict[Gradient, Callable[..., Any]] = {}
         self.errors: dict[str, dict[str, float]] = {}
+
+    def compiled(self, function):
+        """`function` that is called often. In double precision it is optimised: otherwise it would run for long."""
+        return jax.jit(
+            function, compiler_options=OPTIONS | {"xla_backend_optimization_level": int(self.dtype == "float64")}
+        )
 
     def array(self, values):
         return jnp.asarray(values, self.dtype)
@@ -112,7 +119,7 @@ class Case:
     @cached_property
     def solve(self):
         """``x -> Solution`` of 8 Broyden steps."""
-        return compiled(partial(self.run, SOLVER))
+        return self.compiled(partial(self.run, SOLVER))
 
     def run(self, solver, x):
         u = self.classifier.encode(self.variables, x)
@@ -134,7 +141,7 @@ class Case:
                 mean = jnp.mean(cross_entropy(logits, self.y))
                 return mean, (mean, logits)
 
-            self.gradients[estimator] = compiled(jax.grad(loss, has_aux=True))
+            self.gradients[estimator] = self.compiled(jax.grad(loss, has_aux=True))
         return self.gradients[estimator]
 
     def gradient_close(self, key, estimator, z):

@@ -225,6 +225,7 @@ def test_a_missing_or_unsafe_reader_is_named(module, file, words, place, monkeyp
     assert words in refusal(place, f"{{}}/{file} --config {{}}/mdeq.py", capfd)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_the_start_of_a_training(place, tmp_path):
     """Config, optimiser and meta data as a training writes them; without reading the dataset, which is absent here."""
     config = place.config
@@ -244,6 +245,7 @@ def test_what_is_written_is_the_start_of_a_training(place, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, state.opt_state, optimizer.init(state.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["", "--checkpoint latest"])
 def test_round_trip_is_exact(checkpoint, place, tmp_path):
     place.run(f"{{}}/run --out {tmp_path}/new/back.npz {checkpoint}")
@@ -252,6 +254,7 @@ def test_round_trip_is_exact(checkpoint, place, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["back.npz"]
 
 
+@pytest.mark.slow
 def test_export_chooses_the_checkpoint(place, tmp_path):
     config = place.config
     state = import_checkpoint(place.folder / "good.npz", config, tmp_path / "run")
@@ -419,6 +422,7 @@ class TestEntries:
 class TestChannels:
     """MDEQs of images that are not of three channels, in and out."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("channels", [1, 2, 4])
     def test_round_trip_is_exact(self, channels, place, tmp_path):
         arrays = random_arrays(place.config, channels=channels)
@@ -429,6 +433,7 @@ class TestChannels:
             place.run(f"{tmp_path}/run --checkpoint {checkpoint} --out {tmp_path}/{checkpoint}.npz")
             equal(read(tmp_path / f"{checkpoint}.npz"), arrays)
 
+    @pytest.mark.slow
     def test_of_a_normalised_network(self, place, tmp_path, capfd):
         """The entries are those of the network; their channels must be those of the normalisation."""
         file = tmp_path / "normal.py"
@@ -496,6 +501,7 @@ def test_help_shows_how_to_start(capfd):
     assert all(word in text for word in ("--config", "--out", ".pth.tar", "examples:", "no code in the file is run"))
 
 
+@pytest.mark.slow
 def test_logits_of_the_golden_checkpoint(tmp_path):
     """The logits of the authors' code, from their weights in a file; within a few float32 roundings."""
     inputs = np.load(GOLDEN / "tiny_inputs.npz")

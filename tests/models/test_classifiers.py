@@ -66,6 +66,7 @@ def test_equal_sizes():
     assert count(DEQ) == count(CNN)
 
 
+@pytest.mark.slow
 def test_a_twin_applies_the_cell_of_a_deq_to_the_injection():
     variables = DEQ.init(jax.random.key(0), X)
     assert jax.tree.structure(TWIN.init(0, X)["params"]) == jax.tree.structure(variables["params"])
@@ -120,6 +121,7 @@ def test_random_states_are_deployed_as_the_equilibrium():
     assert len({np.asarray(draw).tobytes() for draw in draws}) > 1
 
 
+@pytest.mark.slow
 def test_the_oracle_differentiates_the_deployed_prediction():
     classifier = tiny.classifier(IntermediateState(2))
     variables = classifier.init(jax.random.key(0), X)

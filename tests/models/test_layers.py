@@ -51,6 +51,7 @@ class TestConv:
         for got, want in zip(mine, expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.slow
     def test_second_derivatives_in_a_scan(self, x64, case):
         x, kernel, strides, padding = arrays(case)
 

@@ -33,6 +33,7 @@ def scratch_bytes(dynamics):
     return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_implicit_gradients_does_not_grow_with_the_steps():
     def scratch(steps):
         return scratch_bytes(Dynamics(Anderson(steps, history_size=5), gradient=Implicit(Anderson(8, history_size=5))))
@@ -40,6 +41,7 @@ def test_memory_of_implicit_gradients_does_not_grow_with_the_steps():
     assert scratch(64) <= 1.1 * scratch(8)
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_and_keeps_the_gradient():
     plain = Dynamics(Broyden(4), gradient=Phantom(6))
     saving = replace(plain, rematerialize=True)
@@ -48,6 +50,7 @@ def test_rematerialisation_saves_memory_and_keeps_the_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *gradients)
 
 
+@pytest.mark.slow
 def test_bfloat16_cells_agree_to_half_precision():
     dynamics = Dynamics(Broyden(4), gradient=Phantom(2))
     values, gradients = zip(

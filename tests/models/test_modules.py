@@ -199,6 +199,7 @@ class TestDropoutOfFlax:
         assert abs(float(kept.mean()) - 1) < 0.1
         np.testing.assert_array_equal(kept[:, :1] + 0 * kept, kept)  # one mask for all rows of an image
 
+    @pytest.mark.slow
     def test_in_encoder_and_decoder_of_an_equilibrium(self):
         class Encoder(nn.Module):
             @nn.compact

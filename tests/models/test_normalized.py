@@ -47,6 +47,7 @@ def test_variables_are_those_of_the_classifier(pair):
     assert type(whole) is type(classifier)
 
 
+@pytest.mark.slow
 def test_the_network_sees_normalised_images(pair):
     classifier, variables, whole = pair
     expected = classifier(variables, NORMAL_X)
@@ -55,6 +56,7 @@ def test_the_network_sees_normalised_images(pair):
     equal((trained.logits, trained.batch_stats), (bare.logits, bare.batch_stats))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_composition(pair):
     """d loss / dx is the network's own gradient, divided by the deviations."""
     classifier, variables, whole = pair
@@ -63,6 +65,7 @@ def test_the_gradient_is_that_of_the_composition(pair):
     np.testing.assert_allclose(found, inner / jnp.float32(STD), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_is_attacked_in_the_box(pair):
     _, variables, whole = pair
     x_adv = tiny.ATTACK(classifier_oracle(whole, variables), X, Y, jax.random.key(0))

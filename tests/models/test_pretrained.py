@@ -51,6 +51,7 @@ def test_a_damaged_file_is_refused(tmp_path, monkeypatch):
         pretrained("digits_pgd_at")
 
 
+@pytest.mark.slow
 def test_the_script_ships_the_weights_and_numbers_of_a_run(tmp_path, monkeypatch):
     root = Path(__file__).parents[2]
     with tarfile.open(root / "tests" / "golden" / "workdir-0.1.tar.xz") as archive:

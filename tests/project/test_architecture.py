@@ -107,6 +107,7 @@ def test_importing_the_package_loads_nothing_slow():
     assert found.stdout == "[]\n", found.stdout + found.stderr
 
 
+@pytest.mark.slow
 def test_importing_a_room_leaves_the_backend_of_figures_alone():
     code = "import matplotlib as m; m.use('svg'); import deq_jax.evaluation, deq_jax.reporting; print(m.get_backend())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -47,6 +47,7 @@ def prose(page):
 TRAINS = pytest.param(README, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [TRAINS, *(page for page in PAGES[1:] if blocks(page, "python"))], ids=name)
 def test_python_blocks_run_in_their_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -204,6 +205,7 @@ def docstring(thing):
     return (vars(thing) if isinstance(thing, type) else {"__doc__": thing.__doc__}).get("__doc__") or ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ROOMS)
 def test_examples_in_docstrings_print_what_they_say(room):
     face = getattr(deq_jax, room)

@@ -44,6 +44,7 @@ def test_every_fault_of_a_function_is_found(faults, tmp_path, monkeypatch):
     assert whole == EXPECTED
 
 
+@pytest.mark.slow
 def test_a_fault_changes_its_place_and_nothing_else(faults):
     drawn = faults.drawn(["core", "defences"], 24, seed=0)
     assert len(set(drawn)) == 24 and {fault.kind for fault in drawn} == set(faults.KINDS)

@@ -281,7 +281,7 @@ def test_attack_of_pgd_at(case):
     noise = case.image(case.golden["pgd/noise"])
     attack = PGD(Linf(EPSILON), steps=10, step_size=STEP_SIZE, start=lambda keys, x, threat: x + noise, best_of=False)
     oracle = classifier_oracle(case.classifier, case.variables)
-    x_adv = compiled(partial(attack, oracle))(case.x, case.y, jax.random.key(0))
+    x_adv = case.compiled(partial(attack, oracle))(case.x, case.y, jax.random.key(0))
     case.image_close("ris_pgd_train/x_adv_10", x_adv)
 
 
@@ -289,7 +289,7 @@ def test_attack_of_pgd_at(case):
 def test_attack_of_trades(case):
     """The start is not clipped to [0, 1], as in the reference."""
     oracle = classifier_oracle(case.classifier, case.variables)
-    gradient = compiled(partial(oracle.grad, kl))
+    gradient = case.compiled(partial(oracle.grad, kl))
     reference = case.gradient(Phantom(5, 0.5))(case.x, case.solution.z)[1][1]  # the clean logits
     x_adv = case.x + 0.001 * case.image(case.golden["trades_adv/noise"])
     for step in steps_to_follow(case):
@@ -382,7 +382,9 @@ def test_pretraining_gradient_jumps_at_a_kink(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["float64"], indirect=True)
 def test_trades_step_with_jacobian_penalty(case):
+    """In double precision: single precision of its parts is tested on their own, and this takes half a minute."""
     probes = case.state("jac/v")
 
     def penalty(variables, x, z):

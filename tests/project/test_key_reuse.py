@@ -193,6 +193,7 @@ class TestUnderTheChecker:
 
         jax.jit(run).trace(variables, X, jax.random.key(0))
 
+    @pytest.mark.slow
     def test_entropy_reduction(self, readout, checker):
         defence = EntropyReduced(tiny.classifier(readout), steps=2, direction=RandomDirection(), readout=readout)
         variables = jax.eval_shape(defence.init, 0, X)

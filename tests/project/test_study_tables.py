@@ -195,6 +195,7 @@ def evaluated(workdir, wrong, train_config):
     write_evaluation(out, EvaluationRecord.of(result, provenance), result, x)
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_and_writes_the_page(tmp_path, monkeypatch):
     configs = {}
 

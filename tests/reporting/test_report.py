@@ -232,6 +232,7 @@ class TestGroups:
         assert [group.defence for group in more[:3]] == ["none", "none", "ensemble state"]
         assert undefended(more[2], more) == groups[0]
 
+    @pytest.mark.slow
     def test_different_trainings_and_predictors_are_not_called_the_same(self, tmp_path):
         wrong = {"clean": 2, "apgd": 3, "pgd": 4}
         for name, epochs in (("x", 1), ("y", 2)):
@@ -243,6 +244,7 @@ class TestGroups:
         assert [group.training for group in groups] == ["tiny", "tiny", "tiny", "tiny #2"]
         assert [group.defence for group in groups] == ["none", "other", "other #2", "none"]
 
+    @pytest.mark.slow
     def test_groups_that_differ_in_the_settings_of_an_attack_alone_have_labels_of_their_own(self, tmp_path):
         for name, steps in (("x", 10), ("y", 20)):
             config = replace(
@@ -252,6 +254,7 @@ class TestGroups:
         groups = groups_of(read_evaluations([tmp_path / name for name in ("x", "y")]))
         assert labels(groups) == ["none: pgd", "none: pgd #2"]
 
+    @pytest.mark.slow
     def test_evaluations_of_other_images_are_not_put_together(self, tmp_path):
         wrong = {"clean": 2, "apgd": 3, "pgd": 4}
         write(tmp_path / "all", config_of(0.1, "none", 0), 0, wrong)
@@ -272,6 +275,7 @@ class TestGroups:
             "AutoAttack, pgd, reference (3 trials)",
         ]
 
+    @pytest.mark.slow
     def test_curves_need_two_radii_and_take_the_stronger_evaluation(self, groups, runs, tmp_path):
         ((training, _), curves), *others = radius_curves(groups).items()
         assert (training, others, [curve.label for curve in curves]) == ("tiny", [], ["none"])
@@ -284,6 +288,7 @@ class TestGroups:
         (curves,) = radius_curves(groups_of(read_evaluations([*folders, *runs]))).values()
         assert [group.values(robust)[0].mean() for group in curves[0].groups] == [77.5, 75.0]
 
+    @pytest.mark.slow
     def test_of_an_undefended_training_most_seeds_count_and_then_most_attacks(self, groups, runs, tmp_path):
         """Whatever their order."""
         config = config_of(0.1, "none", 0)
@@ -403,6 +408,7 @@ class TestNumbers:
         assert row[1:] == ["1", points(0), points(4), single, points(-3), single, "none raised"]
         assert f"{points(4)[8:-1]}], for other images alone, one seed)" in sentences(pair, DEFENCE)
 
+    @pytest.mark.slow
     def test_no_verdict_on_a_defence_that_was_not_shown_what_broke_the_undefended_predictor(self, runs, tmp_path):
         for seed in (0, 1):
             config = config_of(0.1, "ensemble state", seed)
@@ -564,6 +570,7 @@ class TestPage:
         files = report_files(read_evaluations(folders))
         assert "images-1-tiny-none.png" not in files and b'id="images"' not in files["index.html"]
 
+    @pytest.mark.slow
     def test_what_strangers_wrote_is_text(self, tmp_path):
         wrong = {"clean": 2, "apgd": 3, "pgd": 4}
         folder = write(tmp_path / "a", config_of(0.1, "none", 0), 0, wrong, workdir='"><img src=x>', masked=True)
@@ -577,6 +584,7 @@ class TestPage:
             assert written in "".join(page.text)
 
 
+@pytest.mark.slow
 def test_the_page_only_formats_what_the_report_has(runs, out, monkeypatch):
     report = Report.of(read_evaluations(runs))
     assert [len(part) for part in (report.defences.pairs, report.trainings.pairs, report.sections)] == [1, 1, 17]
@@ -603,6 +611,7 @@ def test_a_text_in_a_csv_file_is_no_formula_and_a_number_stays_one():
     assert line == ["'=title", "'=1+1", "'+cmd", "'-x", "'@sum", "'\t=1", "-0.5", "+1.25", "-1e-3", "a=b", ""]
 
 
+@pytest.mark.slow
 def test_flagged_points_of_a_curve_look_different(tmp_path):
     wrong = {"clean": 2, "apgd": 3, "pgd": 4}
     write(tmp_path / "far", config_of(0.1, "none", 0), 0, wrong)
@@ -717,6 +726,7 @@ class TestAdaptive:
         text = report_files(read_evaluations([folder]))["index.html"].decode()
         return text.replace(str(folder), "").casefold()
 
+    @pytest.mark.slow
     def test_what_was_not_adaptive_is_not_called_so(self, tmp_path):
         text = self.words(tmp_path, config_of(0.1, "none", 0), {"clean": 2, "apgd": 3, "pgd": 4})
         assert "adaptive" not in text and "reference protocol" not in text
@@ -753,6 +763,7 @@ class TestUnfinished:
         assert "Not evaluated" not in "".join(page.text)
 
 
+@pytest.mark.slow
 def test_trials_that_found_nothing_left_to_attack_say_so(tmp_path):
     """Every seed must have had nothing left; otherwise the means are shown."""
     config = replace(config_of(0.1, "none", 0), skip_broken=True)
@@ -850,6 +861,7 @@ class TestMistakes:
         same = "the same training config, defence, seed 0, images, radius and attacks"
         assert line == f"error: {copies[1]} has {same} as {copies[0]}: expected one of the two"
 
+    @pytest.mark.slow
     def test_a_folder_that_cannot_be_written(self, capsys, tmp_path, copies):
         (tmp_path / "file").touch()
         assert "cannot write there" in self.refused(capsys, tmp_path / "file", *copies)

@@ -97,6 +97,7 @@ def unseen():
     assert found == mine and seen == []
 
 
+@pytest.mark.slow
 def test_a_failed_restore_leaves_no_hook_behind(tmp_path, unseen):
     Checkpoints(tmp_path, keep=1).save(3, STATE, {})
     (tmp_path / "3" / "digests.json").unlink()
@@ -106,6 +107,7 @@ def test_a_failed_restore_leaves_no_hook_behind(tmp_path, unseen):
         Checkpoints(tmp_path, keep=1).read()
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_no_hook_behind(tmp_path, unseen, monkeypatch):
     def answer_late():
         sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
@@ -217,6 +219,7 @@ def test_a_checkpoint_that_cannot_be_read_here_does_not_count_as_damaged(place, 
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(tmp_path, monkeypatch):
     """As by the process that trains, which keeps the newest."""
     checkpoints, check = two_checkpoints(tmp_path), checkpoints_module._check_digests
@@ -241,6 +244,7 @@ def test_where_all_are_damaged_the_newest_is_named(tmp_path):
     assert said == []
 
 
+@pytest.mark.slow
 def test_checkpoints_of_older_versions_have_no_digests(tmp_path):
     checkpoints = two_checkpoints(tmp_path)
     said: list[str] = []

@@ -51,6 +51,7 @@ def test_nothing_stays_behind_but_what_was_written(tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL

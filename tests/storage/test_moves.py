@@ -60,6 +60,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_its_config_is_the_present_one(folder):
     old = read_json(folder / "run" / "config.json")
     loaded = load_run(folder / "run")

@@ -87,6 +87,7 @@ def test_a_folder_that_has_vanished_does_not_come_back_in_part(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_that_is_none_of_the_operating_system_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(ocp.Checkpointer, "save", failing(ValueError("a fault")))
     with pytest.raises(ValueError, match="a fault"):

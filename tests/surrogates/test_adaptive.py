@@ -93,6 +93,7 @@ def test_end_to_end_gradient_equals_finite_differences_of_the_smooth_defence(x64
     np.testing.assert_allclose(np.linalg.norm(differences), np.linalg.norm(gradient), rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readout", READOUTS, ids=repr)
 def test_end_to_end_forward_is_the_defence_itself(readout):
     """The sign stays a sign, and the differentiable solver takes the same steps."""
@@ -103,6 +104,7 @@ def test_end_to_end_forward_is_the_defence_itself(readout):
         assert not np.allclose(found, ask(EndToEnd())[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_smooth_forward_pass_and_the_temperature_change_the_result():
     found = ask(EndToEnd())[1]
     assert not np.allclose(ask(EndToEnd(smooth=True))[1], found, atol=1e-4)
@@ -121,6 +123,7 @@ def test_without_updates_end_to_end_is_backpropagation_through_the_solver():
     np.testing.assert_allclose(ask(EndToEnd(), defence)[2], jax.grad(total)(X), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readout", READOUTS, ids=repr)
 def test_without_updates_the_gradient_through_the_solver_is_that_of_the_undefended_state(readout):
     undefended = ThroughSolver()(deployed(DEFENCE.base, readout), VARIABLES)
@@ -129,6 +132,7 @@ def test_without_updates_the_gradient_through_the_solver_is_that_of_the_undefend
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_the_solver_holds_updates_constant():
     """It is the derivative end to end where updates do not depend on the input, as random ones, and only there."""
     assert not np.allclose(ask(BPDASolver())[2], ask(EndToEnd())[2], rtol=1e-2)
@@ -195,6 +199,7 @@ def test_attacks_judge_the_defended_predictor():
     assert np.all(cross_entropy(judge.logits(x_adv, KEYS), Y) > clean)
 
 
+@pytest.mark.slow
 def test_a_random_defence_is_attacked_in_expectation():
     defence = defence_of(direction=RandomDirection())
     oracle = BPDAHead()(defence, VARIABLES)

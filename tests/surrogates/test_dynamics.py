@@ -135,6 +135,7 @@ def test_one_compilation_serves_a_whole_family():
     assert not np.array_equal(one, four)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "predictor",
     [

@@ -84,7 +84,8 @@ def test_the_average_of_the_parameters_is_deployed_and_survives_a_stop(tmp_path)
         for optimizer in (descent, WeightAverage(descent, decay=0.9))
     )
     whole = dj.fit(averaged)
-    same(whole.state.params, dj.fit(plain).state.params)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # two programs round each in its way
+    jax.tree.map(close, whole.state.params, dj.fit(plain).state.params)
     same(whole.predictor.variables["params"], whole.state.opt_state.average)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), whole.state.params, whole.state.opt_state.average)
     assert all(jax.tree.leaves(moved))
@@ -110,6 +111,7 @@ def test_a_profile_has_the_steps_after_the_first(tmp_path):
         dj.fit(LINEAR, profile=2)
 
 
+@pytest.mark.slow
 def test_a_run_from_given_variables_begins_its_average_there(tmp_path):
     """As every state of an optimiser that depends on the parameters."""
     source = dj.fit(dataclasses.replace(LINEAR, epochs=1), tmp_path / "source")

@@ -47,7 +47,6 @@ from deq_jax.training import (
 from deq_jax.training.meters import TIMINGS, Meter
 from deq_jax.training.optimizers import deployed_params, slowed
 from tests.helpers import tiny
-from tests.helpers.cases import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 TRADES = Trades(replace(tiny.ATTACK, loss=kl, start=gaussian_start))
@@ -74,7 +73,8 @@ def metrics_of(workdir):
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
-@pytest.mark.parametrize("name", mostly_slow(CONFIGS, 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_eight_devices_equal_one_and_each_step_is_traced_once(name):
     config = CONFIGS[name]
     optimizer, state, batch = setup(config)
@@ -98,6 +98,7 @@ def test_eight_devices_equal_one_and_each_step_is_traced_once(name):
     assert int(parallel(many, batch)[0].step) == 2
 
 
+@pytest.mark.slow
 def test_a_step_follows_the_gradient_of_the_loss_on_attacked_images():
     """With plain learning the first Adam step is the learning rate times the sign of the gradient."""
     config = tiny.get_config(classifier=tiny.classifier(dropout=0.0), optimizer=AdamCosine(1e-3))
@@ -200,7 +201,8 @@ def test_a_finished_training_is_not_repeated(uninterrupted):
     assert metrics_of(workdir) == before
 
 
-@pytest.mark.parametrize("stop_after", mostly_slow([1, 9], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_after", [1, 9])
 def test_stopped_and_resumed_equals_never_stopped_on_eight_devices(uninterrupted, tmp_path, stop_after):
     _, state, _ = uninterrupted
 
@@ -287,6 +289,7 @@ def test_another_config_is_refused_by_name_of_the_field(uninterrupted):
         fit(tiny.get_config(objective=PGDAdversarialTraining(attack)), uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_settings_that_change_numbers_are_refused_on_resume(uninterrupted):
     words = "jax_default_matmul_precision was None, now highest; set JAX_DEFAULT_MATMUL_PRECISION as before"
     with jax.default_matmul_precision("highest"), pytest.raises(InputError, match=words):
@@ -453,6 +456,7 @@ class Explosive:
         return optax.GradientTransformation(lambda params: jnp.int32(0), update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("explosive", "ends"), [(1, True), (99, False)], ids=["once", "always"])
 def test_a_run_goes_back_with_half_the_learning_rate_as_often_as_it_may(explosive, ends, tmp_path):
     BUILT.clear()

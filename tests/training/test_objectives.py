@@ -32,6 +32,7 @@ def forward(variables, x, purpose):
     return CLASSIFIER(variables, x, train=True, keys=KEYS.fold(purpose))
 
 
+@pytest.mark.slow
 def test_standard_ignores_the_attack(batch):
     variables, x, _, y = batch
     assert Standard().perturb(CLASSIFIER, variables, x, y, KEYS) is x
@@ -42,6 +43,7 @@ def test_standard_ignores_the_attack(batch):
     np.testing.assert_allclose(outcome.metrics["accuracy"], np.mean(prediction.logits.argmax(1) == y))
 
 
+@pytest.mark.slow
 def test_pgd_at_trains_on_the_attacked_images(batch):
     variables, x, x_adv, y = batch
     objective = PGDAdversarialTraining(tiny.ATTACK)
@@ -112,6 +114,7 @@ def test_trades(batch):
     jax.tree.map(np.testing.assert_allclose, outcome.batch_stats, adversarial.batch_stats)
 
 
+@pytest.mark.slow
 def test_trades_gradient_flows_through_both_predictions(batch):
     variables, x, x_adv, y = batch
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import chex
 import jax
@@ -38,6 +39,7 @@ def test_the_step_size_grows_with_the_radius(norm):
     assert with_radius(Trades(by_default), 0.5) == Trades(replace(by_default, threat=norm(0.25)))
 
 
+@pytest.mark.slow
 def test_a_traced_share_attacks_in_the_smaller_ball():
     x = jnp.full((2, 8, 8, 1), 0.5)
     variables, keys, y = LINEAR.init(0, x), Keys.of(0, 2), jnp.arange(2)
@@ -74,7 +76,8 @@ def test_one_program_serves_all_radii_and_ends_with_the_whole_one(start):
     early, late = state, state._replace(step=jnp.int32(5))
     shares = [float(growing(state)[1]["radius_share"]) for state in (early, late)]
     np.testing.assert_allclose(shares, [0.2, 1.0], rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, growing(late)[0], whole(late)[0])
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # two programs round each in its way
+    jax.tree.map(close, growing(late)[0], whole(late)[0])
     assert growing(early)[1]["loss"] < whole(early)[1]["loss"]
 
 

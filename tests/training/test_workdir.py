@@ -25,6 +25,7 @@ def workdir(tmp_path, monkeypatch):
     return Workdir(Path("run"))
 
 
+@pytest.mark.slow
 def test_all_of_a_run_is_where_it_says(workdir):
     assert workdir.holds_a_run and workdir.config == load_run("run").config
     assert (workdir.best.latest_step(), workdir.latest.latest_step()) == (3, 9)
