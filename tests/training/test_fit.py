@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import signal
+from functools import partial
 
 import jax
 import numpy as np
