@@ -20,7 +20,7 @@ quickstart: $(VENV)/core  ## train a small robust DEQ on real digits, evaluate i
 test: $(VENV)/test  ## the fast tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
-test-slow: $(VENV)/test  ## the tests that take minutes; ARGS chooses some: make test-slow ARGS=tests/core
+test-slow: $(VENV)/test  ## the slow tests; ARGS chooses some: make test-slow ARGS=tests/core
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal -m slow $(ARGS)
 
 test-oldest: .venv-oldest/test  ## some of the fast tests, with the oldest dependencies that setup.cfg allows, on Python 3.11

@@ -39,7 +39,7 @@ def x64():
 def few_memory_maps():
     """Forgets compiled programs before there are too many: each has memory maps of its own, and Linux allows 65,530.
 
-    Beyond that a compilation crashes the process. Counting takes 30 ms, so one test of ten counts.
+    Beyond that a compilation crashes the process. Counting that many takes some 60 ms, so one test of ten counts.
     """
     yield
     if next(TESTS) % 10 == 0 and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 30_000:
