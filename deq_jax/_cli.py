@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-from deq_jax._interrupt import raise_again
+from deq_jax._interrupt import never_lost, raise_again
 from deq_jax.core.errors import InputError, WriteError, escaped
 from deq_jax.parallel.processes import connect, end_without_others, is_primary
 
@@ -66,7 +66,8 @@ def command_line() -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        yield
+        with never_lost():
+            yield
     except InputError as error:
         fail(str(error), 2)
     except WriteError as error:
@@ -85,5 +86,6 @@ def note(text: str) -> None:
 
 def fail(message: str, code: int) -> None:
     """Exits with one line on stderr."""
-    print("error: " + escaped(" ".join(message.split())), file=sys.stderr)
+    sys.stderr.write("error: " + escaped(" ".join(message.split())) + "\n")  # whole, as compiled code writes, too
+    sys.stderr.flush()
     raise SystemExit(code)

@@ -158,12 +158,13 @@ class Damage(Fault):
             for _ in range(count):
                 changed[self.rng.randrange(len(changed))] ^= 1 << self.rng.randrange(8)
             bad, how = bytes(changed), f"{count} bits flipped"
+        self.bad = bad
         self.file.write_bytes(bad)
         self.case.damaged.add(str(self.file))
         self.about = f"{self.file.relative_to(self.case.place)}: {how}"
 
     def undo(self) -> None:
-        if self.file.exists():  # else it was set aside
+        if self.file.exists() and self.file.read_bytes() == self.bad:  # else it was set aside, or written anew
             self.file.write_bytes(self.good)
 
 

@@ -295,5 +295,6 @@ def _shorten_reports() -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {message}\n")  # whole, as compiled code writes, too
+    sys.stderr.flush()
     os._exit(code)

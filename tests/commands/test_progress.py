@@ -7,14 +7,16 @@ import subprocess
 import sys
 from math import comb
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.progress import MofNCompleteColumn
 
 from deq_jax import _progress as progress
-from deq_jax._cli import PlainConsole, command_line
+from deq_jax._cli import PlainConsole, command_line, fail
 from deq_jax._progress import Display
 from deq_jax.evaluation import plain_warnings
+from deq_jax.parallel import processes
 from deq_jax.storage import duration
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +96,36 @@ def python(folder, *arguments):
         return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_that_cannot_be_raised_is_raised_soon_after(tmp_path):
+    (tmp_path / "script.py").write_text("""
+import gc
+import time
+from deq_jax._cli import command_line
+
+def interrupt(phase, info):
+    gc.callbacks.remove(interrupt)
+    raise KeyboardInterrupt
+
+with command_line():
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    time.sleep(60)
+""")
+    said = python(tmp_path, "script.py")
+    assert (said.returncode, said.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("end", [lambda: fail("one", 2), lambda: processes._leave("one", 134)], ids=["fail", "leave"])
+def test_an_error_is_written_whole(end, monkeypatch):
+    """Compiled code writes to the same place, from other threads."""
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit):
+        end()
+    assert written == ["error: one\n"]
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "convert", "report"])

@@ -82,6 +82,14 @@ def case(tmp_path, number):
     return SimpleNamespace(rng=random.Random(number), place=tmp_path, run=run, folder=run, damaged=set())
 
 
+def test_damage_is_not_undone_where_the_file_was_written_anew(tmp_path):
+    fault = DamagedConfig(case(tmp_path, 0))
+    fault.before()
+    fault.file.write_bytes(b"anew")
+    fault.undo()
+    assert fault.file.read_bytes() == b"anew"
+
+
 @pytest.mark.parametrize("number", range(6))
 def test_damage_changes_one_file_and_is_undone(number, tmp_path):
     fault = DamagedConfig(case(tmp_path, number))

@@ -75,8 +75,8 @@ def test_one_program_serves_all_radii_and_ends_with_the_whole_one(start):
     early, late = state, state._replace(step=jnp.int32(5))
     shares = [float(growing(state)[1]["radius_share"]) for state in (early, late)]
     np.testing.assert_allclose(shares, [0.2, 1.0], rtol=1e-6)
-    losses = [float(step(late)[1]["loss"]) for step in (growing, whole)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)  # rounding turns some signs, by which an attack moves
+    found, expected = (float(step(late)[1]["loss"]) for step in (growing, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # rounding turns some signs, by which an attack moves
     assert growing(early)[1]["loss"] < whole(early)[1]["loss"]
 
 
