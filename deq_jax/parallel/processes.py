@@ -143,13 +143,14 @@ def in_primary(context: AbstractContextManager[None]) -> Iterator[None]:
 
 
 def _raise_of_others(failure: Exception | None) -> None:
-    mine = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    kinds = {kind.__name__: kind for kind in (InputError, WriteError)}
+    name = next((name for name, kind in kinds.items() if isinstance(failure, kind)), type(failure).__name__)
+    mine = "" if failure is None else f"{name}: {failure}"
     for number, text in enumerate(gather_texts(mine)):
         if text and failure is None:
             name, _, message = text.partition(": ")
-            for kind in (InputError, WriteError):
-                if name == kind.__name__:
-                    raise kind(message)
+            if name in kinds:
+                raise kinds[name](message)
             raise RuntimeError(f"process {number} failed: {text}")
 
 

@@ -14,6 +14,7 @@ from deq_jax.evaluation.store import Store
 from deq_jax.parallel import agreed, processes
 from deq_jax.storage import read_json, read_npz, write_json, write_npz
 from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.locks import InUseError
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 FULL_OF_TENSORSTORE = ValueError(
@@ -94,9 +95,20 @@ def test_an_error_that_is_none_of_the_operating_system_is_passed_on(tmp_path, mo
         Checkpoints(tmp_path, keep=1).save(1, {"w": np.ones(3)}, {})
 
 
-@pytest.mark.parametrize("kind", [InputError, WriteError])
-def test_both_kinds_of_errors_are_those_of_all_processes(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "kind"), [(InputError, InputError), (InUseError, InputError), (WriteError, WriteError)]
+)
+def test_both_kinds_of_errors_are_those_of_all_processes(failure, kind, monkeypatch):
+    """Also those of a special kind."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(processes, "gather_texts", lambda own: [f"{kind.__name__}: a line", own])
-    with pytest.raises(kind, match=r"^a line$"), agreed():
+    sent: list[str] = []
+
+    def gathered(own):
+        sent.append(own)
+        return sent
+
+    monkeypatch.setattr(processes, "gather_texts", gathered)
+    with pytest.raises(failure, match=r"^a line$"), agreed():
+        raise failure("a line")
+    with pytest.raises(kind, match=r"^a line$"), agreed():  # in a process that did not fail
         pass
