@@ -179,7 +179,8 @@ def _check_holder(file: IO[str], path: Path, holder: dict[str, Any], is_locked: 
     is_here = holder.get("host", socket.gethostname()) == socket.gethostname()
     if holder and not is_fellow and not (is_locked and is_here):
         silent = _silence(file, path.parent)
-        last = f"its last sign of life is {silent:.0f} s old, after {SILENCE:.0f} s it counts as dead"
+        age = f"is {silent:.0f} s old" if silent >= 0 else f"lies {-silent:.0f} s ahead of the clock here"
+        last = f"its last sign of life {age}, after {SILENCE:.0f} s it counts as dead"
         _require_free(silent > SILENCE, f"{in_use}; {last}; if it has ended, delete {path}")
 
 

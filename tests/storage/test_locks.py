@@ -78,6 +78,14 @@ def test_the_lock_of_another_host_is_respected(tmp_path):
     enter(tmp_path)
 
 
+def test_the_lock_of_another_host_whose_clock_is_ahead_is_respected(tmp_path):
+    lock = tmp_path / "lock.json"
+    lock.write_text(json.dumps({"host": "node7", "process": 12, "started": "2026-01-02 03:04:05 UTC"}))
+    os.utime(lock, (time.time() + 100,) * 2)
+    with pytest.raises(InputError, match=r"its last sign of life lies \d+ s ahead of the clock here, after 600 s"):
+        enter(tmp_path)
+
+
 def test_the_lock_of_another_host_that_is_silent_is_taken_over(tmp_path):
     """A job that was killed and is started again elsewhere."""
     lock = tmp_path / "lock.json"
