@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
 import numpy as np
 
+from deq_jax.core.errors import escaped
 from deq_jax.reporting.archive import Evaluation
 from deq_jax.storage.briefs import brief, number, short_name
 from deq_jax.storage.trees import Json
@@ -26,11 +28,34 @@ def protocol_text(one: Evaluation) -> str:
         "evaluation": f"batch size {plan.batch_size}, seed of the attacks {plan.seed}",
         "draws": "the predictor is deterministic" if plan.draws is None else f"{plan.draws} (EOT)",
         "broken images": "skipped by later trials" if plan.skip_broken else "attacked by every trial",
-        "versions": ", ".join(f"{name} {version}" for name, version in where.versions.items()),
+        "versions": _versions_text(where.versions),
+        **_environment_lines(where.environment),
     }
     trials = plan.all_trials
     text = [f"{name}: {value}" for name, value in lines.items()]
     return "\n".join([*text, f"attacks ({len(trials)}):", *(f"  {trial}" for trial in trials)])
+
+
+def _versions_text(versions: Mapping[str, Json]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _environment_lines(environment: Json) -> dict[str, str]:
+    """All versions, code, devices and command; nothing of older files, which do not have them."""
+    parts = environment if isinstance(environment, dict) else {}
+    versions, code, platform, command = (parts.get(name) for name in ("versions", "code", "platform", "command"))
+    lines = {}
+    if isinstance(versions, dict):
+        lines["versions"] = _versions_text(versions)
+    if isinstance(code, dict):
+        unchanged = code.get("unchanged")
+        state = "changes unknown" if unchanged is None else "unchanged" if unchanged else "with changes"
+        lines["code"] = f"revision {code.get('revision')}, {state}"
+    if isinstance(platform, dict):
+        lines["devices"] = f"{platform.get('devices')} x {platform.get('device_kind')}"
+    if isinstance(command, dict) and isinstance(arguments := command.get("arguments"), list):
+        lines["command"] = shlex.join(map(str, arguments))
+    return {name: escaped(" ".join(text.split())) for name, text in lines.items()}  # a line each
 
 
 def _deployed_text(one: Evaluation) -> str:

@@ -648,6 +648,25 @@ def test_protocol_names_what_determines_an_evaluation(groups):
     assert "  reference.pgd [reference]: Transfer(path=runs/tiny-1), gradients: Direct" in text
 
 
+def test_protocol_names_code_devices_and_command(groups):
+    one = groups[1].evaluations[0]
+    environment = {
+        "versions": {"python": "3.12.1", "jax": "0.12.0"},
+        "code": {"revision": "abc", "unchanged": False},
+        "platform": {"device_kind": "cpu", "devices": 8},
+        "command": {"arguments": ["evaluate.py", "--workdir", "my\nruns"]},
+    }
+
+    def text(environment):
+        return protocol_text(replace(one, provenance=replace(one.provenance, environment=environment)))
+
+    lines = text(environment).splitlines()
+    assert "versions: python 3.12.1, jax 0.12.0" in lines and "devices: 8 x cpu" in lines
+    assert "code: revision abc, with changes" in lines and "command: evaluate.py --workdir 'my runs'" in lines
+    assert "code: revision None, changes unknown" in text({"code": {"revision": None, "unchanged": None}})
+    assert "code:" not in text(None) and "code:" not in text({"code": 3})
+
+
 def test_protocol_names_the_early_state_and_the_draws(groups):
     one = groups[1].evaluations[0]
     evaluation = one.record.evaluation | {"draws": 20}
