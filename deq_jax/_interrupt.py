@@ -1,4 +1,4 @@
-"""Ctrl-C in ``python -m deq_jax.COMMAND``: no traceback while it imports, which takes seconds, and never lost later."""
+"""Ctrl-C in ``python -m deq_jax.COMMAND``: no traceback while it imports, which takes seconds, and not lost later."""
 
 import signal
 import sys

@@ -152,14 +152,13 @@ class Damage(Fault):
         self.good = self.file.read_bytes()
         if self.rng.random() < 0.5:
             size = self.rng.randrange(len(self.good))
-            bad, how = self.good[:size], f"cut to {size} of {len(self.good)} bytes"
+            self.bad, how = self.good[:size], f"cut to {size} of {len(self.good)} bytes"
         else:
             changed, count = bytearray(self.good), self.rng.choice([1, 1, 3])
             for _ in range(count):
                 changed[self.rng.randrange(len(changed))] ^= 1 << self.rng.randrange(8)
-            bad, how = bytes(changed), f"{count} bits flipped"
-        self.bad = bad
-        self.file.write_bytes(bad)
+            self.bad, how = bytes(changed), f"{count} bits flipped"
+        self.file.write_bytes(self.bad)
         self.case.damaged.add(str(self.file))
         self.about = f"{self.file.relative_to(self.case.place)}: {how}"
 
