@@ -1,11 +1,11 @@
-"""How many one-token faults in the code the fast tests of its room catch.
+"""How many one-token faults in the code the tests of its room catch.
 
     python benchmarks/faults.py --count 60 --out runs/bench/faults.json
 
 Each fault is a sign, an operator, a comparison, a constant, an index or the order of two arguments, drawn at random
 from the functions of `core`, `attacks`, `defences`, `surrogates` and `evaluation`. It is made in a copy of the project,
-and the room's fast tests run there until one fails. A fault that is not caught is shown with its line: some change
-nothing that a test could see. Runs on the CPU, for an hour or more; the same command resumes.
+and the room's tests run there until one fails: the fast ones, then the slow ones. A fault that is not caught is shown
+with its line: some change nothing that a test could see. Runs on the CPU, an hour or more; the same command resumes.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ OPERATORS = {
 }
 KINDS = ("operator", "comparison", "constant", "arguments")
 TIMEOUT = 1800  # seconds; a fault can make a loop endless
+NO_TESTS = 5  # pytest's exit code where no test is marked so
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Outcome:
     """The tests' answer to a fault."""
 
     fault: Fault
-    outcome: str  # "caught", "survived", "endless" or "crashed"
+    outcome: str  # "caught", "caught slowly" (by a slow test), "survived", "endless" or "crashed"
     by: str  # the first test that failed
     text: str  # the line before
 
@@ -160,7 +161,7 @@ def _in_turns(groups: list[list[Fault]]) -> list[Fault]:
 
 
 def tried(fault: Fault, tests: Path, cache: Path) -> Outcome:
-    """Makes the fault in a copy of the project and runs the room's fast tests, the file's own first."""
+    """Makes the fault in a copy of the project and runs the room's tests: fast before slow, the file's own first."""
     line = (ROOT / fault.file).read_text().splitlines()[fault.line - 1].strip()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "project")
@@ -172,15 +173,20 @@ def tried(fault: Fault, tests: Path, cache: Path) -> Outcome:
         (copy / fault.file).write_bytes(source[: fault.start] + fault.new.encode() + source[fault.end :])
         own, room = f"tests/{fault.room}/test_{Path(fault.file).stem}.py", f"tests/{fault.room}"
         first = [own] if (copy / own).exists() else []
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "--tb=no", *first, room]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", *first, room]
         environment = {**os.environ, "PYTHONPATH": str(copy), "TESTS_COMPILATION_CACHE": str(cache)}
-        try:
-            run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            return Outcome(fault, "endless", "", line)
-    failures = [text for text in run.stdout.splitlines() if text.startswith(("FAILED", "ERROR"))]
-    said = {0: "survived", 1: "caught", 2: "caught"}.get(run.returncode, "crashed")
-    return Outcome(fault, said, failures[0].split()[1] if failures else "", line)
+        for marked, caught in (("not slow", "caught"), ("slow", "caught slowly")):
+            try:
+                run = subprocess.run(
+                    [*command, "-m", marked], cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+                )
+            except subprocess.TimeoutExpired:
+                return Outcome(fault, "endless", "", line)
+            failures = [text for text in run.stdout.splitlines() if text.startswith(("FAILED", "ERROR"))]
+            if run.returncode not in (0, NO_TESTS):
+                said = caught if run.returncode in (1, 2) else "crashed"
+                return Outcome(fault, said, failures[0].split()[1] if failures else "", line)
+    return Outcome(fault, "survived", "", line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -209,11 +215,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _show(outcomes: list[Outcome]) -> None:
-    table = Table("room", "faults", "caught", title="one-token faults")
+    table = Table("room", "faults", "caught by fast tests", "by slow tests", "survived", title="one-token faults")
     for room in ROOMS:
-        of_room = [outcome for outcome in outcomes if outcome.fault.room == room]
-        caught = [outcome for outcome in of_room if outcome.outcome != "survived"]
-        table.add_row(room, str(len(of_room)), str(len(caught)))
+        said = [outcome.outcome for outcome in outcomes if outcome.fault.room == room]
+        slow, survived = said.count("caught slowly"), said.count("survived")
+        table.add_row(room, *map(str, (len(said), len(said) - slow - survived, slow, survived)))
     console.print(table)
     for outcome in outcomes:
         if outcome.outcome == "survived":
