@@ -6,7 +6,7 @@ from deq_jax.attacks.best import Best, is_fooled, until_fooled
 from deq_jax.attacks.fab import FAB
 from deq_jax.attacks.inputs import check_inputs
 from deq_jax.attacks.noise import Noise
-from deq_jax.attacks.oracles import Attack, Oracle, average, expectation, gradient_from, oracle_of
+from deq_jax.attacks.oracles import Attack, Oracle, aimed_at, average, expectation, gradient_from, oracle_of
 from deq_jax.attacks.pgd import PGD, Start, clean_start, gaussian_start, uniform_start
 from deq_jax.attacks.spsa import SPSA
 from deq_jax.attacks.square import Square
@@ -30,6 +30,7 @@ __all__ = [
     "Start",
     "Targeted",
     "Threat",
+    "aimed_at",
     "auto_attack",
     "average",
     "check_inputs",

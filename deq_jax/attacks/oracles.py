@@ -18,6 +18,46 @@ from deq_jax.core.types import Array, Loss
 Answer = TypeVar("Answer")
 
 
+def aimed_at(oracle: Oracle, target: int) -> Oracle:
+    """One class against all others, for targeted attacks: any attack on labels 0 then seeks the answer `target`.
+
+    The logits [B, 2] are the highest one of another class, and the target's. An image that already is the target
+    counts as fooled. For targets that differ from image to image, attack the images of each target on their own.
+
+    Args:
+      oracle: of K classes.
+      target: class aimed at, from 0 to K - 1.
+
+    Raises:
+      InputError: the target is not such a number; of K, at the first query.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from deq_jax.attacks import PGD, Linf, aimed_at, oracle_of
+      >>> x, others = jnp.full((1, 1, 1, 3), 0.5), jnp.zeros(1, int)
+      >>> oracle = aimed_at(oracle_of(lambda x: x.reshape(len(x), -1)), target=2)
+      >>> print(PGD(Linf(0.1))(oracle, x, others, jax.random.key(0)).round(1))
+      [[[[0.4 0.4 0.6]]]]
+    """
+    require_count("aimed_at: target", target, least=0)
+
+    def against(scores: Array) -> Array:
+        classes = scores.shape[-1]
+        require(target < classes, f"aimed_at: target must lie in 0..{classes - 1}, got {target}")
+        wanted = jnp.arange(classes) == target
+        return jnp.stack([jnp.max(jnp.where(wanted, -jnp.inf, scores), axis=-1), scores[:, target]], axis=-1)
+
+    def logits(x: Array, keys: Keys) -> Array:
+        return against(oracle.logits(x, keys))
+
+    def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
+        losses, scores, gradient = oracle.grad(lambda scores, own: loss(against(scores), own), x, labels, keys)
+        return losses, against(scores), gradient
+
+    return Oracle(logits, grad)
+
+
 def average(oracles: Sequence[Oracle]) -> Oracle:
     """The mean of several oracles: of their logits, and of their losses and gradients.
 
