@@ -318,13 +318,6 @@ def test_way_to_a_hyperplane_is_the_shortest_in_the_box(threat):
     np.testing.assert_allclose(threat.length(delta)[:5], shortest[:5], atol=1e-5)
 
 
-def test_targeted_dlr_by_hand():
-    logits = jnp.array([[4.0, 1.0, 3.0, 0.0, -2.0]])
-    # -(4 - 1) / (4 - (1 + 0) / 2)
-    np.testing.assert_allclose(targeted_dlr(logits, jnp.array([[0, 1]])), [-3 / 3.5], rtol=1e-6)
-    np.testing.assert_allclose(targeted_dlr(7 * logits, jnp.array([[0, 1]])), [-3 / 3.5], rtol=1e-6)
-
-
 def test_checkpoints_of_a_hundred_steps():
     assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert checkpoints(1)[-1] == 1

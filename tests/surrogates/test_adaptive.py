@@ -12,7 +12,7 @@ import pytest
 
 from deq_jax import Anderson, Broyden, EnsembleState, FixedPoint, InputError, IntermediateState, Keys, LastState
 from deq_jax.attacks import PGD, Linf, expectation, gradient_from
-from deq_jax.core import LowEntropy, cross_entropy, entropy
+from deq_jax.core import cross_entropy
 from deq_jax.defences import EntropyGradient, RandomDirection, deployed, reduce_entropy
 from deq_jax.surrogates import (
     BPDAHead,
@@ -181,15 +181,6 @@ def test_path_average_leads_on_from_each_state_with_the_input_of_its_block():
     np.testing.assert_allclose(gradient, np.mean([one for one, _ in parts], axis=0), rtol=1e-3, atol=1e-5)
 
 
-def test_low_entropy_loss():
-    logits = jnp.array([[3.0, 1.0, 2.0, 0.0], [0.0, 3.0, 1.0, 2.0]])
-    labels, aimed = jnp.array([0, 2]), jnp.array([[0, 1], [2, 0]])
-    expected = -cross_entropy(logits, jnp.array([2, 1])) - 0.5 * entropy(logits)
-    np.testing.assert_allclose(LowEntropy(0.5)(logits, labels), expected, rtol=1e-6)
-    expected = -cross_entropy(logits, aimed[:, 1]) - 0.5 * entropy(logits)
-    np.testing.assert_allclose(LowEntropy(0.5)(logits, aimed), expected, rtol=1e-6)
-
-
 def test_attacks_judge_the_defended_predictor():
     attack = PGD(Linf(0.1), steps=4, step_size=0.03)
     judge = classifier_oracle(DEFENCE, VARIABLES)
@@ -225,9 +216,6 @@ def test_mistakes_are_named():
         BPDAIdentity()(DEFENCE.base, VARIABLES)
     with pytest.raises(InputError, match="temperature must be > 0, got 0"):
         EndToEnd(0)
-    with pytest.raises(InputError, match="weight must be >= 0, got -1"):
-        LowEntropy(-1)
-    assert LowEntropy(0).weight == 0
 
     def own(entropies, x, keys):
         return EntropyGradient()(entropies, x, keys)
