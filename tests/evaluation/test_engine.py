@@ -53,6 +53,7 @@ from deq_jax.evaluation.engine import Batches
 from deq_jax.evaluation.measure import attack_batch, spectral_radii
 from deq_jax.evaluation.plan import auto_attack_trials
 from deq_jax.evaluation.results import Worst
+from deq_jax.evaluation.rows import Row
 from deq_jax.evaluation.transfers import is_within
 from deq_jax.models import SmallCell, SmallDecoder, SmallEncoder
 from deq_jax.storage import from_tree, read_json, to_tree, write_json
@@ -425,6 +426,29 @@ class TestResuming:
         path = tmp_path / "trials" / "clean" / "batch-0001.npz"
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(InputError, match=r"clean/batch-0001.npz: cannot be read as an npz file"):
+            evaluate(config, tmp_path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda found: {"number": found["number"][::-1]},
+            lambda found: {"margin": found["margin"][:, :-1]},
+            lambda found: {"margin": found["margin"][:-1]},
+            lambda found: {name: found[name][:-1] for name in Row._fields},
+            lambda found: {name: found[name][..., None] for name in Row._fields},
+            lambda found: {"margin": found["margin"].astype(str)},
+            lambda found: {"x_adv": found["x_adv"][:, :-1]},
+        ],
+        ids=["numbers", "columns", "rows", "all-rows", "axes", "text", "images"],
+    )
+    def test_a_kept_batch_of_other_shapes_is_refused(self, change, tmp_path):
+        config = EvalConfig(THREAT, (Trial("uniform", Noise(THREAT)),), batch_size=16)
+        evaluate(config, tmp_path)
+        path = tmp_path / "trials" / "uniform" / "batch-0001.npz"
+        with np.load(path) as file:
+            found = {name: file[name] for name in file.files}
+        np.savez(path, **(found | change(found)))
+        with pytest.raises(InputError, match="trial uniform, batch 1: the kept file is of other images or incomplete"):
             evaluate(config, tmp_path)
 
     @pytest.mark.slow
