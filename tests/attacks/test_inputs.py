@@ -2,8 +2,10 @@
 
 import dataclasses
 import gc
+import math
 import re
 import weakref
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -32,6 +34,7 @@ from deq_jax.attacks.inputs import check_oracle
 from deq_jax.core import losses, targeted_dlr
 from deq_jax.evaluation import diagnostics
 from tests.helpers.cases import mostly_slow
+from tests.helpers.ranges import assert_range
 
 KEY = jax.random.key(0)
 SHAPE, CLASSES, BATCH = (4, 4, 1), 5, 6
@@ -248,6 +251,36 @@ def test_an_oracle_is_checked_without_being_asked():
     check_oracle(oracle_of(logits), X[:1], Y)
     with pytest.raises(InputError, match=r"labels must lie in 0\.\.4, found 7"):
         check_oracle(oracle_of(logits), X[:1], Y.at[5].set(7))
+
+
+@pytest.mark.parametrize(
+    ("make", "setting", "allowed", "refused"),
+    [
+        (Linf, "epsilon", [0, 1], [-1e-9, 1.001, math.inf]),
+        (L2, "epsilon", [0, 100], [-1e-9, math.inf]),
+        (partial(PGD, BALL), "step_size", [1e-9, None], [0]),
+        (partial(PGD, BALL), "steps", [1], [0]),
+        (partial(PGD, BALL), "restarts", [1], [0]),
+        (partial(APGD, BALL), "steps", [1], [0]),
+        (partial(APGD, BALL), "restarts", [1], [0]),
+        (partial(FAB, BALL), "steps", [1], [0]),
+        (partial(FAB, BALL), "restarts", [1], [0]),
+        (partial(FAB, BALL), "alpha_max", [0, 1], [-1e-9, 1.001]),
+        (partial(FAB, BALL), "eta", [1], [0.999]),
+        (partial(FAB, BALL), "beta", [1e-9, 0.999], [0, 1]),
+        (partial(Square, BALL), "queries", [1], [0]),
+        (partial(Square, BALL), "p_init", [1e-9, 1], [0, 1.001]),
+        (partial(SPSA, BALL), "steps", [1], [0]),
+        (partial(SPSA, BALL), "samples", [1], [0]),
+        (partial(SPSA, BALL), "step_size", [1e-9], [0]),
+        (partial(SPSA, BALL), "probe", [1e-9], [0]),
+        (partial(Targeted, PGD(BALL)), "classes", [1], [0]),
+        (partial(AutoAttack, (PGD(BALL),)), "batch_size", [1], [0]),
+        (partial(AutoAttack, (PGD(BALL),)), "draws", [1], [0]),
+    ],
+)
+def test_the_ends_of_a_range_are_allowed_and_nothing_beyond(make, setting, allowed, refused):
+    assert_range(make, setting, allowed, refused)
 
 
 def test_radii_in_another_unit():

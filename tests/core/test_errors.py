@@ -1,6 +1,7 @@
 """Each role of the layer, played by something else: one line says where, what was expected, and what was given."""
 
 import pickle
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from deq_jax import (
     Broyden,
     Dynamics,
     Explicit,
+    FixedPoint,
     Implicit,
     InputError,
+    IntermediateState,
     LastState,
     Phantom,
     RandomIntermediateState,
@@ -22,11 +25,44 @@ from deq_jax import (
     fit,
 )
 from deq_jax.attacks import PGD, Linf
+from deq_jax.core import LowEntropy, Neumann, Unrolled, spectral_radius
 from deq_jax.core.errors import described, require_role
 from deq_jax.data import Digits
 from deq_jax.models import SmallCNN, small_cnn, small_deq
+from tests.helpers.ranges import assert_range
 
 U = jnp.ones((2, 3))
+
+
+def radius(steps):
+    return spectral_radius(lambda params, z, u: z / 2 + u, {}, U, U, U, steps=steps)
+
+
+RANGES = [
+    (partial(FixedPoint, 3), "tolerance", [0], [-1e-9]),
+    (partial(FixedPoint, 3), "damping", [1e-9, 1], [0, 1.001]),
+    (FixedPoint, "steps", [1], [0]),
+    (partial(Anderson, 3), "tolerance", [0], [-1e-9]),
+    (partial(Anderson, 3), "ridge", [1e-9], [0]),
+    (partial(Anderson, 3), "beta", [1e-9, 1], [0, 1.001]),
+    (partial(Anderson, 3), "history_size", [2], [1]),
+    (partial(Broyden, 3), "tolerance", [0], [-1e-9]),
+    (partial(Broyden, 3), "history_size", [1, None], [0]),
+    (partial(Neumann, 3), "damping", [1e-9, 1], [0, 1.001]),
+    (Neumann, "terms", [0], [-1]),
+    (partial(Phantom, 3), "damping", [1e-9, 1], [0, 1.001]),
+    (Phantom, "steps", [0], [-1]),
+    (Unrolled, "steps", [1], [0]),
+    (IntermediateState, "state", [1], [0]),
+    (RandomIntermediateState, "first", [1], [0]),
+    (LowEntropy, "weight", [0], [-1e-9]),
+    (radius, "steps", [2], [1]),
+]
+
+
+@pytest.mark.parametrize(("make", "setting", "allowed", "refused"), RANGES)
+def test_the_ends_of_a_range_are_allowed_and_nothing_beyond(make, setting, allowed, refused):
+    assert_range(make, setting, allowed, refused)
 
 
 def cell(params, z, u):

@@ -29,6 +29,7 @@ from deq_jax.models import SmallCNN
 from deq_jax.parallel import replicate_and_split
 from tests.golden.case import Case
 from tests.helpers import tiny
+from tests.helpers.ranges import assert_range
 
 X = jnp.asarray(np.random.default_rng(0).uniform(size=(3, 8, 8, 1)), jnp.float32)
 KEYS = Keys.of(jax.random.key(1), 3)
@@ -218,15 +219,17 @@ def test_mistakes_are_named():
     base = base_of()
     mistakes: dict[str, dict[str, Any]] = {
         "every must divide the solver's 4 steps, got 3": {"every": 3},
-        "steps must be an integer >= 0, got -1": {"steps": -1},
-        "step_size must be > 0, got 0": {"step_size": 0},
-        "epsilon must be >= 0, got -1": {"epsilon": -1},
         "base must be an Equilibrium with a solver": {"base": SmallCNN(10, 4)},
         "ReferenceCarry: the solver must be Broyden": {"base": base_of(Anderson(4)), "carry": ReferenceCarry()},
     }
     for message, changes in mistakes.items():
         with pytest.raises(InputError, match=message):
             EntropyReduced(**{"base": base, **changes})
+    make = partial(EntropyReduced, base)
+    assert_range(make, "steps", [0], [-1])
+    assert_range(make, "step_size", [1e-9], [0])
+    assert_range(make, "epsilon", [0], [-1e-9])
+    assert_range(make, "every", [1, 2, 4], [0, 3, 5, 8])
     with pytest.raises(InputError, match="ascent must be -1 or 1, got 0"):
         EntropyGradient(0)
     with pytest.raises(InputError, match="train its base"):

@@ -46,6 +46,7 @@ from deq_jax.surrogates import (
 )
 from deq_jax.surrogates.adaptive import identity
 from tests.golden.case import Case, compiled
+from tests.helpers.ranges import assert_range
 
 T, WIDTH = 4, 8
 X = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1))
@@ -278,8 +279,6 @@ def test_surrogates_cross_devices():
         (lambda: Intermediate(0), "Intermediate: state must be an integer >= 1, got 0"),
         (lambda: Intermediate(1, 10), "Intermediate: steps must be an integer from 0 to 9, got 10"),
         (lambda: Intermediate(1, 1.5), "Intermediate: steps must be an integer"),
-        (lambda: Intermediate(1, 5, 0.0), r"Intermediate: damping must be in \(0, 1\], got 0.0"),
-        (lambda: MeanOverStates(damping=2), r"MeanOverStates: damping must be in \(0, 1\]"),
         (lambda: SimultaneousAdjoint(0), "SimultaneousAdjoint: state must be an integer >= 1"),
         (lambda: Intermediate(5)(DEQ, variables()), "Intermediate: state must be an integer from 1 to 4, got 5"),
         (lambda: SimultaneousAdjoint(5)(DEQ, variables()), "SimultaneousAdjoint: state must be an integer from 1 to 4"),
@@ -289,6 +288,14 @@ def test_surrogates_cross_devices():
 def test_settings_are_checked(build, message):
     with pytest.raises(InputError, match=message):
         build()
+
+
+def test_the_ends_of_a_range_are_allowed_and_nothing_beyond():
+    for make in (partial(Intermediate, 1), MeanOverStates):
+        assert_range(make, "steps", [0, 9], [-1, 10])
+        assert_range(make, "damping", [1e-9, 1], [0, 1.001])
+    for make in (Intermediate, SimultaneousAdjoint):
+        assert_range(make, "state", [1], [0])
 
 
 def test_explicit_networks_have_their_own_gradient_only():
