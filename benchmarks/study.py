@@ -79,7 +79,7 @@ def run(study: Study, about: str, argv: list[str] | None = None) -> None:
     """The command line of a study: runs the missing parts and makes the tables.
 
     Args:
-      study: its rows, and what is compared.
+      study: its rows, and the pairs that are compared.
       about: docstring of the command.
       argv: arguments; None for the arguments of the process.
     """
@@ -142,7 +142,7 @@ def numbers_of(study: Study, folders: dict[str, list[Path]], budget: str) -> dic
     """The content of the page, as JSON data: accuracies in percent, differences in points, each with its interval.
 
     Args:
-      study: its rows, and what is compared.
+      study: its rows, and the pairs that are compared.
       folders: folders of the evaluations of each row, one per seed.
       budget: budget of the evaluations.
     """

@@ -182,7 +182,7 @@ class Case:
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def note_finished(self) -> None:
-        """Notes what is finished at the moment of the fault."""
+        """Notes the finished results at the moment of the fault."""
         self.before = finished(self.injection.command, self.folder)
 
     def is_lost(self) -> bool:
@@ -258,13 +258,13 @@ def _tried(case: Case) -> tuple[bool, Row]:
 
 
 def campaign_contents(case: Case) -> dict[str, str]:
-    """What the undisturbed command has made."""
+    """Results of the undisturbed command."""
     contents: dict[str, str] = case.campaign.about(case.injection.command, case.injection.processes)["contents"]
     return contents
 
 
 def problems_of(ended: Ended) -> set[str]:
-    """What is not allowed in the end of a job, by name."""
+    """Names of the outcomes that a job must not end with."""
     problems = {"hang"} if ended.hung else set()
     for code, lines in zip(ended.codes, ended.errors, strict=True):
         if any(line.startswith("Traceback") for line in lines):

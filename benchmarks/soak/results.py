@@ -62,7 +62,7 @@ def write_contents(command: str, folder: Path, file: Path) -> None:
 
 
 def finished(command: str, folder: Path) -> dict[str, Any]:
-    """What is finished by now and must not be lost: the newest steps, or the digests of batches."""
+    """Finished results, which must not be lost: the newest steps, or the digests of batches."""
     if command == "evaluate":
         batches = folder.glob("trials/*/batch-*.npz")
         return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in batches}

@@ -36,7 +36,7 @@ LOST = re.compile(
     "[Gg]loo|GetKeyValue|^UNAVAILABLE|coordination service"
 )  # in errors of connections to other processes
 
-_reporter: subprocess.Popen[bytes] | None = None  # shortens what is reported on stderr; ends when this process has
+_reporter: subprocess.Popen[bytes] | None = None  # shortens the reports on stderr; ends when this process has
 
 
 def connect(
