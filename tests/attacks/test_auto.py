@@ -331,6 +331,13 @@ def test_square_sides_follow_the_rescaled_schedule():
     assert sorted(set(Square(L2(0.1), rescaled=True)._sides((1, 28, 28, 1)).tolist())) == [3, 5, 7, 9, 13, 19, 25]
 
 
+@pytest.mark.parametrize(("size", "largest"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (8, 7)])
+def test_squares_in_l2_have_odd_sides_that_fit_into_the_image(size, largest):
+    for shape in ((1, size, size, 1), (1, size, size + 3, 1), (1, size + 3, size, 1)):
+        sides = Square(L2(0.1), queries=20, p_init=1.0)._sides(shape)
+        assert np.max(sides) == largest and np.all(sides % 2 == 1)
+
+
 # --- AutoAttack and oracles ------------------------------------------------------------------------------
 
 

@@ -276,6 +276,14 @@ def golden_close(case, key, reduce):
         assert not moved[:2].any() and moved.mean() <= (0.01 if case.dtype == "float32" else 0)
 
 
+def test_the_carry_of_the_reference_passes_over_a_step_that_tells_nothing():
+    """Where the residual has not changed, Broyden's update divides 0 by 0: it is left out."""
+    u = jnp.array([[1.0, -2.0], [0.5, 3.0]])
+    solver = ReferenceCarry().adapt(Broyden(4, tolerance=0.0))
+    found = solve(solver, lambda params, z, u: z + u, {}, jnp.zeros((2, 2)), u)
+    np.testing.assert_allclose(found.states, [k * u for k in range(1, 5)], rtol=1e-6)
+
+
 def test_the_carry_of_the_reference_runs_broydens_method_between_its_restarts():
     rng = np.random.default_rng(0)
     weights, u = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 6), (3, 6)))
