@@ -117,6 +117,7 @@ def test_the_solver_goes_on_from_the_residual_of_the_new_input(solver):
     memory, z = found.solution.memory, found.solution.states[-1]
     fz = f(z, found.x)
     np.testing.assert_allclose(memory.z, z.reshape(3, -1), rtol=1e-6)
+    np.testing.assert_array_equal(found.solution.evaluations, 1 + 2 + (3 * 2 + 1))  # start, steps, updates, new input
     np.testing.assert_allclose(memory.fz, fz.reshape(3, -1), rtol=1e-4, atol=1e-5)
     if isinstance(solver, Broyden):
         first = found.solution.states[0]

@@ -736,8 +736,9 @@ class TestConfig:
         trials = diagnostics(Linf(0.1), steps=100)
         steps = [trial.attack.steps for trial in (trials.fgsm, trials.pgd, trials.half, trials.long)]
         assert steps == [1, 10, 50, 100]
-        assert trials.half.attack.step_size == trials.long.attack.step_size
-        assert [trials.pgd.attack.threat.epsilon, trials.far.attack.threat.epsilon] == [0.1, pytest.approx(0.8)]
+        each = (trials.fgsm, trials.pgd, trials.half, trials.long, trials.far)
+        assert [trial.attack.step_size for trial in each] == pytest.approx([0.1, 0.025, 0.01, 0.01, 0.08])
+        assert [trial.attack.threat.epsilon for trial in each] == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.8])
 
     def test_gradient_queries(self):
         ce, targeted, fab, square = (trial.attack for trial in auto_attack_trials(THREAT))
