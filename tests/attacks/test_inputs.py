@@ -286,8 +286,10 @@ def test_the_ends_of_a_range_are_allowed_and_nothing_beyond(make, setting, allow
 def test_radii_in_another_unit():
     with pytest.raises(InputError, match=r"unit of x, \[0, 1\], got 8; did you mean 8/255\?"):
         Linf(8)
-    with pytest.raises(InputError, match=r"unit of x"):
-        Linf(1000.0)
+    with pytest.raises(InputError, match=r"did you mean 255/255\?"):
+        Linf(255)
+    with pytest.raises(InputError, match=r"unit of x.*1 is the whole range"):
+        Linf(255.5)
     with pytest.raises(InputError, match="epsilon must be >= 0"):
         Linf(float("nan"))
     for threat in (Linf, L2):

@@ -464,6 +464,12 @@ class TestReadouts:
         with pytest.raises(InputError, match="counts from 1"):
             IntermediateState(0)
 
+    def test_one_state_is_enough(self):
+        params, u = problem(np.float32)
+        solution = solve(Broyden(1), cell, params, jnp.zeros_like(u), u)
+        for readout in (IntermediateState(1), LastState(), EnsembleState()):
+            np.testing.assert_array_equal(readout(solution), solution.states[0])
+
     def test_random_state_is_deterministic_without_keys(self):
         solution = self.solution()
         np.testing.assert_array_equal(RandomIntermediateState()(solution), solution.z)
