@@ -2,8 +2,9 @@
 
     python -m benchmarks.budgets --seeds 3 --images 60 --batch-size 60 --out runs/digits
 
-Trains DEQs and explicit networks with each seed, evaluates each under both budgets, and compares the worst cases seed by
-seed and image by image. Interrupt it at any time: the same command resumes. It shares its runs with benchmarks.digits.
+Trains DEQs and explicit networks with each seed, evaluates each under both budgets, and compares the worst cases seed
+by seed and image by image. Interrupt it at any time: the same command resumes. It shares its runs with
+benchmarks.digits.
 """
 
 from benchmarks.study import Entry, Study, run
