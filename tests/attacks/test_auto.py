@@ -34,6 +34,7 @@ from deq_jax.attacks import (
     oracle_of,
 )
 from deq_jax.attacks.apgd import checkpoints
+from deq_jax.attacks.square import _bump
 from deq_jax.core import cross_entropy, margin, targeted_dlr
 from deq_jax.models.convolution import conv
 from deq_jax.parallel import replicate_and_split
@@ -329,6 +330,19 @@ def test_square_sides_follow_the_rescaled_schedule():
     for query, halvings in [(1, 0), (10, 0), (11, 1), (51, 2), (201, 3), (501, 4), (8001, 9)]:
         assert sides[query - 1] == max(round(np.sqrt(0.8 * 784 / 2**halvings)), 1)
     assert sorted(set(Square(L2(0.1), rescaled=True)._sides((1, 28, 28, 1)).tolist())) == [3, 5, 7, 9, 13, 19, 25]
+
+
+@pytest.mark.parametrize("side", range(1, 10))
+def test_a_bump_of_square_falls_off_from_two_centres(side):
+    """Andriushchenko et al. 2020, section 3.4, pixel by pixel."""
+    half, expected = side // 2, np.zeros((side, side))
+    for row in range(side):
+        for column in range(side):
+            sign, centre = (1, half // 2) if row < half else (-1, half + (side - half) // 2)
+            distance = max(abs(row - centre), abs(column - side // 2))
+            expected[row, column] = sign * sum(1 / j**2 for j in range(distance + 1, half + 2))
+    for size in (side, side + 4):
+        np.testing.assert_allclose(_bump(jnp.arange(side), jnp.arange(side), side, size), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "largest"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (8, 7)])
