@@ -157,6 +157,9 @@ APGD_20, SQUARE, NOTHING = APGD(THREAT, steps=20), Square(THREAT, 300), Noise(TH
         ([(APGD_20, 10), (NOTHING, 0), (Own(), 10)], False),
         ([(APGD_20, 10), (Own(), 10)], None),
         ([(Own(), 10), (SQUARE, 3)], None),
+        # images made against another predictor have a flag of their own
+        ([(APGD_20, 3), (Transfer("a.npz"), 10)], None),
+        ([(APGD_20, 3), (SQUARE, 3), (Transfer("a.npz"), 10)], False),
         # nor does what is both
         ([(APGD_20, 3), (SQUARE, 10), (AutoAttack((APGD_20, SQUARE)), 10)], True),
         ([(APGD_20, 3), (NOTHING, 0), (AutoAttack((APGD_20, SQUARE)), 10)], None),
