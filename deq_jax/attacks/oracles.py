@@ -32,12 +32,11 @@ def aimed_at(oracle: Oracle, target: int) -> Oracle:
       InputError: the target is not such a number; of K, at the first query.
 
     Examples:
-      >>> import jax
       >>> import jax.numpy as jnp
       >>> from deq_jax.attacks import PGD, Linf, aimed_at, oracle_of
       >>> x, others = jnp.full((1, 1, 1, 3), 0.5), jnp.zeros(1, int)
       >>> oracle = aimed_at(oracle_of(lambda x: x.reshape(len(x), -1)), target=2)
-      >>> print(PGD(Linf(0.1))(oracle, x, others, jax.random.key(0)).round(1))
+      >>> print(PGD(Linf(0.1))(oracle, x, others, 0).round(1))
       [[[[0.4 0.4 0.6]]]]
     """
     require_count("aimed_at: target", target, least=0)
