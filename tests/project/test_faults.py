@@ -7,12 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from deq_jax import InputError
+
 PATH = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 CODE = """
 def shorten(x, limit, scale=2):
     '''Not a place for faults: 1 < 2.'''
     require(limit > 0, f"limit must be > {0}")
     return -x[0] + min(limit, scale) if x is not None and limit else x * 3
+"""
+TESTS = """
+import pytest
+
+@pytest.mark.parametrize("word", ["a b", "c"])
+def test_word(word): assert word == "c"
+def test_good(): pass
+def test_broken(): assert 0
 """
 EXPECTED = {
     ("comparison", ">", "<"),
@@ -53,3 +63,14 @@ def test_a_fault_changes_its_place_and_nothing_else(faults):
         source = (faults.ROOT / fault.file).read_bytes()
         assert source[fault.start : fault.end].decode() == fault.old != fault.new
         ast.parse(source[: fault.start] + fault.new.encode() + source[fault.end :])
+
+
+def test_what_a_broken_test_catches_does_not_count(faults, tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_one.py").write_text(TESTS)
+    (tests / "test_two.py").write_text("import nothing_of_this_name\n")
+    names = {f"tests/test_one.py::test_{name}" for name in ("good", "broken", "word[a b]", "word[c]")}
+    assert faults.failing(names, tests) == {"tests/test_one.py::test_broken", "tests/test_one.py::test_word[a b]"}
+    with pytest.raises(InputError, match="pytest: exit code"):
+        faults.failing({"tests/test_two.py"}, tests)
