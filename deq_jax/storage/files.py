@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ def make_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}.tmp"
+        probe = _temporary(folder / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -149,7 +150,7 @@ def digest(tree: PyTree) -> str:
 
 def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
     """Writes a file that is there whole or not at all, by `writer(file)`; raises `WriteError` if it cannot be."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with writing(path):
         try:
             with temporary.open("wb") as file:
@@ -159,6 +160,11 @@ def write_whole(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A path beside this one that nobody else takes: on two hosts processes may have the same number."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,8 +13,9 @@ from deq_jax import InputError
 from deq_jax.core import WriteError
 from deq_jax.evaluation.store import Store
 from deq_jax.parallel import agreed, processes
-from deq_jax.storage import read_json, read_npz, write_json, write_npz
+from deq_jax.storage import make_folder, read_json, read_npz, write_json, write_npz
 from deq_jax.storage.checkpoints import Checkpoints
+from deq_jax.storage.files import write_whole
 from deq_jax.storage.locks import InUseError
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -112,3 +114,22 @@ def test_both_kinds_of_errors_are_those_of_all_processes(failure, kind, monkeypa
         raise failure("a line")
     with pytest.raises(kind, match=r"^a line$"), agreed():  # in a process that did not fail
         pass
+
+
+def test_two_writers_of_one_file_each_write_it_whole(tmp_path):
+    """Processes on two hosts can have the same number."""
+
+    def outer(file):
+        file.write(b"one ")
+        write_whole(tmp_path / "a", lambda other: other.write(b"two"))
+        assert (tmp_path / "a").read_bytes() == b"two"
+        file.write(b"whole")
+
+    write_whole(tmp_path / "a", outer)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"one whole"
+
+
+def test_two_may_try_a_folder_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(make_folder, [tmp_path] * 2000)) == {tmp_path}
+    assert not list(tmp_path.iterdir())
