@@ -83,6 +83,7 @@ def whole(tables):
 
 
 PARTS = {
+    "budgets": whole(tables),
     "through": whole(tables),
     "photographs": lambda numbers: {
         "tables": tables(numbers),
@@ -259,3 +260,10 @@ def test_a_page_without_marks_is_refused_before_anything_is_trained(tmp_path, ca
         run(through.STUDY, "", ["--out", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md")])
     assert left.value.code == 2 and "has no lines" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_full_budget_found_no_image_more_than_the_quick_one():
+    """A finding of the page, in its numbers."""
+    each = {row["training"]: row["of_seeds"] for row in read_json(RESULTS / "budgets.json")["rows"]}
+    names = [name.removesuffix(", quick") for name in each if name.endswith(", quick")]
+    assert len(names) == 4 and all(each[f"{name}, quick"] == each[f"{name}, full"] for name in names)
