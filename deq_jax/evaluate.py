@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from deq_jax._progress import Display
 from deq_jax._verify import verify_folder
 from deq_jax.attacks.pgd import PGD
 from deq_jax.attacks.threats import Linf
-from deq_jax.core.errors import require
+from deq_jax.core.errors import InputError, require
 from deq_jax.core.readouts import EnsembleState, LastState
 from deq_jax.core.types import Readout
 from deq_jax.data.batches import to_unit
@@ -35,7 +36,7 @@ from deq_jax.evaluation.files import write_evaluation
 from deq_jax.evaluation.folder import EvaluationFolder
 from deq_jax.evaluation.moments import Moment
 from deq_jax.evaluation.plan import EarlyState, EvalConfig, Trial, with_transfers
-from deq_jax.evaluation.record import EvaluationRecord, Provenance
+from deq_jax.evaluation.record import EvaluationRecord, Provenance, read_record
 from deq_jax.evaluation.terminal import accuracy_table, classes_table, states_table
 from deq_jax.evaluation.transfers import Transfer
 from deq_jax.evaluation.wording import headline
@@ -44,7 +45,7 @@ from deq_jax.parallel.processes import agreed, from_primary, is_primary
 from deq_jax.storage.configs import load_config, set_fields
 from deq_jax.storage.environment import environment
 from deq_jax.storage.locks import make_or_wait
-from deq_jax.storage.trees import to_tree
+from deq_jax.storage.trees import Json, to_tree
 from deq_jax.training.config import TrainConfig, threat_of
 from deq_jax.training.workdir import Workdir, load_run
 
@@ -139,6 +140,7 @@ def evaluate(
         run = load_run(workdir, best=checkpoint == "best", say=note)
         train, config = run.config, choose(run.config)
         names = class_names(train.dataset)
+        earlier = environment_of(out)
     variables, step = from_primary((run.variables, np.int32(run.step)))
     images = getattr(run.data, split)
     about = {"checkpoint": f"{checkpoint}, step {step}", "split": split}
@@ -156,7 +158,8 @@ def evaluate(
             report=tell,
         )
     versions = {name: version(name) for name in ("deq_jax", "jax", "flax")}
-    provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=environment())
+    made = earlier or environment()
+    provenance = Provenance(str(workdir), **about, versions=versions, config=to_tree(train), environment=made)
     record = EvaluationRecord.of(result, provenance, names)
     write = partial(write_evaluation, out, record, result, np.asarray(to_unit(images.x[: config.max_images])))
     with agreed():
@@ -165,6 +168,14 @@ def evaluate(
         elif is_primary():
             write()
     return record
+
+
+def environment_of(out: Path) -> Json:
+    """The environment in which a finished evaluation was made; None for one that is not finished, or older."""
+    with suppress(InputError):
+        provenance = read_record(EvaluationFolder(out).record).provenance
+        return None if provenance is None else provenance.environment
+    return None
 
 
 def teller(display: Display) -> Callable[[Moment], None]:

@@ -25,11 +25,11 @@ def aimed_at(oracle: Oracle, target: int) -> Oracle:
     counts as fooled. For targets that differ from image to image, attack the images of each target on their own.
 
     Args:
-      oracle: of K classes.
+      oracle: its logits are [B, K].
       target: class aimed at, from 0 to K - 1.
 
     Raises:
-      InputError: the target is not such a number; of K, at the first query.
+      InputError: the target is not an integer >= 0; or, at the first query, not below K.
 
     Examples:
       >>> import jax.numpy as jnp

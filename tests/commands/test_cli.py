@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from configs import digits_pgd_at
 from deq_jax import InputError, evaluate, train
 from deq_jax.attacks import APGD, L2, PGD, AutoAttack, Linf, Targeted
 from deq_jax.evaluation import EvalConfig
-from deq_jax.storage import from_tree, load_config, to_tree
+from deq_jax.storage import from_tree, load_config, read_json, to_tree
 from deq_jax.storage.checkpoints import Checkpoints
 from deq_jax.storage.locks import sole_writer
 from deq_jax.training import Interrupted, load_run
@@ -424,6 +425,20 @@ def test_help_shows_how_to_start(command, capfd):
     assert "examples:\n  python -m deq_jax." in shown
     assert "--workdir DIR" in shown
     assert "--set NAME=VALUE" in shown
+
+
+@pytest.mark.slow
+def test_an_evaluation_keeps_the_environment_in_which_it_was_made(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = ["--workdir", str(folder / "run"), "--out", str(out), "--batch-size", "16", "--attack", "pgd"]
+    made = []
+    for name in ("first", "again", "anew"):
+        if name == "anew":
+            (out / "evaluation.json").unlink()
+        monkeypatch.setattr(sys, "argv", [name])
+        evaluate.main([*command, *assignments("steps=1", "restarts=1")])
+        made.append(read_json(out / "evaluation.json")["environment"]["command"]["arguments"])
+    assert made == [["first"], ["first"], ["anew"]]
 
 
 @pytest.mark.slow
