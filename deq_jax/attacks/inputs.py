@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.oracles import Oracle, require_oracle
 from deq_jax.attacks.programs import Compiled
 from deq_jax.attacks.threats import Threat, check_threat, is_traced, per_image
 from deq_jax.core.box import BOX_TOLERANCE, clip_to_box
@@ -110,8 +110,7 @@ class Guard:
     @classmethod
     def of(cls, oracle: Oracle, x: Array, labels: AnyArray | None = None) -> Guard:
         """The guard of an attack on the images x, which it takes into the working precision."""
-        expected = "an Oracle, such as oracle_of(logits) or predictor.oracle() of a Predictor"
-        require_role("attack: oracle", oracle, ("logits", "grad"), expected)
+        require_oracle("attack: oracle", oracle)
         return cls(oracle, x.astype(working_type(x)), x.dtype, labels)
 
     def logits(self, x: Array, keys: Keys) -> Array:

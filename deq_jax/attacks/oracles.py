@@ -39,6 +39,7 @@ def aimed_at(oracle: Oracle, target: int) -> Oracle:
       >>> print(PGD(Linf(0.1))(oracle, x, others, 0).round(1))
       [[[[0.4 0.4 0.6]]]]
     """
+    require_oracle("aimed_at: oracle", oracle)
     require_count("aimed_at: target", target, least=0)
 
     def against(scores: Array) -> Array:
@@ -75,6 +76,8 @@ def average(oracles: Sequence[Oracle]) -> Oracle:
     """
     oracles = tuple(oracles)
     require(len(oracles) > 0, "average: expected at least one oracle, got none")
+    for i, one in enumerate(oracles):
+        require_oracle(f"average: oracle {i}", one)
 
     def logits(x: Array, keys: Keys) -> Array:
         return jnp.mean(jnp.stack([oracle.logits(x, keys.fold(i)) for i, oracle in enumerate(oracles)]), axis=0)
@@ -106,6 +109,7 @@ def expectation(oracle: Oracle, draws: int) -> Oracle:
       >>> oracle.logits(jnp.ones((1, 1, 1, 2)), Keys.of(0, 1)).shape
       (1, 2)
     """
+    require_oracle("expectation: oracle", oracle)
     require_count("expectation: draws", draws)
 
     def mean(query: Callable[[int | Array], Answer]) -> Answer:
@@ -138,6 +142,8 @@ def gradient_from(source: Oracle, judge: Oracle) -> Oracle:
       >>> gradient_from(smooth, judge=deployed).logits is deployed.logits
       True
     """
+    require_oracle("gradient_from: source", source)
+    require_oracle("gradient_from: judge", judge)
 
     def grad(loss: Loss, x: Array, labels: Array, keys: Keys) -> tuple[Array, Array, Array]:
         gradient = source.grad(loss, x, labels, keys)[2]
@@ -170,6 +176,12 @@ def oracle_of(logits: Callable[..., Array]) -> Oracle:
     takes_keys = any(p.name == "keys" or p.default is p.empty for p in further)
     answer = logits if takes_keys else _WithoutKeys(logits)
     return Oracle(answer, _Gradient(answer))
+
+
+def require_oracle(what: str, value: Oracle) -> None:
+    """Refuses anything but an oracle, such as a bare function; `what` begins the message."""
+    expected = "an Oracle, such as oracle_of(logits) or predictor.oracle() of a Predictor"
+    require_role(what, value, ("logits", "grad"), expected)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One class against all others: a targeted attack finds what a linear program says can be found."""
+"""Oracles made of oracles; a targeted attack finds all that a linear program says can be found."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,22 @@ import pytest
 from scipy.optimize import linprog
 
 from deq_jax import InputError, Keys
-from deq_jax.attacks import APGD, FAB, L2, PGD, SPSA, AutoAttack, Linf, Square, Targeted, aimed_at, oracle_of
+from deq_jax.attacks import (
+    APGD,
+    FAB,
+    L2,
+    PGD,
+    SPSA,
+    AutoAttack,
+    Linf,
+    Square,
+    Targeted,
+    aimed_at,
+    average,
+    expectation,
+    gradient_from,
+    oracle_of,
+)
 from deq_jax.core import margin, targeted_dlr
 
 KEY = jax.random.key(0)
@@ -80,6 +95,23 @@ def test_every_attack_can_be_aimed(make, threat):
     before, after = np.argmax(model(X), axis=1) == TARGET, np.argmax(model(x_adv), axis=1) == TARGET
     assert np.all(threat.length(x_adv - X) <= threat.epsilon + 1e-5) and np.all((x_adv >= 0) & (x_adv <= 1))
     assert np.all(after[before]) and np.sum(after) >= np.sum(before) + 3
+
+
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [
+        (lambda: aimed_at(model, 3), "aimed_at: oracle"),
+        (lambda: expectation(model, 2), "expectation: oracle"),
+        (lambda: average([ORACLE, model]), "average: oracle 1"),  # type: ignore[list-item]
+        (lambda: gradient_from(model, ORACLE), "gradient_from: source"),
+        (lambda: gradient_from(ORACLE, model), "gradient_from: judge"),
+    ],
+)
+def test_a_function_is_no_oracle(make, where):
+    with pytest.raises(
+        InputError, match=rf"^{where}: expected an Oracle, such as oracle_of\(logits\) .*, got a function$"
+    ):
+        make()
 
 
 @pytest.mark.parametrize("target", [CLASSES, -1, 1.5, True])
