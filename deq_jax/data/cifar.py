@@ -189,8 +189,12 @@ def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, opened.read()
 
 
-class _DataOnly(pickle.Unpickler):
-    """Reads pickles that hold arrays and plain values, and nothing else."""
+class _DataOnly(pickle._Unpickler):
+    """Reads pickles that hold arrays and plain values, and nothing else.
+
+    Python's own reader keeps values in a dict. The reader in C keeps them in a list, as long as the largest number
+    that the file has for one: a few bytes of a damaged file would take gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in HARMLESS:

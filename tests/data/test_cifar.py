@@ -3,6 +3,7 @@
 import os
 import pickle
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -129,6 +130,18 @@ def test_a_mistake_is_named(tmp_path, monkeypatch, mistake):
         Cifar(path).load()
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "hostile").exists()
+
+
+def test_a_pickle_cannot_ask_for_memory(tmp_path):
+    path = make(tmp_path / "files", python_ten, packed=False)
+    file = tmp_path / "files" / "test_batch"
+    number = b"r" + (2**27).to_bytes(4, "little")  # of a value that is kept for later
+    file.write_bytes(file.read_bytes().replace(b"}q\x00", b"}" + number, 1))
+    tracemalloc.start()
+    Cifar(path).load()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert number in file.read_bytes() and peak < 2**26
 
 
 def test_paths_that_are_none(tmp_path):
