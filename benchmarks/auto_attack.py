@@ -1,11 +1,11 @@
 """Our AutoAttack against the official numbers, torchattacks and foolbox, on one CPU core.
 
-    pip install torch torchattacks foolbox && python benchmarks/auto_attack.py --out auto_attack.json
+    pip install torch torchattacks foolbox gitpython
+    python -m benchmarks.auto_attack --out runs/auto-attack.json --page docs/results/auto-attack.md
 
-Prints, for each attack and for the whole, on a network of Flax's convolutions and on one of our own: robust accuracy
-over the seeds, the official one, agreement per image, and CPU seconds (of this process, without compilation) as a ratio
-to torchattacks on the same images.
-torchattacks and foolbox are skipped, and named, if they are not installed.
+For each attack and for the whole, on a network of Flax's convolutions and on one of our own: robust accuracy over the
+seeds, the official one, agreement per image, and CPU seconds of this process, without compilation, beside torchattacks
+on the same images. The passes through the network alone are the limit. Libraries that are not installed are named.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.pages import check_page, made, write_page
 from deq_jax import Keys
+from deq_jax._cli import command_line, console
 from deq_jax.attacks import PGD, AutoAttack, Linf, Stage, is_fooled, oracle_of
 from deq_jax.models.convolution import conv
+from deq_jax.storage import make_folder, write_json
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "attacks"
 
@@ -42,62 +45,95 @@ Peer = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")
 
+PASSES = 1000
+"""Passes of all images through the network, forwards and for gradients of images, that are timed."""
+
 
 def main() -> None:
     """Runs everything, prints a table and writes the JSON."""
     args = parse_args()
-    arrays, official = (
-        dict(np.load(GOLDEN / "mnist_cnn.npz")),
-        json.loads((GOLDEN / "official_autoattack.json").read_text()),
-    )
-    x, y = (arrays["x"] / 255).astype(np.float32)[: args.images], arrays["y"][: args.images]
-    threat = Linf(official["epsilon"])
-    truth = {name: np.array(official[name]["robust"][: args.images]) == 1 for name in NAMES}
-    truth["autoattack"] = np.all([truth[name] for name in NAMES], axis=0)
-
-    results: dict[str, Any] = {"images": len(x), "epsilon": threat.epsilon, "jax": jax.__version__, "rows": []}
-    auto = AutoAttack.standard(threat, batch_size=args.batch_size)
-    suites = {name: AutoAttack((attack,), args.batch_size) for name, attack in zip(NAMES, auto.attacks, strict=True)}
-    suites["autoattack"] = auto
-    peers = torch_attacks(arrays, threat.epsilon) if has("torchattacks") and not args.no_torch else {}
-    for name in args.attacks:
-        theirs = time_peer(peers[name], x, y) if name in peers else {}
-        for kind in args.networks:
-            run = suites[name].bind(oracle_of(network(arrays, kind)))
-            row = {"name": name, "network": kind, **compare(run, x, y, truth[name], args.seeds), **theirs}
-            results["rows"].append(row)
-            print(describe(row), flush=True)
-            save(args.out, results)
-    if has("foolbox"):
-        results["foolbox"] = against_foolbox(arrays, x, y, threat.epsilon)
-        print("LinfPGD, 40 gradient calls, images fooled:", results["foolbox"], flush=True)
-    missing = [package for package in ("torchattacks", "foolbox") if not has(package)]
-    results["not_installed"] = missing
-    print("not installed:", ", ".join(missing) or "nothing")
-    save(args.out, results)
+    with command_line():
+        check_page(args.page, "table")
+        make_folder(args.out.parent)
+        official = json.loads((GOLDEN / "official_autoattack.json").read_text())
+        arrays = dict(np.load(GOLDEN / "mnist_cnn.npz"))
+        x, y = (arrays["x"] / 255).astype(np.float32)[: args.images], arrays["y"][: args.images]
+        missing = [package for package in ("torchattacks", "foolbox") if not has(package)]
+        numbers = {"made": [made()], "images": len(x), "epsilon": official["epsilon"], "not_installed": missing}
+        numbers["rows"] = []
+        for row in rows(args, arrays, official, x, y):
+            numbers["rows"].append(row)
+            console.print(line(row))
+            write_json(args.out, numbers)
+        if has("foolbox"):
+            numbers["foolbox"] = against_foolbox(arrays, x, y, official["epsilon"])
+            write_json(args.out, numbers)
+        if args.page:
+            write_page(args.page, numbers, {"table": table(numbers)})
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("auto_attack.json"), help="where the JSON goes")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page that shows the table")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of ours, at least 2: the first one compiles")
     parser.add_argument("--images", type=int, default=200, help="how many of the 200 images")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time in our attacks")
+    parser.add_argument("--batch-size", type=int, help="images at a time in our attacks (default: that of AutoAttack)")
     parser.add_argument("--attacks", nargs="+", default=[*NAMES, "autoattack"], choices=[*NAMES, "autoattack"])
     parser.add_argument("--networks", nargs="+", default=["flax", "own"], choices=["flax", "own"], help="convolutions")
     parser.add_argument("--no-torch", action="store_true", help="leave torchattacks out")
     return parser.parse_args()
 
 
+def rows(
+    args: argparse.Namespace, arrays: Arrays, official: dict[str, Any], x: np.ndarray, y: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table, one after another: the passes, then the attacks."""
+    threat = Linf(official["epsilon"])
+    truth = {name: np.array(official[name]["robust"][: len(x)]) == 1 for name in NAMES}
+    truth["autoattack"] = np.all([truth[name] for name in NAMES], axis=0)
+    auto = AutoAttack.standard(threat, args.batch_size)
+    suites = {name: AutoAttack((attack,), args.batch_size) for name, attack in zip(NAMES, auto.attacks, strict=True)}
+    suites["autoattack"] = auto
+    with_torch = has("torchattacks") and not args.no_torch
+    peers = torch_attacks(arrays, threat.epsilon) if with_torch else {}
+    for kind in args.networks:
+        yield from passes(arrays, kind, x, y, with_torch)
+    for name in args.attacks:
+        theirs = time_peer(peers[name], x, y) if name in peers else {}
+        for kind in args.networks:
+            run = suites[name].bind(oracle_of(network(arrays, kind)))
+            yield {"name": name, "network": kind, **compare(run, x, y, truth[name], args.seeds), **theirs}
+
+
+def passes(arrays: Arrays, kind: str, x: np.ndarray, y: np.ndarray, with_torch: bool) -> Iterator[dict[str, Any]]:
+    """Seconds of the passes of all images, 32 at a time, forwards and for the gradient of a loss."""
+    logits, batches = network(arrays, kind), [slice(i, i + 32) for i in range(0, len(x), 32)]
+    forward = jax.jit(lambda x, y: logits(x))
+    gradient = jax.jit(jax.grad(lambda x, y: jnp.sum(jax.nn.log_softmax(logits(x))[jnp.arange(len(y)), y])))
+    for name, function in {"forward": forward, "gradient": gradient}.items():
+        ours = partial(lambda f, part: jax.block_until_ready(f(x[part], y[part])), function)
+        row = {"name": name, "network": kind, "seconds": [repeated(ours, batches)]}
+        if with_torch:
+            row["torch_seconds"] = [repeated(torch_pass(arrays, name, x, y), batches)]
+        yield row
+
+
+def repeated(run: Callable[[slice], Any], batches: list[slice]) -> float:
+    """CPU seconds of `PASSES` over the batches, after one that is not timed."""
+    for part in batches:
+        run(part)
+    started = time.process_time()
+    for _ in range(PASSES):
+        for part in batches:
+            run(part)
+    return time.process_time() - started
+
+
 def has(package: str) -> bool:
     """Whether a package is installed."""
     return importlib.util.find_spec(package) is not None
-
-
-def save(path: Path, results: dict[str, Any]) -> None:
-    """Writes the results so far."""
-    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def network(arrays: Arrays, kind: str = "flax") -> Callable[..., jax.Array]:
@@ -142,19 +178,27 @@ def time_peer(peer: Peer, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """The outcome of another library's attack, and its time."""
     started = time.process_time()
     robust = float(np.mean(peer(x, y)))
-    return {"torch_robust": robust, "torch_seconds": time.process_time() - started}
+    return {"torch_robust": robust, "torch_seconds": [time.process_time() - started]}
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A row as a line of text."""
-    ours = " ".join(f"{100 * value:.1f}" for value in row["robust"])
-    line = f"{row['name']:<11} {row['network']:<4} ours [{ours}]  official {100 * row['official']:.1f}"
-    seconds = float(np.median(row["seconds"]))
-    line += f"  agree >= {100 * min(row['agreement']):.1f} %  {seconds:.1f} s"
-    if "torch_seconds" in row:
-        ratio = row["torch_seconds"] / seconds
-        line += f"  torchattacks {100 * row['torch_robust']:.1f} in {row['torch_seconds']:.1f} s: {ratio:.2f} x"
-    return line
+def line(row: dict[str, Any]) -> str:
+    """A row of the table, as Markdown."""
+    seconds, theirs = float(np.median(row["seconds"])), row.get("torch_seconds", [])
+    peer, ratio = (f"{theirs[0]:.1f}", f"{seconds / theirs[0]:.2f}") if theirs else ("", "")
+    accuracies = ("", "", "")
+    if "robust" in row:
+        ours = " to ".join(f"{100 * end:.1f}" for end in sorted({min(row["robust"]), max(row["robust"])}))
+        others = (row["official"], row.get("torch_robust"))
+        accuracies = (ours, *("" if other is None else f"{100 * other:.1f}" for other in others))
+    network = {"flax": "Flax", "own": "ours"}[row["network"]]
+    return f"| {row['name']} | {network} | {' | '.join(accuracies)} | {seconds:.1f} | {peer} | {ratio} |"
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """The table, as Markdown."""
+    columns = ["", "convolutions", "robust, %", "official code", "torchattacks"]
+    columns += ["CPU seconds", "of torchattacks", "**ratio**"]
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *map(line, numbers["rows"])])
 
 
 def torch_attacks(arrays: Arrays, epsilon: float) -> dict[str, Peer]:
@@ -171,8 +215,9 @@ def torch_attacks(arrays: Arrays, epsilon: float) -> dict[str, Peer]:
             model, eps=epsilon, norm="Linf", steps=100, n_restarts=1, n_classes=10, multi_targeted=True
         ),
         "square": torchattacks.Square(model, eps=epsilon, norm="Linf", n_queries=5000, n_restarts=1),
-        "autoattack": torchattacks.AutoAttack(model, eps=epsilon, norm="Linf", version="standard", n_classes=10),
     }
+    # Its AutoAttack has other defaults: ten steps of APGD and FAB.
+    attacks["autoattack"] = torchattacks.MultiAttack(list(attacks.values()))
 
     def robust(attack: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         images, labels = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()
@@ -181,6 +226,25 @@ def torch_attacks(arrays: Arrays, epsilon: float) -> dict[str, Peer]:
             return right
 
     return {name: partial(robust, attack) for name, attack in attacks.items()}
+
+
+def torch_pass(arrays: Arrays, name: str, x: np.ndarray, y: np.ndarray) -> Callable[[slice], Any]:
+    """A pass of a part of the images in PyTorch: forwards, or for the gradient of a loss."""
+    import torch  # noqa: PLC0415 (optional)
+
+    model = torch_network(arrays, torch)
+    images, labels = torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long()
+
+    def forward(part: slice) -> Any:
+        with torch.no_grad():
+            return model(images[part])
+
+    def gradient(part: slice) -> Any:
+        inputs = images[part].clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(model(inputs), labels[part], reduction="sum")
+        return torch.autograd.grad(loss, inputs)
+
+    return {"forward": forward, "gradient": gradient}[name]
 
 
 def torch_network(arrays: Arrays, torch: Any) -> Any:

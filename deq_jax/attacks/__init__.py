@@ -2,7 +2,7 @@
 
 from deq_jax.attacks.apgd import APGD
 from deq_jax.attacks.auto import AutoAttack, Stage, auto_attack
-from deq_jax.attacks.best import Best, is_fooled, until_fooled
+from deq_jax.attacks.best import Best, InParts, is_fooled, until_fooled
 from deq_jax.attacks.fab import FAB
 from deq_jax.attacks.inputs import check_inputs
 from deq_jax.attacks.noise import Noise
@@ -22,6 +22,7 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "Best",
+    "InParts",
     "Linf",
     "Noise",
     "Oracle",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deq_jax.attacks.apgd import APGD
-from deq_jax.attacks.best import Best
+from deq_jax.attacks.best import Best, InParts
 from deq_jax.attacks.fab import FAB
 from deq_jax.attacks.inputs import (
     Guard,
@@ -46,7 +46,7 @@ def auto_attack(
     *,
     threat: Threat | None = None,
     version: str = "standard",
-    batch_size: int = 128,
+    batch_size: int | None = None,
     verbose: bool = False,
 ) -> Array:
     """AutoAttack on any JAX classifier.
@@ -63,7 +63,7 @@ def auto_attack(
       epsilon: radius in ℓ∞, in the unit of x; default, without a threat: 8/255.
       threat: norm and radius, such as ``L2(0.5)``, in place of epsilon.
       version: "standard", "plus" or "rand": the class method of `AutoAttack`.
-      batch_size: images at a time.
+      batch_size: images at a time; see `AutoAttack`.
       verbose: print a line after each attack.
 
     Returns:
@@ -128,13 +128,13 @@ class Stage(NamedTuple):
 class AutoAttack:
     """Attacks in a row; each only attacks the images that are still classified correctly.
 
-    The images that remain are gathered into batches of one size between attacks, and between the classes at which
-    `Targeted` aims. The last one is padded, so that each attack is compiled once. Within `jax.jit` or `jax.pmap`
-    all images go through all attacks, with the same result.
+    The images that remain are gathered into batches of one size between attacks and between their parts (`InParts`):
+    the classes at which `Targeted` aims, every 500 queries of `Square`. The last batch is padded, so that each attack
+    is compiled once. Within `jax.jit` or `jax.pmap` all images go through all attacks, with the same result.
 
     Attributes:
       attacks: called as ``attack(oracle, x, labels, keys)``.
-      batch_size: images at a time.
+      batch_size: images at a time; None for 128, and 32 on the CPU, whose caches hold no more.
       draws: number of draws of a random predictor, averaged in every query (EOT).
 
     Raises:
@@ -149,7 +149,7 @@ class AutoAttack:
     """
 
     attacks: tuple[Attack, ...]
-    batch_size: int = 128
+    batch_size: int | None = None
     draws: int = 1
 
     def __post_init__(self) -> None:
@@ -159,25 +159,25 @@ class AutoAttack:
         for attack in self.attacks:
             require_role("AutoAttack: attacks", attack, ("__call__",), usual)
         require(len(self.attacks) > 0, "AutoAttack: expected at least one attack, got none")
-        require_count("AutoAttack: batch_size", self.batch_size)
+        require_count("AutoAttack: batch_size", self.batch_size, optional=True)
         require_count("AutoAttack: draws", self.draws)
 
     @classmethod
-    def standard(cls, threat: Threat, batch_size: int = 128) -> AutoAttack:
+    def standard(cls, threat: Threat, batch_size: int | None = None) -> AutoAttack:
         """APGD-CE, APGD-DLR and FAB targeted at 9 classes, Square: for deterministic predictors."""
         apgd_t = Targeted(APGD(threat, loss=targeted_dlr), classes=9)
         fab_t = Targeted(FAB(threat), classes=9)
         return cls((APGD(threat), apgd_t, fab_t, Square(threat)), batch_size)
 
     @classmethod
-    def plus(cls, threat: Threat, batch_size: int = 128) -> AutoAttack:
+    def plus(cls, threat: Threat, batch_size: int | None = None) -> AutoAttack:
         """Untargeted APGD-CE, APGD-DLR and FAB with 5 restarts, Square, and the two targeted attacks."""
         apgd_ce, apgd_dlr = APGD(threat, restarts=5), APGD(threat, restarts=5, loss=dlr)
         _, apgd_t, fab_t, square = cls.standard(threat).attacks
         return cls((apgd_ce, apgd_dlr, FAB(threat, restarts=5), square, apgd_t, fab_t), batch_size)
 
     @classmethod
-    def rand(cls, threat: Threat, batch_size: int = 128, draws: int = 20) -> AutoAttack:
+    def rand(cls, threat: Threat, batch_size: int | None = None, draws: int = 20) -> AutoAttack:
         """APGD-CE and APGD-DLR on the mean over draws: for random predictors."""
         return cls((APGD(threat), APGD(threat, loss=dlr)), batch_size, draws)
 
@@ -254,7 +254,8 @@ class AutoAttack:
     ) -> Iterator[Stage]:
         x, labels = check_inputs(x, labels, pairs=False)
         begin = None if start is None else np.asarray(check_start(start, x, self.threat))
-        keys, size, started = Keys.of(key, len(x)), min(self.batch_size, len(x)), time.perf_counter()
+        keys, started = Keys.of(key, len(x)), time.perf_counter()
+        size = min(self.batch_size or (32 if jax.default_backend() == "cpu" else 128), len(x))
         images, every = np.asarray(keys.images), np.arange(len(x))
         best = Best(x.copy(), np.zeros(len(x), bool), np.zeros(len(x), working_type(x)))
         finite, num_classes = np.ones(len(x), bool), 0
@@ -268,24 +269,29 @@ class AutoAttack:
             _write(best, rows, found)
             finite[rows] = np.asarray(all_finite(logits))[: len(rows)]
             for attempt in attempts:  # errors of later attacks are raised now
-                attempt.trace(np.int32(0), found, x[padded], labels[padded], own, given)
+                state = found._replace(x=x[padded].astype(working_type(x)))
+                attempt.trace(np.int32(0), state, found, x[padded], labels[padded], own, given)
         refuse_not_finite(finite)
         yield Stage(None, best.x.copy(), ~best.fooled, len(x), time.perf_counter() - started)
 
+        clean = Best(x.astype(working_type(x)), best.fooled.copy(), best.loss.copy())
         for number, (attack, attempt) in enumerate(zip(self.attacks, attempts, strict=True)):
             attacked, started = int(np.sum(~best.fooled)), time.perf_counter()
-            for turn in range(attack.attempts(num_classes) if isinstance(attack, Targeted) else 1):
+            state = Best(*(array.copy() for array in clean))  # of this attack alone
+            for part in range(attack.attempts(num_classes) if isinstance(attack, InParts) else 1):
                 for rows, padded in _batches(every[~best.fooled], size):
                     own = keys.fold(1 + number)._replace(images=images[padded])
-                    so_far = Best(*(part[padded] for part in best))
+                    both = [Best(*(array[padded] for array in one)) for one in (state, best)]
                     given = None if begin is None else begin[padded]
-                    _write(best, rows, attempt(np.int32(turn), so_far, x[padded], labels[padded], own, given))
+                    found = attempt(np.int32(part), *both, x[padded], labels[padded], own, given)
+                    for one, values in zip((state, best), found, strict=True):
+                        _write(one, rows, values)
             yield Stage(attack, best.x.copy(), ~best.fooled, attacked, time.perf_counter() - started)
 
     def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY))
         for number, attack in enumerate(self.attacks):
-            tried = _attempt(attack, oracle, best, x, labels, keys.fold(1 + number), start)
+            _, tried = _attempt(attack, oracle, None, best, best, x, labels, keys.fold(1 + number), start)
             best = best.where(best.fooled, tried)
         x_adv: Array = best.x
         return x_adv
@@ -306,29 +312,42 @@ def _attempt_batch(
     attack: Attack,
     oracle: Oracle,
     threat: Threat | None,
-    turn: Array,
+    part: Array,
+    state: Best,
     best: Best,
     x: Array,
     labels: Array,
     keys: Keys,
     start: Array | None,
-) -> Best:
+) -> tuple[Best, Best]:
     guard = Guard.of(oracle, x)
     begin = None if start is None else project_start(start, guard.centre, threat)
     best = best._replace(x=best.x.astype(guard.centre.dtype))
-    attack = partial(attack.attempt, turn) if isinstance(attack, Targeted) else attack
-    best = _attempt(attack, cast(Oracle, guard), best, guard.centre, labels.astype(jnp.int32), keys, begin)
-    return best._replace(x=guard.rounded(best.x))
+    asked, labels = cast(Oracle, guard), labels.astype(jnp.int32)
+    state, best = _attempt(attack, asked, part, state, best, guard.centre, labels, keys, begin)
+    return state, best._replace(x=guard.rounded(best.x))
 
 
 def _attempt(
-    attack: Attack, oracle: Oracle, best: Best, x: Array, labels: Array, keys: Keys, start: Array | None
-) -> Best:
+    attack: Attack,
+    oracle: Oracle,
+    part: Array | None,
+    state: Best,
+    best: Best,
+    x: Array,
+    labels: Array,
+    keys: Keys,
+    start: Array | None,
+) -> tuple[Best, Best]:
+    """The state of the attack after one of its parts, or after the whole (None), and the best of all attacks."""
     if start is not None:
         best = best.query(oracle, margin, start, labels, keys.fold(Purpose.START))
-        attack = partial(attack, start=start)
-    x_adv = attack(oracle, x, labels, keys.fold(Purpose.ATTACK))
-    return best.query(oracle, margin, x_adv, labels, keys.fold(Purpose.QUERY))
+    own, given = keys.fold(Purpose.ATTACK), {} if start is None else {"start": start}
+    if part is not None and isinstance(attack, InParts):
+        state = attack.attempt(part, state, oracle, x, labels, own, start)
+    else:
+        state = state._replace(x=attack(oracle, x, labels, own, **given))
+    return state, best.query(oracle, margin, state.x, labels, keys.fold(Purpose.QUERY))
 
 
 def _name(attack: Attack) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deq_jax.attacks.inputs import all_finite, has_labels
-from deq_jax.attacks.oracles import Oracle
+from deq_jax.attacks.oracles import Attack, Oracle
 from deq_jax.attacks.threats import per_image
 from deq_jax.core.keys import Keys
 from deq_jax.core.types import AnyArray, Array, Loss
@@ -76,7 +76,37 @@ class Best(NamedTuple):
         return chosen
 
 
-def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: int) -> Best:
+@runtime_checkable
+class InParts(Attack, Protocol):
+    """An attack that can be carried out part by part; `AutoAttack` leaves fooled images out of the parts to come.
+
+    The parts one after another give what the attack gives as a whole.
+    """
+
+    def attempts(self, num_classes: int) -> int:
+        """The number of parts, for logits of so many classes."""
+
+    def attempt(
+        self,
+        number: int | Array,
+        so_far: Best,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        keys: Keys,
+        start: Array | None,
+    ) -> Best:
+        """The state after a part.
+
+        Args:
+          number: of the part, from 0.
+          so_far: the state after the part before; before the first one the images themselves, with margins as losses.
+          oracle, x, labels, start: as for `Attack`, checked; the labels are [B].
+          keys: the same for all parts.
+        """
+
+
+def until_fooled(attempt: Callable[[Array, Best], Best], best: Best, attempts: int | Array) -> Best:
     """``best <- attempt(number, best)`` for number = 0, 1, ..., as long as any image resists.
 
     A fooled image no longer changes, so it does not depend on its batch-mates.

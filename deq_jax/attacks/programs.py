@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr
 
 from deq_jax.core.types import Array, PyTree
 
@@ -22,7 +23,8 @@ class Compiled:
     `jax.jit` knows a function by its identity, so a new lambda is compiled anew. It reads arrays that a function closes
     over once and for all, so a model that was trained further would be attacked with its old parameters. Here the
     function is traced when it is first called, which is cheap, and its program is looked up among the programs of all
-    functions. Arrays that it closes over become arguments of that program, so other values reuse the executable.
+    functions. Arrays that it closes over become arguments of that program, so other values reuse the executable. A program
+    with callbacks into Python shares nothing.
 
     Attributes:
       function: ``(*args) -> arrays``, pure, of pytrees of arrays.
@@ -55,9 +57,26 @@ def _program(function: Callable[..., PyTree], *args: PyTree) -> Callable[..., Py
         return function  # part of another trace, which compiles it
     with_arguments = jax.make_jaxpr(partial(jax.core.eval_jaxpr, traced.jaxpr))(traced.consts, *leaves)
     run = jax.jit(lambda consts, *leaves: jax.core.eval_jaxpr(with_arguments.jaxpr, [], *consts, *leaves))
-    text = run.lower(traced.consts, *leaves).as_text()
-    run, result = _kept(_Executable(hashlib.sha256(text.encode()).digest(), run)), jax.tree.structure(shapes)
+    if not _calls_python(traced.jaxpr):
+        text = run.lower(traced.consts, *leaves).as_text()
+        run = _kept(_Executable(hashlib.sha256(text.encode()).digest(), run))
+    result = jax.tree.structure(shapes)
     return lambda *args: jax.tree.unflatten(result, run(traced.consts, *jax.tree.leaves(args)))
+
+
+def _calls_python(program: Any) -> bool:
+    """Whether a program, or a parameter of an equation, has a callback, such as that of `jax.pure_callback`.
+
+    The text of a program does not tell one callback from another.
+    """
+    if isinstance(program, tuple):
+        return any(map(_calls_python, program))
+    program = getattr(program, "jaxpr", program)
+    if not isinstance(program, Jaxpr):
+        return False
+    inner = (value for equation in program.eqns for value in equation.params.values())
+    named = any("callback" in equation.primitive.name for equation in program.eqns)
+    return bool(program.effects) or named or any(map(_calls_python, inner))
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from deq_jax.attacks.best import Best, labels_of, until_fooled
 from deq_jax.attacks.inputs import carry_out
@@ -21,6 +21,10 @@ from deq_jax.core.types import Array
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10 000, after which the share of pixels that a step changes is halved."""
+
+
+PART = 500
+"""Queries after which `AutoAttack` takes the images that are fooled out of the batch."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +67,61 @@ class Square:
         """
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat)
 
+    def attempts(self, num_classes: int) -> int:
+        """The number of its parts, of `PART` queries; see `InParts`."""
+        return -(-self.queries // PART)
+
+    def attempt(
+        self,
+        number: int | Array,
+        so_far: Best,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        keys: Keys,
+        start: Array | None,
+    ) -> Best:
+        """The state after the queries of one part; see `InParts`."""
+        return self._search(number * PART, PART, so_far, oracle, x, labels, keys, start)
+
     def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
-        labels = labels_of(labels)
+        clean = Best.clean(oracle, margin, x, labels_of(labels), keys.fold(Purpose.QUERY), start)
+        found = self._search(0, self.queries, clean, oracle, x, labels, keys, start)
+        best: Array = found.where(found.fooled | (found.loss > clean.loss), clean).x
+        return best
+
+    def _search(
+        self,
+        first: int | Array,
+        count: int,
+        best: Best,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        keys: Keys,
+        start: Array | None,
+    ) -> Best:
+        """The best after `count` further queries, the first of which has this number. Query 0 is of the start."""
+        labels, epsilon = labels_of(labels), self.threat.epsilon
         pattern, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 
-        def query(number: int | Array, candidate: Callable[[Keys], Array]) -> tuple[Array, Array, Array, Array]:
+        def query(number: Array, best: Best) -> Best:
+            number = first + number
             own = keys.fold(1 + number)
-            x_adv = self.threat.project(candidate(own), x)
+
+            def begin(own: Keys) -> Array:
+                return pattern(own, x, epsilon) if start is None else start
+
+            def move(own: Keys) -> Array:
+                return change(own, x, best.x, sides[number - 1], epsilon)
+
+            x_adv = self.threat.project(lax.cond(number == 0, begin, move, own), x)
             logits = oracle.logits(x_adv, own.fold(Purpose.QUERY))
-            return x_adv, margin(logits, labels), logits, labels
+            best = best._replace(loss=jnp.where(number == 0, -jnp.inf, best.loss))  # of the image itself
+            return best.update(x_adv, margin(logits, labels), logits, labels)
 
-        def attempt(number: Array, best: Best) -> Best:
-            def changed(own: Keys) -> Array:
-                return change(own, x, best.x, sides[number], self.threat.epsilon)
-
-            return best.update(*query(1 + number, changed))
-
-        clean = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
-        nothing = clean._replace(loss=jnp.full_like(clean.loss, -jnp.inf))
-        first = nothing.update(*query(0, lambda own: pattern(own, x, self.threat.epsilon) if start is None else start))
-        found = until_fooled(attempt, clean.where(clean.fooled, first), self.queries - 1)
-        best: Array = found.where(found.fooled | (found.loss > clean.loss), clean).x
-        return best
+        return until_fooled(query, best, jnp.minimum(count, self.queries - first))
 
     def _sides(self, shape: tuple[int, ...]) -> np.ndarray:
         """[queries], side of the square at each query, in pixels; odd and at least 3 in ℓ2."""

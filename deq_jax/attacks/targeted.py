@@ -65,32 +65,49 @@ class Targeted:
         return carry_out(self._run, oracle, x, labels, key, start, threat=self.threat, pairs=False)
 
     def attempts(self, num_classes: int) -> int:
-        """How many classes there are to aim at."""
+        """How many classes there are to aim at; see `InParts`."""
         return min(self.classes, num_classes - 1)
 
     def attempt(
-        self, number: int | Array, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None = None
-    ) -> Array:
-        """The result of the attempt with this number, from 0, on its own, within a call of another attack."""
+        self,
+        number: int | Array,
+        so_far: Best,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        keys: Keys,
+        start: Array | None,
+    ) -> Best:
+        """The better of this and the result of the attempt at one class; see `InParts`."""
         wrong = _wrong_classes(oracle.logits(x, keys.fold(Purpose.QUERY)), labels)
-        return self._aim(wrong[:, number], oracle, x, labels, keys.fold(1 + number), start)
+        return self._attempt(number, so_far, wrong, oracle, x, labels, keys, start)
 
     def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
         clean = keys.fold(Purpose.QUERY)
         wrong = _wrong_classes(oracle.logits(x, clean), labels)
 
         def attempt(number: Array, best: Best) -> Best:
-            own = keys.fold(1 + number)
-            x_adv = self._aim(wrong[:, number], oracle, x, labels, own, start)
-            return best.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
+            return self._attempt(number, best, wrong, oracle, x, labels, keys, start)
 
         best = Best.clean(oracle, margin, x, labels, clean, start)
         x_adv: Array = until_fooled(attempt, best, self.attempts(1 + wrong.shape[1])).x
         return x_adv
 
-    def _aim(self, aim: Array, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
-        pairs, begin = jnp.stack([labels, aim], axis=1), {} if start is None else {"start": start}
-        return self.attack(oracle, x, pairs, keys.fold(Purpose.ATTACK), **begin)
+    def _attempt(
+        self,
+        number: int | Array,
+        best: Best,
+        wrong: Array,
+        oracle: Oracle,
+        x: Array,
+        labels: Array,
+        keys: Keys,
+        start: Array | None,
+    ) -> Best:
+        own, pairs = keys.fold(1 + number), jnp.stack([labels, wrong[:, number]], axis=1)
+        begin = {} if start is None else {"start": start}
+        x_adv = self.attack(oracle, x, pairs, own.fold(Purpose.ATTACK), **begin)
+        return best.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
 
 
 def _wrong_classes(logits: Array, labels: Array) -> Array:

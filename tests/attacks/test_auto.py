@@ -393,11 +393,22 @@ class Opaque:
 
     attack: Attack
 
-    def __call__(self, *args):
-        return self.attack(*args)
+    def __call__(self, *args, **start):
+        return self.attack(*args, **start)
 
 
-def test_fooled_images_leave_between_the_classes_aimed_at():
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Targeted(PGD(Linf(0.1), steps=1, step_size=0.1, loss=targeted_dlr), classes=4),
+        Square(Linf(0.155), queries=65),
+        Square(L2(1.4), queries=65),
+    ],
+    ids=["targeted", "square-linf", "square-l2"],
+)
+@pytest.mark.parametrize("start", [None, jnp.clip(X + 0.005, 0, 1)], ids=["no start", "start"])
+def test_fooled_images_leave_between_the_parts_of_an_attack(monkeypatch, attack, start):
+    monkeypatch.setattr("deq_jax.attacks.square.PART", 20)
     asked = []
 
     def counting(x, keys):
@@ -406,15 +417,21 @@ def test_fooled_images_leave_between_the_classes_aimed_at():
 
     def run(attack, labels=Y):
         asked.clear()
-        found = AutoAttack((attack,), batch_size=2)(oracle_of(counting), X, labels, KEY)
+        found = AutoAttack((attack,), batch_size=2)(oracle_of(counting), X, labels, KEY, start)
         jax.effects_barrier()
         return found, len(asked)
 
-    attack = Targeted(PGD(Linf(0.1), steps=1, step_size=0.1, loss=targeted_dlr), classes=4)
     (x_adv, few), (expected, many) = run(attack), run(Opaque(attack))
     assert 0 < jnp.sum(is_fooled(mlp(x_adv), Y)) < BATCH and few < many
     np.testing.assert_array_equal(x_adv, expected)
     assert run(attack, (Y + 1) % CLASSES)[1] == BATCH / 2, "more than the clean images were asked about"
+
+
+def test_parts_of_square_on_half_precision_give_what_the_whole_gives(monkeypatch):
+    monkeypatch.setattr("deq_jax.attacks.square.PART", 3)
+    attack, images = Square(Linf(0.3), queries=11), X.astype(jnp.bfloat16)
+    found, whole = (AutoAttack((one,), batch_size=4)(MLP, images, Y, KEY) for one in (attack, Opaque(attack)))
+    np.testing.assert_array_equal(found, whole)
 
 
 @pytest.mark.parametrize("preset", [AutoAttack.standard, AutoAttack.plus, AutoAttack.rand])

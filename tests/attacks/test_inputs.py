@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import monitoring
+from jax import lax, monitoring
 
 from deq_jax import InputError, Keys
 from deq_jax.attacks import (
@@ -456,6 +456,21 @@ def test_eager_calls_compile_once(name, compilations):
     weights = trained[1]
     np.testing.assert_array_equal(ATTACKS[name](oracle, X, Y, KEY), fresh)
     assert not compilations
+
+
+def test_programs_that_call_python_are_not_taken_for_each_other():
+    def through_python(sign):
+        def logits(x):
+            shape = jax.ShapeDtypeStruct((len(x), 2), jnp.float32)
+            return jax.pure_callback(lambda x: sign * np.asarray(x)[:, 0, :2, 0], shape, x)
+
+        return oracle_of(lambda x: lax.cond(x[0, 0, 0, 0] > 2, jnp.zeros_like, lambda found: found, logits(x)))
+
+    x, labels = jnp.array([0.5, 0.4]).reshape(1, 1, 2, 1), jnp.array([0])
+    attack = Square(Linf(0.01), queries=2)
+    outcomes = [attack(through_python(sign), x, labels, 0) for sign in (1, -1)]
+    assert jnp.any(outcomes[0] != x)
+    np.testing.assert_array_equal(outcomes[1], x)  # is fooled already
 
 
 def test_auto_attack_compiles_once(compilations):

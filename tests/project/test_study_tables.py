@@ -5,7 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, devices, digits, outer_loop, parity, photographs, readme, scale, speed, through
+from benchmarks import (
+    accelerator,
+    auto_attack,
+    devices,
+    digits,
+    outer_loop,
+    parity,
+    photographs,
+    readme,
+    scale,
+    speed,
+    through,
+)
 from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
 from deq_jax import InputError, TrainConfig
@@ -95,6 +107,7 @@ PARTS = {
     "scale": whole(scale.tables),
     "outer-loop": whole(outer_loop.tables),
     "agreement": whole(parity.tables),
+    "auto-attack": lambda numbers: {"table": auto_attack.table(numbers)},
     "speed-and-memory": speed.tables,
 }
 
