@@ -191,6 +191,7 @@ WITHOUT_EXAMPLE = {  # public names whose docstring has no example, with the rea
         "Attack",
         "Carry",
         "Classifier",
+        "InParts",
         "Memory",
         "Objective",
         "Surrogate",
