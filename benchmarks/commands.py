@@ -62,20 +62,23 @@ def table(rows: list[Row]) -> str:
 
 def measure(arguments: list[str]) -> Row:
     """Seconds of a command in this process, those of its compilations, and the number of programs."""
-    counts: Counter[str] = Counter()
+    durations: list[float] = []
+    events: Counter[str] = Counter()
 
-    def compiled(name: str, seconds: float, **_: object) -> None:
-        if name == COMPILATION:
-            counts["programs"] += 1
-            counts["compiling"] += seconds  # type: ignore[assignment]
+    def timed(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILATION:
+            durations.append(duration_secs)
 
-    monitoring.register_event_duration_secs_listener(compiled)
-    monitoring.register_event_listener(lambda name, **_: counts.update([name]))
+    def happened(event: str, **_: str | int) -> None:
+        events[event] += 1
+
+    monitoring.register_event_duration_secs_listener(timed)
+    monitoring.register_event_listener(happened)
     command = {"train": train.main, "evaluate": evaluate.main}[arguments[0]]
     started = time.perf_counter()
     command(arguments[1:])
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "hits": counts[HIT], **{key: counts[key] for key in ("programs", "compiling")}}
+    return {"seconds": seconds, "programs": len(durations), "compiling": sum(durations), "hits": events[HIT]}
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def trials(threat: Threat, states: int) -> tuple[Trial, ...]:
         ("apgd.end-to-end", many, EndToEnd()),
         ("apgd-t.end-to-end", targeted, EndToEnd()),
         ("apgd.path", few, PathAverage(BPDAHead())),
+        ("apgd-t.path", targeted, PathAverage(BPDAHead())),
         ("low-entropy", Targeted(confident, classes=3), BPDAIdentity()),
         ("apgd.base", many, OnBase(Direct())),
         ("apgd.base-through-solver", many, OnBase(ThroughSolver())),
@@ -67,6 +68,7 @@ def trials(threat: Threat, states: int) -> tuple[Trial, ...]:
         "bpda-head": BPDAHead(),
         "bpda-solver": BPDASolver(),
         "end-to-end": EndToEnd(),
+        "path": PathAverage(BPDAHead()),
     }
     return (
         *(Trial(name, attack, surrogate, suite="adaptive") for name, attack, surrogate in attempts),

@@ -23,8 +23,8 @@ class Compiled:
     `jax.jit` knows a function by its identity, so a new lambda is compiled anew. It reads arrays that a function closes
     over once and for all, so a model that was trained further would be attacked with its old parameters. Here the
     function is traced when it is first called, which is cheap, and its program is looked up among the programs of all
-    functions. Arrays that it closes over become arguments of that program, so other values reuse the executable. A program
-    with callbacks into Python shares nothing.
+    functions. Arrays that it closes over become arguments of that program, so other values reuse the executable. A
+    program with callbacks into Python shares nothing.
 
     Attributes:
       function: ``(*args) -> arrays``, pure, of pytrees of arrays.

@@ -17,7 +17,7 @@ from deq_jax.defences.entropy import EntropyReduced
 from deq_jax.evaluation.plan import Trial, auto_attack_trials, with_surrogates
 from deq_jax.models.base import Classifier, check_classifier
 from deq_jax.models.classifiers import Equilibrium, require_deq
-from deq_jax.surrogates.adaptive import BPDASolver, EndToEnd, OnBase
+from deq_jax.surrogates.adaptive import BPDAHead, EndToEnd, OnBase, PathAverage
 from deq_jax.surrogates.base import Direct, Surrogate, WithGradient
 from deq_jax.surrogates.dynamics import Intermediate, MeanOverStates, SimultaneousAdjoint, ThroughSolver
 
@@ -140,7 +140,7 @@ def white_box_trials(classifier: Equilibrium, threat: Threat) -> tuple[Trial, ..
 def _sources(predictor: Classifier) -> dict[str, Surrogate]:
     """Whose gradients attack a predictor, by the end of a trial's name."""
     if isinstance(predictor, EntropyReduced):
-        through: dict[str, Surrogate] = {".bpda-solver": BPDASolver(), ".end-to-end": EndToEnd()}
+        through: dict[str, Surrogate] = {".path": PathAverage(BPDAHead()), ".end-to-end": EndToEnd()}
         return {**through, ".base-through-solver": OnBase(ThroughSolver())}
     if isinstance(predictor, Equilibrium) and predictor.dynamics.solver is not None:
         return {".through-solver": ThroughSolver()}
