@@ -53,9 +53,10 @@ BUDGETS = tuple(_SIZES)
 def default_trials(predictor: Classifier, threat: Threat, budget: str = "quick") -> tuple[Trial, ...]:
     """The attacks that suit a predictor, each with the gradients that break most of its images.
 
-    Gradients follow the actual computation: through the solver's steps of a DEQ, through and around the updates of
-    input entropy reduction, and plainly through any other classifier. Untargeted and targeted APGD come first, then
-    Square, which asks for no gradient, then PGD from the worst image of all of them.
+    Gradients follow the actual computation: through the solver's steps of a DEQ, and plainly through any other
+    classifier. Input entropy reduction is attacked at all its states at once, through its updates and around them.
+    Untargeted and targeted APGD come first, then Square, which asks for no gradient, then PGD from the worst image of
+    all of them.
 
     Args:
       predictor: the deployed predictor, a classifier without its variables.
