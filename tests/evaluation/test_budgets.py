@@ -5,7 +5,7 @@ import pytest
 from deq_jax import EntropyReduced, Explicit, InputError, assess
 from deq_jax.attacks import L2, Linf
 from deq_jax.evaluation import BUDGETS, Predictor, default_trials, white_box_trials
-from deq_jax.surrogates import BPDASolver, Direct, EndToEnd, OnBase, ThroughSolver
+from deq_jax.surrogates import BPDAHead, Direct, EndToEnd, OnBase, PathAverage, ThroughSolver
 from tests.helpers import tiny
 from tests.helpers.linear import DATA, Linear, trained
 
@@ -14,7 +14,7 @@ SOURCES = [
     (DEQ, {ThroughSolver()}),
     (DEQ.with_dynamics(solver=None), {Direct()}),
     (Explicit(Linear()), {Direct()}),
-    (EntropyReduced(DEQ), {BPDASolver(), EndToEnd(), OnBase(ThroughSolver())}),
+    (EntropyReduced(DEQ), {PathAverage(BPDAHead()), EndToEnd(), OnBase(ThroughSolver())}),
 ]
 
 
