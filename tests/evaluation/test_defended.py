@@ -259,9 +259,9 @@ def test_the_adaptive_evaluation_has_every_kind_of_attack():
     assert {Square, SPSA} <= {type(trial.attack) for trial in config.trials}
     assert any(isinstance(getattr(trial.attack.attack, "loss", None), LowEntropy) for trial in targeted(config))
     aimed = {type(trial.surrogate) for trial in targeted(config) if isinstance(trial.attack.attack, APGD)}
-    assert aimed == {BPDASolver, EndToEnd}
+    assert aimed == {BPDASolver, EndToEnd, PathAverage}
     last = {type(trial.surrogate) for trial in config.trials if trial.from_worst}
-    assert last == {Direct, BPDAHead, BPDASolver, EndToEnd}
+    assert last == {Direct, BPDAHead, BPDASolver, EndToEnd, PathAverage}
     assert isinstance(config.diagnostics, Diagnostics)
 
 
