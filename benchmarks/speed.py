@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import entropy, kernels, memory, steps
+from benchmarks import entropy, kernels, memory, start, steps
 from benchmarks.pages import Row, check_page, made, write_page
 from deq_jax._cli import command_line, console
 from deq_jax.storage import make_folder, read_json, write_json
@@ -28,6 +28,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
+    "start": Part(start.rows, start.table),
     "steps": Part(steps.rows, steps.table),
     "solvers": Part(kernels.solver_rows, kernels.solver_table),
     "convolutions": Part(kernels.convolution_rows, kernels.convolution_table),

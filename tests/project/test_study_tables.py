@@ -16,6 +16,7 @@ from benchmarks import (
     readme,
     scale,
     speed,
+    start,
     through,
 )
 from benchmarks.pages import made, stamp, with_parts
@@ -134,6 +135,13 @@ def test_a_stamp_has_code_versions_and_machine_as_far_as_they_were_recorded():
         "Measured on 2026-11-27 by commit 0123456 with changes, Python 3.12.1, jax 0.12.0, 2 CPU cores (EPYC)."
     )
     assert "a commit that was not recorded" not in stamp([made()]) and "CPU cores" in stamp([made()])
+
+
+def test_a_command_is_a_row_with_its_programs_and_both_starts():
+    cold = {"seconds": 35.5, "programs": 87, "compiling": 20.25, "hits": 0}
+    warm = {"seconds": 12.5, "programs": 87, "compiling": 0.5, "hits": 7}
+    text = start.table([{"command": "evaluate", "cold": cold, "warm": warm}])
+    assert text.splitlines()[2] == "| evaluate | 87 | 7 | 20.2 | 35.5 | 12.5 |"
 
 
 def repeated(rows):
