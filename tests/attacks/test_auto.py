@@ -434,6 +434,19 @@ def test_parts_of_square_on_half_precision_give_what_the_whole_gives(monkeypatch
     np.testing.assert_array_equal(found, whole)
 
 
+@pytest.mark.parametrize(("size", "expected"), [(None, 32 if jax.default_backend() == "cpu" else 36), (5, 5)])
+def test_a_batch_has_as_many_images_as_it_is_told_or_as_suit_the_processor(size, expected):
+    sizes = set()
+
+    def counting(x):
+        sizes.add(len(x))
+        return mlp(x)
+
+    x, labels = jnp.tile(X, (6, 1, 1, 1)), jnp.tile(Y, 6)
+    AutoAttack((PGD(Linf(0.1), steps=1),), size)(oracle_of(counting), x, labels, KEY)
+    assert sizes == {expected}
+
+
 @pytest.mark.parametrize("preset", [AutoAttack.standard, AutoAttack.plus, AutoAttack.rand])
 def test_presets(preset):
     for threat in (Linf(8 / 255), L2(0.5)):
