@@ -7,28 +7,22 @@ compares the worst cases seed by seed and image by image. Interrupt it at any ti
 writes the tables into the page, between its two marks, and their numbers beside it, as JSON.
 """
 
-from benchmarks.study import Entry, Study, defended, run
+from benchmarks.study import Entry, Study, other_states, run
 
 CONFIGS = {"PGD-AT": "pgd_at", "TRADES": "trades"}
 
 
 def family(objective: str) -> tuple[dict[str, Entry], list[tuple[str, str]]]:
-    """The rows of one objective and their pairs: the DEQ, random states, its defences, training through the solver
-    with entropy reduction on top, and the explicit network.
-    """
-    explicit, through, config = f"{objective}, explicit network", f"{objective}, through the solver", CONFIGS[objective]
-    deq, trained_through = Entry(f"digits_{config}"), Entry(f"digits_{config}_through")
-    on_top = f"{through}, entropy reduction"
+    """The rows of one objective and their pairs: the DEQ, other states, random states, and the explicit network."""
+    explicit, config = f"{objective}, explicit network", CONFIGS[objective]
+    deq = Entry(f"digits_{config}")
     rows = {
         explicit: Entry(f"digits_cnn_{config}"),
         objective: deq,
         f"{objective}, random states": Entry(f"digits_{config}_random"),
-        **defended(objective, deq, explicit=explicit),
-        through: trained_through,
-        on_top: defended(through, trained_through, explicit=explicit)[on_top],
+        **other_states(objective, deq, explicit=explicit),
     }
-    pairs = [(name, objective) for name in rows if name not in (objective, on_top)]
-    return rows, [*pairs, (on_top, through)]
+    return rows, [(name, objective) for name in rows if name != objective]
 
 
 (PGD_AT, PGD_AT_PAIRS), (TRADES, TRADES_PAIRS) = family("PGD-AT"), family("TRADES")

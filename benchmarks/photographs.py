@@ -9,7 +9,7 @@ compares the worst cases seed by seed and image by image. Attacks through the so
 and their numbers beside it, as JSON.
 """
 
-from benchmarks.study import Entry, Study, defended, run
+from benchmarks.study import Entry, Study, other_states, reduced, run
 
 LAST = ("--checkpoint", "latest")  # the best one is chosen under attack, where standard training has no accuracy
 DEQS = {
@@ -21,7 +21,11 @@ TWINS = {
     "PGD-AT, twin of equal computation": Entry("cifar10_small_tied_pgd_at"),
 }
 PLAIN = {"standard": Entry("cifar10_small_standard", evaluation=LAST), **DEQS, **TWINS}
-DEFENDED = {row: (name, one) for name, entry in DEQS.items() for row, one in defended(name, entry).items()}
+DEFENDED = {
+    row: (name, one)
+    for name, entry in DEQS.items()
+    for row, one in (other_states(name, entry) | reduced(name, entry)).items()
+}
 
 STUDY = Study(
     PLAIN | {row: entry for row, (_, entry) in DEFENDED.items()},

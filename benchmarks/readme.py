@@ -12,14 +12,14 @@ from benchmarks.pages import Row, with_parts
 from deq_jax.storage import read_json
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = {"": "worst case", ", early state": "early", ", ensemble state": "ensemble", ", entropy reduction": "entropy"}
+COLUMNS = {"": "worst case", ", early state": "early", ", ensemble state": "ensemble"}
 
 
 def table(numbers: Row) -> str:
-    """Clean accuracy and worst cases of the networks of the digits study, as trained and with defences, as Markdown."""
+    """Clean accuracy and worst cases of the networks of the digits study, also of other states, as Markdown."""
     found = {row["training"]: row for row in numbers["rows"]}
-    defended = tuple(suffix for suffix in COLUMNS if suffix)
-    names = [name for name in found if name != EVERY and not name.endswith(defended)]
+    others = tuple(suffix for suffix in COLUMNS if suffix)
+    names = [name for name in found if name != EVERY and not name.endswith(others)]
     lines = [f"| training | clean | {' | '.join(COLUMNS.values())} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for name in names:
         cells = [_worst(found[name + suffix]) if name + suffix in found else "" for suffix in COLUMNS]

@@ -43,18 +43,21 @@ class Entry(NamedTuple):
         return "-".join([self.config, *(change.rpartition(".")[2].replace("=", "-") for change in self.changes)])
 
 
-def defended(name: str, entry: Entry, **further: str) -> dict[str, Entry]:
-    """The entry `name` with defences, which also meet the images made for it without one, and those of others."""
-    arguments = {
-        "early state": ("--readout", "early"),
-        "ensemble state": ("--readout", "ensemble"),
-        "entropy reduction": ("--config", "configs/eval_entropy_quick.py"),
-    }
-    transfers = {"reference": name, **further}
+def other_states(name: str, entry: Entry, **further: str) -> dict[str, Entry]:
+    """The entry `name` with other states deployed, which also meet the images made for it, and those of others."""
     return {
-        f"{name}, {defence}": entry._replace(evaluation=(*entry.evaluation, *more), transfers=transfers)
-        for defence, more in arguments.items()
+        f"{name}, {readout} state": _met(name, entry, ("--readout", readout), further)
+        for readout in ("early", "ensemble")
     }
+
+
+def reduced(name: str, entry: Entry, **further: str) -> dict[str, Entry]:
+    """The entry `name` with input entropy reduction, which also meets the images made for it, and those of others."""
+    return {f"{name}, entropy reduction": _met(name, entry, ("--config", "configs/eval_entropy_quick.py"), further)}
+
+
+def _met(name: str, entry: Entry, arguments: tuple[str, ...], further: dict[str, str]) -> Entry:
+    return entry._replace(evaluation=(*entry.evaluation, *arguments), transfers={"reference": name, **further})
 
 
 class Study(NamedTuple):

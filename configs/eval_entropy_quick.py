@@ -10,16 +10,19 @@ from deq_jax import TrainConfig
 from deq_jax.evaluation import EvalConfig, default_trials
 from deq_jax.training import threat_of
 
-BUDGET = "quick"
-
 
 def get_config(train: TrainConfig) -> EvalConfig:
+    return within(train, "quick")
+
+
+def within(train: TrainConfig, budget: str) -> EvalConfig:
+    """The evaluation within another budget."""
     predictor, threat = eval_entropy_reduced.defence(train), threat_of(train)
     return EvalConfig(
         threat,
-        default_trials(predictor, threat, BUDGET),
+        default_trials(predictor, threat, budget),
         predictor=predictor,
         defence="entropy reduction",
         batch_size=train.batch_size,
-        budget=BUDGET,
+        budget=budget,
     )

@@ -10,6 +10,7 @@ from benchmarks import (
     auto_attack,
     devices,
     digits,
+    entropy_reduction,
     outer_loop,
     parity,
     photographs,
@@ -105,6 +106,7 @@ PARTS = {
     "accelerator": whole(accelerator.tables),
     "devices": whole(devices.tables),
     "digits": whole(tables),
+    "entropy-reduction": whole(tables),
     "scale": whole(scale.tables),
     "outer-loop": whole(outer_loop.tables),
     "agreement": whole(parity.tables),
@@ -169,7 +171,7 @@ def test_parts_that_were_measured_again_have_a_stamp_of_their_own(tmp_path, monk
     assert "Memory measured on 2026-02-02 by" in page.read_text()
 
 
-@pytest.mark.parametrize("study", [through.STUDY, photographs.STUDY, digits.STUDY])
+@pytest.mark.parametrize("study", [through.STUDY, photographs.STUDY, digits.STUDY, entropy_reduction.STUDY])
 def test_each_entry_has_a_folder_of_its_own_and_others_that_are_named_exist(study):
     ways = {(entry.slug, entry.evaluation) for entry in study.entries.values()}
     assert len(ways) == len(study.entries)
@@ -177,7 +179,7 @@ def test_each_entry_has_a_folder_of_its_own_and_others_that_are_named_exist(stud
     assert named <= study.entries.keys()
 
 
-@pytest.mark.parametrize("study", [photographs.STUDY, digits.STUDY])
+@pytest.mark.parametrize("study", [photographs.STUDY, digits.STUDY, entropy_reduction.STUDY])
 def test_images_are_transferred_from_entries_that_come_before(study):
     names = list(study.entries)
     sources = [(name, other) for name in names for other in study.entries[name].transfers.values()]
