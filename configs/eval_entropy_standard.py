@@ -1,4 +1,4 @@
-"""Input entropy reduction [Yang et al. 2023] under the budget "standard", some five times the one of `eval_entropy_quick`.
+"""Input entropy reduction [Yang et al. 2023] under the budget "standard", five times that of `eval_entropy_quick`.
 
 python -m deq_jax.evaluate --workdir RUN --config configs/eval_entropy_standard.py
 """

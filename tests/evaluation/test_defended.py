@@ -265,9 +265,10 @@ def test_the_adaptive_evaluation_has_every_kind_of_attack():
     assert isinstance(config.diagnostics, Diagnostics)
 
 
-def test_the_small_budget_of_the_defence_is_the_default_one_of_a_defended_predictor():
-    config = load_config("configs/eval_entropy_quick.py", EvalConfig, digits_pgd_at.get_config())
-    assert config.trials == default_trials(config.predictor, config.threat, "quick") and config.budget == "quick"
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_a_budget_of_the_defence_is_the_default_one_of_a_defended_predictor(budget):
+    config = load_config(f"configs/eval_entropy_{budget}.py", EvalConfig, digits_pgd_at.get_config())
+    assert config.trials == default_trials(config.predictor, config.threat, budget) and config.budget == budget
     assert {"apgd-ce.end-to-end", "apgd-t.base-through-solver", "square"} <= {trial.name for trial in config.trials}
 
 
