@@ -423,7 +423,7 @@ def test_fooled_images_leave_between_the_parts_of_an_attack(monkeypatch, attack,
 
     (x_adv, few), (expected, many) = run(attack), run(Opaque(attack))
     assert 0 < jnp.sum(is_fooled(mlp(x_adv), Y)) < BATCH and few < many
-    np.testing.assert_array_equal(x_adv, expected)
+    np.testing.assert_allclose(x_adv, expected, atol=1e-6)  # another program, which rounds differently in ℓ2
     assert run(attack, (Y + 1) % CLASSES)[1] == BATCH / 2, "more than the clean images were asked about"
 
 
