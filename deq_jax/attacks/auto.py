@@ -134,7 +134,7 @@ class AutoAttack:
 
     Attributes:
       attacks: called as ``attack(oracle, x, labels, keys)``.
-      batch_size: images at a time; None for 128, and 32 on the CPU, whose caches hold no more.
+      batch_size: images at a time; None for 128, and 32 on the CPU, where small batches were faster.
       draws: number of draws of a random predictor, averaged in every query (EOT).
 
     Raises:

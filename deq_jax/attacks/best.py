@@ -99,7 +99,7 @@ class InParts(Attack, Protocol):
         """The state after a part.
 
         Args:
-          number: of the part, from 0.
+          number: the number of the part, from 0.
           so_far: the state after the part before; before the first one the images themselves, with margins as losses.
           oracle, x, labels, start: as for `Attack`, checked; the labels are [B].
           keys: the same for all parts.

@@ -22,7 +22,6 @@ from deq_jax.core.types import Array
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """Queries, of 10 000, after which the share of pixels that a step changes is halved."""
 
-
 PART = 500
 """Queries after which `AutoAttack` takes the images that are fooled out of the batch."""
 
@@ -81,28 +80,8 @@ class Square:
         keys: Keys,
         start: Array | None,
     ) -> Best:
-        """The state after the queries of one part; see `InParts`."""
-        return self._search(number * PART, PART, so_far, oracle, x, labels, keys, start)
-
-    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
-        clean = Best.clean(oracle, margin, x, labels_of(labels), keys.fold(Purpose.QUERY), start)
-        found = self._search(0, self.queries, clean, oracle, x, labels, keys, start)
-        best: Array = found.where(found.fooled | (found.loss > clean.loss), clean).x
-        return best
-
-    def _search(
-        self,
-        first: int | Array,
-        count: int,
-        best: Best,
-        oracle: Oracle,
-        x: Array,
-        labels: Array,
-        keys: Keys,
-        start: Array | None,
-    ) -> Best:
-        """The best after `count` further queries, the first of which has this number. Query 0 is of the start."""
-        labels, epsilon = labels_of(labels), self.threat.epsilon
+        """The state after the queries of one part; see `InParts`. The very first query is the start."""
+        labels, epsilon, first = labels_of(labels), self.threat.epsilon, number * PART
         pattern, change = (_stripes, _squares) if isinstance(self.threat, Linf) else (_tiles, _bumps)
         sides = jnp.asarray(self._sides(x.shape))
 
@@ -121,7 +100,16 @@ class Square:
             best = best._replace(loss=jnp.where(number == 0, -jnp.inf, best.loss))  # of the image itself
             return best.update(x_adv, margin(logits, labels), logits, labels)
 
-        return until_fooled(query, best, jnp.minimum(count, self.queries - first))
+        return until_fooled(query, so_far, jnp.minimum(PART, self.queries - first))
+
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
+        def attempt(number: Array, best: Best) -> Best:
+            return self.attempt(number, best, oracle, x, labels, keys, start)
+
+        clean = Best.clean(oracle, margin, x, labels_of(labels), keys.fold(Purpose.QUERY), start)
+        found = until_fooled(attempt, clean, self.attempts(0))  # for any number of classes
+        best: Array = found.where(found.fooled | (found.loss > clean.loss), clean).x
+        return best
 
     def _sides(self, shape: tuple[int, ...]) -> np.ndarray:
         """[queries], side of the square at each query, in pixels; odd and at least 3 in ℓ2."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from deq_jax.attacks.best import Best, until_fooled
@@ -80,34 +81,19 @@ class Targeted:
     ) -> Best:
         """The better of this and the result of the attempt at one class; see `InParts`."""
         wrong = _wrong_classes(oracle.logits(x, keys.fold(Purpose.QUERY)), labels)
-        return self._attempt(number, so_far, wrong, oracle, x, labels, keys, start)
-
-    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
-        clean = keys.fold(Purpose.QUERY)
-        wrong = _wrong_classes(oracle.logits(x, clean), labels)
-
-        def attempt(number: Array, best: Best) -> Best:
-            return self._attempt(number, best, wrong, oracle, x, labels, keys, start)
-
-        best = Best.clean(oracle, margin, x, labels, clean, start)
-        x_adv: Array = until_fooled(attempt, best, self.attempts(1 + wrong.shape[1])).x
-        return x_adv
-
-    def _attempt(
-        self,
-        number: int | Array,
-        best: Best,
-        wrong: Array,
-        oracle: Oracle,
-        x: Array,
-        labels: Array,
-        keys: Keys,
-        start: Array | None,
-    ) -> Best:
         own, pairs = keys.fold(1 + number), jnp.stack([labels, wrong[:, number]], axis=1)
         begin = {} if start is None else {"start": start}
         x_adv = self.attack(oracle, x, pairs, own.fold(Purpose.ATTACK), **begin)
-        return best.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
+        return so_far.query(oracle, margin, x_adv, labels, own.fold(Purpose.QUERY))
+
+    def _run(self, oracle: Oracle, x: Array, labels: Array, keys: Keys, start: Array | None) -> Array:
+        def attempt(number: Array, best: Best) -> Best:
+            return self.attempt(number, best, oracle, x, labels, keys, start)
+
+        num_classes = jax.eval_shape(lambda: oracle.logits(x, keys)).shape[-1]
+        best = Best.clean(oracle, margin, x, labels, keys.fold(Purpose.QUERY), start)
+        x_adv: Array = until_fooled(attempt, best, self.attempts(num_classes)).x
+        return x_adv
 
 
 def _wrong_classes(logits: Array, labels: Array) -> Array:

@@ -22,7 +22,7 @@ from benchmarks import (
 )
 from benchmarks.pages import made, stamp, with_parts
 from benchmarks.study import Entry, Study, run, tables
-from deq_jax import InputError, TrainConfig
+from deq_jax import Backprop, InputError, RandomIntermediateState, TrainConfig
 from deq_jax.attacks import PGD, Linf
 from deq_jax.evaluation import (
     Attempt,
@@ -38,6 +38,7 @@ from deq_jax.evaluation import (
     write_evaluation,
 )
 from deq_jax.storage import environment, load_config, make_folder, read_json, set_fields, to_tree, write_json
+from deq_jax.surrogates import ThroughSolver
 from deq_jax.training import Workdir
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
@@ -177,6 +178,19 @@ def test_each_entry_has_a_folder_of_its_own_and_others_that_are_named_exist(stud
     assert len(ways) == len(study.entries)
     named = {name for pair in study.pairs for name in pair} | {*study.states, *study.curves, *study.attacks}
     assert named <= study.entries.keys()
+
+
+def test_the_networks_of_the_study_differ_in_what_their_configs_say():
+    names = ["", "_through", "_backprop", "_random", "_through_random"]
+    configs = [load_config(f"configs/digits_pgd_at{name}.py", TrainConfig) for name in names]
+    plain, *_ = configs
+    found = [(one.objective.surrogate, one.classifier.dynamics.gradient) for one in configs]
+    through, gradient = ThroughSolver(), plain.classifier.dynamics.gradient
+    others = [(through, gradient), (None, Backprop(gradient)), (None, gradient), (through, gradient)]
+    assert found == [(None, gradient), *others]
+    readouts = [type(one.classifier.dynamics.readout) is RandomIntermediateState for one in configs]
+    assert readouts == [False, False, False, True, True]
+    assert all(one.optimizer == plain.optimizer and one.epochs == plain.epochs for one in configs)
 
 
 @pytest.mark.parametrize("study", [photographs.STUDY, digits.STUDY, entropy_reduction.STUDY])
