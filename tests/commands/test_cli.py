@@ -345,32 +345,34 @@ def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_74(folder, capf
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one MiB, and how it is enlarged; needs root."""
+    """A file system of its own, and a function that sets its size in bytes; needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
-    def mount(*options):
-        command = ["mount", "-t", "tmpfs", *options, "none", str(disk)]
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(disk)]
         return shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
 
-    if not mount("-o", "size=1m"):
+    if not mount("size=1m"):
         pytest.skip("cannot mount a file system")
-    yield disk, lambda: mount("-o", "remount,size=64m")
+    yield disk, lambda size: mount(f"remount,size={size}")
     subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_after_its_disk_was_full(folder, small_disk, capfd):
-    disk, enlarge = small_disk
+    disk, resize = small_disk
     fields = assignments(*OVERRIDES, "epochs=3", "checkpoint_every=1")
     run = ["--config", f"{folder}/own.py", *fields, "--workdir"]
-    (disk / "filler").write_bytes(bytes(600_000))  # a checkpoint has some 120,000 bytes
+    files = [file for file in (folder / "run").rglob("*") if file.is_file()]
+    one_epoch = sum(-(-file.stat().st_size // 4096) * 4096 for file in files)  # a file takes whole pages
+    assert resize(one_epoch * 5 // 4)  # room for two checkpoints and not for the third
     capfd.readouterr()
     with pytest.raises(SystemExit) as exit:
         train.main([*run, str(disk / "run")])
     assert exit.value.code == 74
     assert re.fullmatch(r"error: .* cannot be written \(No space left on device\)\n", capfd.readouterr().err)
-    assert enlarge()
+    assert resize(64 * one_epoch)
     train.main([*run, str(disk / "run")])
     assert "resuming after step" in capfd.readouterr().out
     train.main([*run, str(folder / "whole")])
