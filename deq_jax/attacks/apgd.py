@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -140,14 +141,18 @@ class APGD:
         def step(carry: tuple[_Ascent, Best], schedule: tuple[Array, AnyArray]) -> tuple[tuple[_Ascent, Best], None]:
             number, interval = schedule
             ascent, best = carry
-            x_adv = self._move(ascent, x, jnp.where(number == 1, 1, 0.75).astype(x.dtype))
+            is_start = number == 0
+            x_adv = jnp.where(is_start, start, self._move(ascent, x, jnp.where(number == 1, 1, 0.75).astype(x.dtype)))
             loss, gradient, best = query(x_adv, number, best)
-            return (self._adapt(_visit(ascent, x_adv, gradient, loss), interval), best), None
+            moved = self._adapt(_visit(ascent, x_adv, gradient, loss), interval)
+            begun = self._begin(x_adv, gradient, loss)
+            return (jax.tree.map(partial(jnp.where, is_start), begun, moved), best), None
 
-        loss, gradient, best = query(start, 0, best)
-        ascent = self._begin(start, gradient, loss)
-        numbers = jnp.arange(1, self.steps + 1)
-        return lax.scan(step, (ascent, best), (numbers, _intervals(self.steps)))[0][1]
+        answers = jax.eval_shape(query, start, 0, best)
+        loss, gradient = (jnp.zeros(answer.shape, answer.dtype) for answer in answers[:2])
+        ascent = self._begin(start, gradient, loss)  # the first step is the start: the query is compiled once
+        schedule = jnp.arange(self.steps + 1), np.concatenate([[0], _intervals(self.steps)])
+        return lax.scan(step, (ascent, best), schedule)[0][1]
 
     def _begin(self, x: Array, gradient: Array, loss: Array) -> _Ascent:
         step_size = jnp.full_like(loss, 2 * self.threat.epsilon)
