@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -302,12 +303,19 @@ def differentiable(solver: Any) -> Solver:
 
 @cache
 def _with_static_loops(kind: Any) -> type[Broyden]:
-    """The class, with loops over all places for pairs: those not filled do nothing."""
+    """The class, with loops over all places for pairs: those not filled do nothing.
+
+    A product with B keeps only its input for the backward pass: its loop would keep a state for each pair.
+    """
 
     def count(self: Broyden, memory: BroydenMemory) -> int:
         return len(memory.steps) - 1
 
-    return type(kind.__name__, (kind,), {"count": count, "reverse_mode": lambda self: self})
+    def multiply(self: Broyden, steps: Array, memory: BroydenMemory, g: Array) -> Array:
+        product: Array = jax.checkpoint(partial(kind._multiply, self), prevent_cse=False)(steps, memory, g)
+        return product
+
+    return type(kind.__name__, (kind,), {"count": count, "_multiply": multiply, "reverse_mode": lambda self: self})
 
 
 def _pair(steps: Array, memory: BroydenMemory, age: Array | int) -> tuple[Array, Array, Array]:

@@ -14,12 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.errors import InvalidRngError
+from jax import lax
 
 from deq_jax.core.cells import apply
 from deq_jax.core.compilation import compiled
 from deq_jax.core.errors import InputError, described, require, require_role
 from deq_jax.core.gradients import Phantom
-from deq_jax.core.keys import Keys, Purpose, prng_key
+from deq_jax.core.keys import Keys, Purpose, flat_draws, prng_key
 from deq_jax.core.layer import deq
 from deq_jax.core.readouts import FinalState, RandomIntermediateState
 from deq_jax.core.types import Array, Cell, Gradient, Injection, PyTree, Readout, Solver, check_solver
@@ -40,8 +41,9 @@ class Dynamics:
       gradient: differentiates that state.
       compute_dtype: in which the cell computes, e.g. ``jax.numpy.bfloat16``; parameters, states and the solver's
         arithmetic keep theirs. None: as the parameters.
-      rematerialize: compute the inside of the cell again in the backward pass, where every application would
-        otherwise keep it: about a third more computation for a fraction of the memory.
+      rematerialize: keep nothing from inside the cell for the backward pass, and compute it again: about a third more
+        computation for a fraction of the memory. Otherwise convolutions and matrix products are kept, and what is
+        cheap is computed again.
 
     Examples:
       >>> from deq_jax import Anderson, Dynamics, Implicit, LastState
@@ -105,8 +107,12 @@ class Equilibrium:
         Raises:
           InputError: a part has other variables than these, the cell more than parameters, or f(z) is not like z.
         """
-        keys = jax.random.split(prng_key(key), 3)
-        u, encoder = self.encoder.init_with_output(keys[0], _at_least_one(x))
+        return self._init(prng_key(key), _at_least_one(x))
+
+    @compiled("self")
+    def _init(self, key: Array, x: Array) -> Variables:
+        keys = jax.random.split(flat_draws(key), 3)
+        u, encoder = self.encoder.init_with_output(keys[0], x)
         z, cell = self.cell.init_with_output(keys[1], zero_state(u), u)
         _check_collections(self.cell, cell, ("params",), "a cell has parameters only: GroupNorm in place of BatchNorm")
         jax.eval_shape(self.apply_cell, cell.get("params", {}), zero_state(u), u)
@@ -221,7 +227,11 @@ class Explicit:
 
     def init(self, key: int | Array, x: Array) -> Variables:
         """Variables ``{"params", "batch_stats"}``; see `Equilibrium.init`."""
-        variables = self.module.init(prng_key(key), _at_least_one(x))
+        return self._init(prng_key(key), _at_least_one(x))
+
+    @compiled("self")
+    def _init(self, key: Array, x: Array) -> Variables:
+        variables = self.module.init(flat_draws(key), x)
         _check_collections(self.module, variables)
         return {collection: variables.get(collection, {}) for collection in COLLECTIONS}
 
@@ -288,7 +298,8 @@ class _ModuleCell:
     rematerialize: bool
 
     def __call__(self, params: PyTree, z: PyTree, u: PyTree) -> PyTree:
-        f = jax.checkpoint(self._compute, prevent_cse=False) if self.rematerialize else self._compute
+        keep = None if self.rematerialize else _is_costly
+        f = jax.checkpoint(self._compute, prevent_cse=False, policy=keep)
         return apply(f, params, z, u)  # CSE is prevented by the loops in which f is differentiated
 
     def _compute(self, params: PyTree, z: PyTree, u: PyTree) -> PyTree:
@@ -303,6 +314,11 @@ class _ModuleCell:
 
     def _cast(self, leaf: Array) -> Array:
         return leaf.astype(self.compute_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _is_costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: the outputs of these are kept for the backward pass."""
+    return primitive in (lax.conv_general_dilated_p, lax.dot_general_p)
 
 
 def _part(variables: Variables, name: str) -> Variables:

@@ -46,7 +46,7 @@ def _native_conv(x: Array, kernel: Array, strides: Strides, padding: Padding) ->
 
 
 def _conv_forward(x: Array, kernel: Array, strides: Strides, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return conv(x, kernel, strides, padding), (x, kernel)
+    return _native_conv(x, kernel, strides, padding), (x, kernel)
 
 
 def _conv_backward(strides: Strides, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:

@@ -221,7 +221,8 @@ def initial_state(config: TrainConfig, optimizer: optax.GradientTransformation, 
     require(fits, f"the classifier has {classes} classes, {config.dataset} has {len(names)}; they must be as many")
     _check_training_mode(config.classifier, variables, _example(data))
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params))
+    opt_state = jax.jit(optimizer.init)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state)
 
 
 def initial_variables(config: TrainConfig, data: Splits) -> Variables:

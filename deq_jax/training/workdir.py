@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,6 +266,6 @@ def load_run(workdir: str | Path, *, best: bool = True, say: Callable[[str], Non
     folder = Workdir(Path(workdir))
     config, checkpoints = folder.config, folder.trained("best" if best else "latest")
     data = load_splits(config.dataset)
-    template = initial_variables(config, data)
+    template = jax.eval_shape(partial(initial_variables, config, data))
     found = checkpoints.read(say)
     return LoadedRun(config, data, found.shaped_like(template, only=list(template)), found.step)

@@ -343,6 +343,13 @@ def test_a_file_that_cannot_be_written_is_one_line_and_exit_code_74(folder, capf
     )
 
 
+def test_whatever_a_command_compiles_is_kept_for_the_next(tmp_path):
+    run = "from deq_jax._cli import command_line; import jax\nwith command_line(): jax.jit(lambda x: x + 1)(1.0)"
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", run], env=environment, check=True)
+    assert list(tmp_path.glob("jit__lambda*-cache"))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own, and a function that sets its size in bytes; needs root."""

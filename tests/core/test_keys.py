@@ -11,6 +11,7 @@ import pytest
 
 from deq_jax import InputError, Keys, RandomIntermediateState
 from deq_jax.core import prng_key
+from deq_jax.core.keys import flat_draws
 from tests.helpers import tiny
 
 PACKAGE = Path(__file__).parents[2] / "deq_jax"
@@ -46,6 +47,14 @@ class TestKeys:
         np.testing.assert_array_equal(draw([2], jax.random.key(0)), expected[2:3])
         split = jax.random.split(jax.random.key(0))[1]  # of a kind that need not be threefry's
         np.testing.assert_array_equal(draw([2], split), draw([0, 1, 2], split)[2:])
+
+    @pytest.mark.parametrize("shape", [(), (5,), (3, 3, 4, 8), (0, 2), (2, 2, 3)], ids=str)
+    @pytest.mark.parametrize("draw", [jax.random.bits, jax.random.normal, jax.random.uniform])
+    def test_flat_draws_are_the_same_numbers(self, default, draw, shape):
+        key = prng_key(7)
+        for change in (lambda key: key, lambda key: jax.random.fold_in(key, 3), lambda key: jax.random.split(key)[1]):
+            expected = draw(change(key), shape)
+            np.testing.assert_array_equal(draw(change(flat_draws(key)), shape), expected)
 
     def test_batches_and_devices(self, default):
         model = tiny.classifier(RandomIntermediateState(per_sample=True, best_so_far=False))

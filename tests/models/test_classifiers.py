@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deq_jax import Dynamics, Explicit, InputError, IntermediateState, Keys, RandomIntermediateState, Unrolled
-from deq_jax.core import cross_entropy
+from deq_jax.core import cross_entropy, prng_key
 from deq_jax.models import SmallCNN, explicit_twin
 from deq_jax.surrogates import classifier_oracle
 from tests.helpers import tiny
@@ -40,6 +40,13 @@ def test_jit_equals_eager_and_images_are_independent(fitted):
     np.testing.assert_allclose(predict(X[order]), whole[order], rtol=1e-4, atol=1e-5)
     single = jnp.concatenate([predict(X[i : i + 1]) for i in range(6)])
     np.testing.assert_allclose(single, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_initial_variables_are_those_of_the_modules():
+    found = jax.tree.leaves(CNN.init(3, X))
+    expected = jax.tree.leaves(CNN.module.init(prng_key(3), X))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_evaluation_mode_changes_no_statistics_and_needs_no_keys(fitted):
