@@ -61,8 +61,14 @@ def planned_memory(config: TrainConfig) -> dict[str, float]:
         return train_step(config.during(Phase.PLAIN), optimizer, state, batch, steps=1000)
 
     state = jax.eval_shape(initial)
-    plan = jax.jit(step, donate_argnums=0).lower(state, Batch(x, label, label)).compile().memory_analysis()
-    assert plan is not None, "XLA plans no memory on this device"
+    whole = planned_bytes(jax.jit(step, donate_argnums=0).lower(state, Batch(x, label, label)).compile())
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    whole = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return {"step": whole / GIGABYTE, "state": size / GIGABYTE}
+
+
+def planned_bytes(program: Any) -> int:
+    """Bytes of a compiled program on one device: arguments, results and all that lies between."""
+    plan = program.memory_analysis()
+    assert plan is not None, "XLA plans no memory on this device"
+    whole = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
+    return int(whole - plan.alias_size_in_bytes)

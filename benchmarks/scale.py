@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.memory import planned_bytes
 from benchmarks.pages import check_page, made, write_page
 from deq_jax import TrainConfig
 from deq_jax._cli import command_line, console
@@ -98,8 +99,6 @@ def compiled(devices: int) -> Row:
     config = replace(load_config("configs/digits_pgd_at.py", TrainConfig), pretrain_steps=0)
     state, batch = shapes(config, (8, 8, 1), (devices, config.batch_size))
     program = mapped(config).lower(state, batch).compile()
-    plan = program.memory_analysis()
-    memory = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
     results = reduced(program.as_text())
     return {
         "devices": devices,
@@ -107,7 +106,7 @@ def compiled(devices: int) -> Row:
         "bytes": sum(results),
         "traced_bytes": work(jax.make_jaxpr(mapped(config))(state, batch).jaxpr)["bytes"] if devices == 1 else None,
         "parameters": size_of(state.params),
-        "memory": memory - plan.alias_size_in_bytes,
+        "memory": planned_bytes(program),
     }
 
 
