@@ -12,13 +12,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from benchmarks.pages import Row
 from deq_jax import Anderson, Broyden, FixedPoint, solve
@@ -77,22 +78,35 @@ def cells(apply: Cell, count: int, params: Params, z: PyTree, u: PyTree) -> PyTr
     return lax.scan(lambda z, _: (apply(params, z, u), None), z, length=count)[0]
 
 
-def vmapped_jaxopt(cell: nn.Module, params: Params, z: jax.Array, u: Injection) -> jax.Array:
-    """All iterates of jaxopt.Broyden, one sample at a time under vmap."""
+def jaxopt_broyden(f: Callable[[jax.Array], jax.Array]) -> Any:
+    """jaxopt.Broyden for the fixed point of f."""
+    return jaxopt.Broyden(lambda z: f(z) - z, gamma=-1.0, stepsize=1.0, history_size=STEPS)
 
-    def single(z: jax.Array, u: Injection) -> jax.Array:
-        def residual(flat: jax.Array) -> jax.Array:
-            image = flat.reshape(1, SIZE, SIZE, CHANNELS)
-            applied = cast(jax.Array, cell.apply(params, image, Injection(u.features[None])))
-            return (applied - image).ravel()
 
-        solver = jaxopt.Broyden(residual, gamma=-1.0, stepsize=1.0, history_size=STEPS)
+def jaxopt_anderson(f: Callable[[jax.Array], jax.Array]) -> Any:
+    """jaxopt.AndersonAcceleration for the fixed point of f."""
+    return jaxopt.AndersonAcceleration(f, history_size=6)
+
+
+def vmapped_jaxopt(
+    cell: nn.Module, params: Params, z: PyTree, u: Injection, make: Callable[..., Any] = jaxopt_broyden
+) -> PyTree:
+    """All iterates of a solver of jaxopt, one sample at a time under vmap."""
+
+    def single(z: PyTree, u: Injection) -> jax.Array:
+        start, unravel = ravel_pytree(z)
+
+        def apply(flat: jax.Array) -> jax.Array:
+            batch_of_one = jax.tree.map(lambda leaf: leaf[None], (unravel(flat), u))
+            return ravel_pytree(cell.apply(params, *batch_of_one))[0]
+
+        solver = make(apply)
 
         def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple[jax.Array, Any], jax.Array]:
             z, state = solver.update(*carry)
             return (z, state), z
 
-        return lax.scan(step, (z.ravel(), solver.init_state(z.ravel())), length=STEPS)[1]
+        return lax.scan(step, (start, solver.init_state(start)), length=STEPS)[1]
 
     return jax.vmap(single)(z, u)
 

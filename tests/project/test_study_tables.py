@@ -13,6 +13,7 @@ from benchmarks import (
     entropy_reduction,
     outer_loop,
     parity,
+    peers,
     photographs,
     readme,
     scale,
@@ -113,6 +114,7 @@ PARTS = {
     "agreement": whole(parity.tables),
     "auto-attack": lambda numbers: {"table": auto_attack.table(numbers)},
     "speed-and-memory": speed.tables,
+    "peers": lambda numbers: {"table": peers.table(numbers)},
 }
 
 
