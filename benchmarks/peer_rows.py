@@ -22,26 +22,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
+from benchmarks.bare import (
+    ATTACK_STEPS,
+    BACKWARD,
+    PHANTOM,
+    STEPS,
+    bare,
+    bare_entropy_reduction,
+    bare_implicit,
+    bare_phantom,
+    bare_step,
+    bare_update,
+)
 from benchmarks.kernels import cells, jaxopt_anderson, jaxopt_broyden, seconds, vmapped_jaxopt
 from benchmarks.pages import Row
 from benchmarks.steps import images
 from configs.cifar import ATTACK, EPSILON, STEP_SIZE, recipe, with_trades
 from deq_jax import Anderson, Broyden, Dynamics, EntropyReduced, Equilibrium, FixedPoint, Implicit, Phantom, deq, solve
 from deq_jax.attacks import oracle_of
-from deq_jax.core import Solver, cross_entropy, entropy, kl
+from deq_jax.core import Solver, cross_entropy
 from deq_jax.models import Variables, mdeq_large, mdeq_small
 from deq_jax.training import Batch, TrainState, train_step
 
 Run = Callable[[], Any]
-
-Logits = Callable[[jax.Array], jax.Array]
-
-STEPS, PHANTOM, BACKWARD = 8, 6, 7
-"""Steps of the solver, applications that a phantom gradient differentiates, steps of the implicit gradient's solver."""
-
-ATTACK_STEPS = {"step": 10, "plain": 20}
 
 MODELS = {"small": mdeq_small, "LARGE": mdeq_large}
 
@@ -149,30 +153,13 @@ def solver(ours: Solver, theirs: str, make: Callable[..., Any] | None, case: Cas
 def phantom(case: Case) -> Work:
     """The layer and its phantom gradient by the cell's parameters and the injection."""
 
-    def limit(params: Any, u: Any, z: Any, cotangent: Any) -> Any:
-        state = cells(case.model.apply_cell, STEPS + 1, params, z, u)
-        vjp = jax.vjp(lambda params, u: cells(case.model.apply_cell, PHANTOM, params, state, u), params, u)[1]
-        return vjp(cotangent)
-
-    return layer(case, case.model.dynamics.gradient, limit, phantom_layer)
+    return layer(case, case.model.dynamics.gradient, partial(bare_phantom, case.model.apply_cell), phantom_layer)
 
 
 def implicit(case: Case) -> Work:
     """The layer and its implicit gradient by the cell's parameters and the injection."""
-    apply = case.model.apply_cell
-
-    def limit(params: Any, u: Any, z: Any, cotangent: Any) -> Any:
-        state = cells(apply, STEPS + 1, params, z, u)
-        vjp_state = jax.vjp(lambda z: apply(params, z, u), state)[1]
-
-        def step(w: Any, _: None) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, vjp_state(w)[0], cotangent), None
-
-        w = lax.scan(step, cotangent, length=BACKWARD + 1)[0]
-        return jax.vjp(lambda params, u: apply(params, state, u), params, u)[1](w)
-
-    theirs: Callable[[Any], Any] = lambda torch_mdeq: torch_mdeq.implicit_layer(STEPS, BACKWARD)  # noqa: E731
-    return layer(case, Implicit(Broyden(BACKWARD, tolerance=0)), limit, theirs)
+    limit = partial(bare_implicit, case.model.apply_cell)
+    return layer(case, Implicit(Broyden(BACKWARD, tolerance=0)), limit, implicit_layer)
 
 
 def layer(case: Case, gradient: Any, limit: Callable[..., Any], theirs: Callable[[Any], Any]) -> Work:
@@ -196,6 +183,11 @@ def layer(case: Case, gradient: Any, limit: Callable[..., Any], theirs: Callable
     return Work(partial(jax.jit(ours), *given), partial(jax.jit(limit), *given), peers)
 
 
+def implicit_layer(torch_mdeq: Any) -> Any:
+    """torchdeq's layer with as many backward steps as ours."""
+    return torch_mdeq.implicit_layer(STEPS, BACKWARD)
+
+
 def phantom_layer(torch_mdeq: Any) -> Any:
     """torchdeq's layer with as many applications of the cell as ours."""
     return torch_mdeq.phantom_layer(STEPS, PHANTOM, 0.5)
@@ -216,66 +208,11 @@ def training(name: str, case: Case) -> Work:
     if found:
         torch_mdeq, network, x, labels = found
         attack = (ATTACK_STEPS["step"], STEP_SIZE, EPSILON)
-        steps = torch_mdeq.Training(network, phantom_layer(torch_mdeq), attack)
+        from benchmarks import torch_work  # noqa: PLC0415
+
+        steps = torch_work.Training(network, phantom_layer(torch_mdeq), attack)
         peers["torchdeq"] = partial({"pgd-at": steps.pgd_at, "trades": steps.trades}[name], x, labels)
     return Work(partial(ours, state, batch), partial(limit, state, case.x, case.labels), peers)
-
-
-def bare(model: Equilibrium, variables: Any, x: jax.Array, train: bool = False) -> tuple[jax.Array, Any]:
-    """Logits of as many bare cells, and batch statistics: the last cells are differentiated."""
-    parts = [
-        {"params": variables["params"][name], "batch_stats": variables["batch_stats"][name]}
-        for name in ("encoder", "decoder")
-    ]
-    u, encoder = model.encoder.apply(parts[0], x, train, mutable=["batch_stats"])
-    start, params = jax.tree.map(jnp.zeros_like, u.features), variables["params"]["cell"]
-    state = cells(model.apply_cell, STEPS + 1, *lax.stop_gradient((params, start, u)))
-    state = cells(model.apply_cell, PHANTOM, params, state, u)
-    logits, decoder = model.decoder.apply(parts[1], state, train, mutable=["batch_stats"])
-    return logits, {"encoder": encoder["batch_stats"], "cell": {}, "decoder": decoder["batch_stats"]}
-
-
-def bare_attack(loss: Logits, x: jax.Array, steps: int) -> jax.Array:
-    """Steps along the sign of the gradient of a summed loss."""
-
-    def step(x_adv: jax.Array, _: None) -> tuple[jax.Array, None]:
-        moved = x_adv + STEP_SIZE * jnp.sign(jax.grad(lambda x: jnp.sum(loss(x)))(x_adv))
-        return projected(moved, x), None
-
-    return lax.scan(step, x + 1e-3, length=steps)[0]
-
-
-def projected(x_adv: jax.Array, x: jax.Array) -> jax.Array:
-    """Onto the ball around x and onto [0, 1]."""
-    return jnp.clip(jnp.clip(x_adv, x - EPSILON, x + EPSILON), 0, 1)
-
-
-def bare_step(
-    model: Equilibrium,
-    trades: bool,
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    x: jax.Array,
-    labels: jax.Array,
-) -> tuple[Any, Any, Any]:
-    """A training step of bare cells."""
-    logits: Logits = lambda x: bare(model, state.variables, x)[0]  # noqa: E731
-    reference = logits(x) if trades else labels
-    against = kl if trades else cross_entropy
-    x_adv = bare_attack(lambda x: against(logits(x), reference), x, ATTACK_STEPS["step"])
-
-    def loss(params: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        if not trades:
-            found, statistics = bare(model, variables, x_adv, train=True)
-            return jnp.mean(cross_entropy(found, labels)), statistics
-        natural, statistics = bare(model, variables, x, train=True)
-        found, statistics = bare(model, {"params": params, "batch_stats": statistics}, x_adv, train=True)
-        return jnp.mean(cross_entropy(natural, labels)) + 6 * jnp.mean(kl(found, natural)), statistics
-
-    (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    return value, statistics, (optax.apply_updates(state.params, updates), opt_state)
 
 
 def entropy_reduction(case: Case) -> Work:
@@ -286,33 +223,11 @@ def entropy_reduction(case: Case) -> Work:
     peers: dict[str, Run] = {}
     found = case.torch()
     if found:
-        torch_mdeq, network, x, _ = found
-        peers["PyTorch"] = partial(torch_mdeq.entropy_reduced, network.frozen(), x, defence)
+        from benchmarks import torch_work  # noqa: PLC0415
+
+        _, network, x, _ = found
+        peers["PyTorch"] = partial(torch_work.entropy_reduced, network.frozen(), x, defence)
     return Work(partial(ours, *given), partial(limit, *given), peers)
-
-
-def bare_entropy_reduction(defence: EntropyReduced, variables: Any, x: jax.Array) -> Any:
-    """As many cells, gradients of the entropy, encoders and decoders, one after the other."""
-    model, params = defence.base, variables["params"]["cell"]
-
-    def block(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
-        z, x_hat = carry
-        z = cells(model.apply_cell, defence.every, params, z, model.encode(variables, x_hat))
-
-        def total(x: jax.Array) -> jax.Array:
-            fz = model.apply_cell(params, z, model.encode(variables, x))
-            return jnp.sum(entropy(model.decode(variables, fz)))
-
-        def update(x_hat: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return projected(x_hat - defence.step_size * jnp.sign(jax.grad(total)(x_hat)), x), None
-
-        x_hat = lax.scan(update, x_hat, length=defence.steps)[0]
-        return (model.apply_cell(params, z, model.encode(variables, x_hat)), x_hat), None
-
-    u = model.encode(variables, x)
-    z = model.apply_cell(params, jax.tree.map(jnp.zeros_like, u.features), u)
-    last = lax.scan(block, (z, x), length=defence.blocks)[0][0]
-    return model.decode(variables, last)
 
 
 def plain_attack() -> Work:
@@ -336,20 +251,27 @@ def plain_attack() -> Work:
         return plain.apply(variables, x)
 
     ours = jax.jit(lambda x, labels: attack(oracle_of(logits), x, labels, key))
-    limit = jax.jit(lambda x, labels: bare_attack(lambda x: cross_entropy(logits(x), labels), x, steps))
+    update = jax.jit(lambda x_adv, x, labels: bare_update(lambda x: cross_entropy(logits(x), labels), x_adv, x))
+
+    def limit() -> jax.Array:
+        x_adv = x + 1e-3
+        for _ in range(steps):  # XLA's own gradients of convolutions are slower in a compiled loop
+            x_adv = update(x_adv, x, labels)
+        return x_adv
+
     peers = dict(attack_libraries(params, x, labels, steps)) if installed("torch", "torchdeq") else {}
-    return Work(partial(ours, x, labels), partial(limit, x, labels), peers)
+    return Work(partial(ours, x, labels), limit, peers)
 
 
 def attack_libraries(params: Any, x: jax.Array, labels: jax.Array, steps: int) -> Iterator[tuple[str, Run]]:
     """The same attack by other libraries, on the same network in PyTorch."""
     import torch  # noqa: PLC0415 (optional)
 
-    from benchmarks import torch_mdeq  # noqa: PLC0415
+    from benchmarks import torch_mdeq, torch_work  # noqa: PLC0415
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model, inputs, classes = (
-        torch_mdeq.plain_network(params),
+        torch_work.plain_network(params),
         torch_mdeq.images(x),
         torch.tensor(np.asarray(labels)).long(),
     )

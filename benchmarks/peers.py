@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.bare import ATTACK_STEPS, BACKWARD, PHANTOM, STEPS
 from benchmarks.kernels import shown
 from benchmarks.pages import Row, check_page, made, write_page
-from benchmarks.peer_rows import ATTACK_STEPS, BACKWARD, MODELS, PHANTOM, STEPS, installed
+from benchmarks.peer_rows import MODELS, installed
 from benchmarks.speed import records
 from deq_jax._cli import command_line, console
 from deq_jax.core import require
@@ -56,7 +57,7 @@ TABLE = {
     "anderson": Shown(f"solver alone: Anderson, {STEPS} steps"),
     "broyden": Shown(f"solver alone: Broyden, {STEPS} steps", BOTH),
     "phantom": Shown(f"layer and phantom gradient, {PHANTOM} cells", BOTH),
-    "implicit": Shown(f"layer and implicit gradient, {BACKWARD} backward steps", BOTH),
+    "implicit": Shown(f"layer and implicit gradient, {BACKWARD} backward steps"),
     "pgd-at": Shown(f"PGD-AT step, PGD-{ATTACK_STEPS['step']}", most=3),
     "trades": Shown(f"TRADES step, PGD-{ATTACK_STEPS['step']}", most=3),
     "entropy": Shown("prediction with entropy reduction, 40 updates"),
