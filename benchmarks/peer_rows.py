@@ -14,8 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -37,83 +36,13 @@ from benchmarks.bare import (
 )
 from benchmarks.kernels import cells, jaxopt_anderson, jaxopt_broyden, seconds, vmapped_jaxopt
 from benchmarks.pages import Row
+from benchmarks.peer_cases import BATCHES, Case, Run, Work, installed
 from benchmarks.steps import images
 from configs.cifar import ATTACK, EPSILON, STEP_SIZE, recipe, with_trades
-from deq_jax import Anderson, Broyden, Dynamics, EntropyReduced, Equilibrium, FixedPoint, Implicit, Phantom, deq, solve
+from deq_jax import Anderson, Broyden, EntropyReduced, FixedPoint, Implicit, deq, solve
 from deq_jax.attacks import oracle_of
 from deq_jax.core import Solver, cross_entropy
-from deq_jax.models import Variables, mdeq_large, mdeq_small
 from deq_jax.training import Batch, TrainState, train_step
-
-Run = Callable[[], Any]
-
-MODELS = {"small": mdeq_small, "LARGE": mdeq_large}
-
-BATCHES = {"small": 16, "LARGE": 8, "plain": 64}
-
-
-class Work(NamedTuple):
-    """What a row measures: an operation, its bare computation, and its peers by name."""
-
-    ours: Run
-    limit: Run
-    peers: dict[str, Run]
-
-
-class Case:
-    """An MDEQ without dropout, its variables, random images and labels.
-
-    Attributes:
-      modules: encoder, cell and decoder.
-      model: the classifier made of them.
-      variables: its variables.
-      x: images [B, 32, 32, 3].
-      labels: [B].
-    """
-
-    def __init__(self, size: str) -> None:
-        dynamics = Dynamics(Broyden(STEPS, tolerance=0), gradient=Phantom(PHANTOM - 1, damping=0.5))
-        self.modules = MODELS[size](10, dropout=0.0)
-        self.model = Equilibrium(*self.modules, dynamics)
-        x, self.labels = images(BATCHES[size])
-        self.x = jnp.asarray(x)
-        self.variables: Variables = drawn(jax.eval_shape(self.model.init, 0, self.x))
-        self.params = self.variables["params"]["cell"]
-
-    def injection(self) -> tuple[Any, Any]:
-        """The injection u of the images, and the state 0."""
-        u = jax.jit(self.model.encode)(self.variables, self.x)
-        return u, jax.tree.map(jnp.zeros_like, u.features)
-
-    def torch(self) -> Any:
-        """The same network in PyTorch, its images and labels; None without PyTorch."""
-        if not installed("torch", "torchdeq"):
-            return None
-        import torch  # noqa: PLC0415 (optional)
-
-        from benchmarks import torch_mdeq  # noqa: PLC0415
-
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        network = torch_mdeq.TorchMdeq.of(self.variables, self.model.cell)
-        return torch_mdeq, network, torch_mdeq.images(self.x), torch.tensor(self.labels)
-
-
-def drawn(shapes: Any) -> Any:
-    """Random variables of these shapes, which take no time to compile."""
-    rng, constants = np.random.default_rng(0), {"g": 1, "scale": 1, "var": 1, "bias": 0, "mean": 0}
-
-    def leaf(path: Any, like: Any) -> jax.Array:
-        name = path[-1].key
-        if name in constants:
-            return jnp.full(like.shape, constants[name], like.dtype)
-        return jnp.asarray(rng.normal(size=like.shape) / np.sqrt(np.prod(like.shape[:-1])), like.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
-
-
-def installed(*packages: str) -> bool:
-    """Whether all these packages are installed."""
-    return all(find_spec(package) is not None for package in packages)
 
 
 def prediction(case: Case) -> Work:
@@ -152,7 +81,6 @@ def solver(ours: Solver, theirs: str, make: Callable[..., Any] | None, case: Cas
 
 def phantom(case: Case) -> Work:
     """The layer and its phantom gradient by the cell's parameters and the injection."""
-
     return layer(case, case.model.dynamics.gradient, partial(bare_phantom, case.model.apply_cell), phantom_layer)
 
 

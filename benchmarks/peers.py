@@ -23,7 +23,7 @@ from typing import NamedTuple
 from benchmarks.bare import ATTACK_STEPS, BACKWARD, PHANTOM, STEPS
 from benchmarks.kernels import shown
 from benchmarks.pages import Row, check_page, made, write_page
-from benchmarks.peer_rows import MODELS, installed
+from benchmarks.peer_cases import MODELS, installed
 from benchmarks.speed import records
 from deq_jax._cli import command_line, console
 from deq_jax.core import require

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import peers
-from benchmarks.peer_rows import ROWS, Work, measure
+from benchmarks.peer_cases import Work
+from benchmarks.peer_rows import ROWS, measure
 from deq_jax import Broyden, Dynamics, EntropyReduced, Equilibrium, Phantom, solve
 from deq_jax.defences import reduce_entropy
 from deq_jax.models import mdeq
