@@ -18,21 +18,24 @@ from deq_jax.storage import load_config
 from deq_jax.training import Batch, Phase, TrainState, train_step
 
 GIGABYTE = 2**30
-SETTINGS: dict[str, dict[str, Any]] = {
-    "as configured": {},
-    "`rematerialize`": {"rematerialize": True},
+SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "as configured": ({}, True),
+    "as configured, the old state kept": ({}, False),
+    "`rematerialize`": ({"rematerialize": True}, True),
 }
+"""Changed dynamics, and whether the step may overwrite the state that it is given, as the training loop lets it."""
 
 
 def rows(configs: tuple[str, ...] = ("cifar10_large_pgd_at", "cifar10_xl_pgd_at"), batch_size: int = 96) -> list[Row]:
     """Each config with each setting."""
     found = []
     for name in configs:
-        for setting, changes in SETTINGS.items():
+        for setting, (changes, donate) in SETTINGS.items():
             base = load_config(f"configs/{name}.py", TrainConfig)
             classifier = cast(Equilibrium, base.classifier).with_dynamics(**changes)
             config = replace(base, classifier=classifier, batch_size=batch_size)
-            found.append({"config": name, "setting": setting, "batch_size": batch_size, **planned_memory(config)})
+            planned = planned_memory(config, donate)
+            found.append({"config": name, "setting": setting, "batch_size": batch_size, **planned})
     return found
 
 
@@ -46,8 +49,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def planned_memory(config: TrainConfig) -> dict[str, float]:
-    """Gigabytes of a training step, whole and of its state alone."""
+def planned_memory(config: TrainConfig, donate: bool = True) -> dict[str, float]:
+    """Gigabytes of a training step, whole and of its state alone.
+
+    Args:
+      config: of the training.
+      donate: whether the step may overwrite the state.
+    """
     optimizer = config.optimizer.transformation(1000)
     x = jax.ShapeDtypeStruct((config.batch_size, 32, 32, 3), jnp.uint8)
     label = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
@@ -61,7 +69,8 @@ def planned_memory(config: TrainConfig) -> dict[str, float]:
         return train_step(config.during(Phase.PLAIN), optimizer, state, batch, steps=1000)
 
     state = jax.eval_shape(initial)
-    whole = planned_bytes(jax.jit(step, donate_argnums=0).lower(state, Batch(x, label, label)).compile())
+    compiled = jax.jit(step, donate_argnums=0 if donate else ()).lower(state, Batch(x, label, label)).compile()
+    whole = planned_bytes(compiled)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     return {"step": whole / GIGABYTE, "state": size / GIGABYTE}
 
