@@ -35,8 +35,11 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/test  ## speed, memory and agreement with the papers' numbers: writes their pages in docs/results
+bench: $(VENV)/test  ## speed, memory, peers (those installed) and agreement: writes their pages in docs/results
 	$(BIN)/python -m benchmarks.speed --page docs/results/speed-and-memory.md
+	$(BIN)/python -m benchmarks.history
+	$(BIN)/python -m benchmarks.peers --page docs/results/peers.md
+	$(BIN)/python -m benchmarks.growth --page docs/results/growth.md
 	$(BIN)/python -m benchmarks.parity --page docs/results/agreement.md
 
 soak: $(VENV)/test  ## kills, stops and damages tiny runs at random, for MINUTES; the table is in docs/results/failures.md

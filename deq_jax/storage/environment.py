@@ -27,6 +27,9 @@ PACKAGES = ("deq_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 
 ROOT = Path(__file__).parents[2]  # of the checkout, if the package lies in one
 
+CHANGES = ("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)docs")
+"""Lists changed files with git. Documents are left out: benchmarks write their results there, one after another."""
+
 
 def environment() -> dict[str, dict[str, Any]]:
     """The surroundings of this process, as JSON data.
@@ -117,7 +120,7 @@ def _version(package: str) -> str | None:
 
 @cache
 def _code() -> dict[str, Any]:
-    """The git revision of the checkout, and whether its files are as committed."""
+    """The git revision of the checkout, and whether its files are as committed, but for the documents."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -130,4 +133,4 @@ def _code() -> dict[str, Any]:
     top, revision = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
     if top is None or revision is None or Path(top.strip()) != ROOT.resolve():
         return {"revision": None, "unchanged": None}
-    return {"revision": revision.strip(), "unchanged": git("status", "--porcelain", "--untracked-files=no") == ""}
+    return {"revision": revision.strip(), "unchanged": git(*CHANGES) == ""}

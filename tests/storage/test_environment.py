@@ -50,10 +50,14 @@ def test_the_revision_of_a_checkout_and_whether_its_files_are_those(tmp_path, mo
     assert code() == {"revision": None, "unchanged": None}
     git("init", "-q")
     assert code() == {"revision": None, "unchanged": None}
-    (tmp_path / "file").write_text("a")
-    git("add", "file")
+    (tmp_path / "docs").mkdir()
+    for name in ("file", "docs/page"):
+        (tmp_path / name).write_text("a")
+        git("add", name)
     git("-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "-m", "a")
     assert code() == {"revision": git("rev-parse", "HEAD").strip(), "unchanged": True}
+    (tmp_path / "docs" / "page").write_text("b")
+    assert code()["unchanged"] is True
     (tmp_path / "file").write_text("b")
     assert code()["unchanged"] is False
     monkeypatch.setattr(module, "ROOT", tmp_path / "site-packages")
