@@ -72,7 +72,8 @@ def _flat() -> Any:
     kind = threefry_prng_impl
 
     def bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
-        return kind.random_bits(key, width, (math.prod(shape),)).reshape(shape)
+        flat: Array = kind.random_bits(key, width, (math.prod(shape),))
+        return flat.reshape(shape)
 
     return define_prng_impl(
         key_shape=kind.key_shape,
