@@ -52,17 +52,18 @@ def versions(root: Path) -> list[tuple[str, Row]]:
         return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True).stdout
 
     commits = git("log", "--reverse", "--format=%h", "--", NUMBERS).split()
-    found = [(commit, json.loads(git("show", f"{commit}:{NUMBERS}"))["parts"]) for commit in commits]
+    every = [(commit, json.loads(git("show", f"{commit}:{NUMBERS}"))["parts"]) for commit in commits]
+    found = [(commit, parts) for commit, parts in every if parts]
     now = json.loads((root / NUMBERS).read_text())["parts"]
     return found if found and found[-1][1] == now else [*found, ("now", now)]
 
 
-def series(found: list[tuple[str, Row]], part: str) -> dict[str, list[tuple[str, float]]]:
-    """The numbers of a part by name, each with its commits."""
-    lines: dict[str, list[tuple[str, float]]] = {}
-    for commit, parts in found:
+def series(found: list[tuple[str, Row]], part: str) -> dict[str, list[tuple[int, float]]]:
+    """The numbers of a part by name, each with the number of its version."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for number, (_, parts) in enumerate(found):
         for name, value in PANELS[part][1](parts[part]["rows"] if part in parts else []).items():
-            lines.setdefault(name, []).append((commit, value))
+            lines.setdefault(name, []).append((number, value))
     return lines
 
 
@@ -70,11 +71,11 @@ def draw(found: list[tuple[str, Row]], out: Path) -> None:
     """A panel for each part, a line for each name."""
     with matplotlib.rc_context({"svg.hashsalt": out.stem, "font.size": 8}):
         figure = Figure(figsize=(7.6, 8.4), layout="constrained")
-        for axes, (part, (label, _)) in zip(figure.subplots(len(PANELS), 1), PANELS.items(), strict=True):
-            axes.plot([commit for commit, _ in found], [None] * len(found))  # the same axis in each panel
+        for axes, (part, (label, _)) in zip(figure.subplots(len(PANELS), 1, sharex=True), PANELS.items(), strict=True):
             lines = series(found, part)
             for name, line in lines.items():
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+            axes.set_xticks(range(len(found)), [commit for commit, _ in found])
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             if lines:
