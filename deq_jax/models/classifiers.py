@@ -41,9 +41,9 @@ class Dynamics:
       gradient: differentiates that state.
       compute_dtype: in which the cell computes, e.g. ``jax.numpy.bfloat16``; parameters, states and the solver's
         arithmetic keep theirs. None: as the parameters.
-      rematerialize: keep nothing from inside the cell for the backward pass, and compute it again: about a third more
-        computation for a fraction of the memory. Otherwise convolutions and matrix products are kept, and what is
-        cheap is computed again.
+      rematerialize: keep nothing from inside the cell for the backward pass, and compute all of it again: about a third
+        more computation for a fraction of the memory. Otherwise convolutions and matrix products are kept, and the rest
+        is computed again.
 
     Examples:
       >>> from deq_jax import Anderson, Dynamics, Implicit, LastState
