@@ -53,7 +53,7 @@ def planned_memory(config: TrainConfig, donate: bool = True) -> dict[str, float]
     """Gigabytes of a training step, whole and of its state alone.
 
     Args:
-      config: of the training.
+      config: the training's config.
       donate: whether the step may overwrite the state.
     """
     optimizer = config.optimizer.transformation(1000)

@@ -1,4 +1,4 @@
-"""What the rows of benchmarks/peers.py are measured on: a network with random weights, in JAX and in PyTorch."""
+"""The networks that benchmarks/peers.py measures, with random weights, in JAX and in PyTorch."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Shown(NamedTuple):
 
     Attributes:
       operation: in words.
-      sizes: of the network at which it is measured.
+      sizes: the networks that are measured.
       most: the largest number of alternating runs.
     """
 

@@ -46,7 +46,7 @@ class TorchMdeq:
 
     Attributes:
       weights: parameters by their path, which require gradients.
-      statistics: of the batch normalisations, by their path.
+      statistics: running means and variances of the batch normalisations, by their path.
       channels: number in each branch.
       groups: number of groups of the normalisations.
     """
@@ -150,7 +150,7 @@ class TorchMdeq:
 
 
 def without_gradients(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """A call of a function, of which PyTorch keeps nothing for gradients."""
+    """The function with these arguments, called without recording gradients."""
 
     def call() -> Any:
         with torch.no_grad():

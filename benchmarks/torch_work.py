@@ -36,7 +36,7 @@ class Training:
 
     Attributes:
       network: its weights are changed.
-      layer: of torchdeq.
+      layer: torchdeq's layer.
       attack: steps, step size and radius of PGD.
     """
 
@@ -82,7 +82,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 class Broyden:
-    """Broyden's method on f(z) - z, as the steps that were taken: it can go on with another cell.
+    """Broyden's method on f(z) - z. Each step may have another f, as in entropy reduction.
 
     Attributes:
       z: the state [B, N].

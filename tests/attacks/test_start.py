@@ -131,3 +131,13 @@ def test_half_precision_stays_in_the_ball(name):
 def test_noise_begins_at_the_images():
     with pytest.raises(InputError, match="Noise: expected no start"):
         Noise(Linf(0.1))(ORACLE, X, Y, KEY, start=X)
+
+
+def test_one_step_of_apgd_is_two_radii_long_and_follows_the_gradient_at_the_start():
+    threat, x = Linf(0.125), jnp.full((1, 2, 2, 1), 0.5)
+
+    def logits(x):  # its loss rises with x, and the label stays the most likely class
+        return jnp.stack([jnp.full(len(x), 5.0), x.sum(axis=(1, 2, 3))], axis=1)
+
+    found = APGD(threat, steps=1)(oracle_of(logits), x, jnp.array([0]), 0, start=x - 0.125)
+    np.testing.assert_array_equal(found, x + 0.125)

@@ -43,10 +43,14 @@ def test_jit_equals_eager_and_images_are_independent(fitted):
 
 
 def test_initial_variables_are_those_of_the_modules():
-    found = jax.tree.leaves(CNN.init(3, X))
-    expected = jax.tree.leaves(CNN.module.init(prng_key(3), X))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    key = prng_key(3)
+    encoder = {name: parts["encoder"] for name, parts in DEQ.init(3, X).items()}
+    for found, expected in (
+        (CNN.init(3, X), CNN.module.init(key, X)),
+        (encoder, DEQ.encoder.init(jax.random.split(key, 3)[0], X)),
+    ):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_evaluation_mode_changes_no_statistics_and_needs_no_keys(fitted):
